@@ -1,0 +1,43 @@
+"""`artifact-<artifact>` and `artifact-log-<build>-<stage>-<attempt>`. Owned by artifacts."""
+
+from typing import Literal
+
+from proto.events.base import Event, Value
+
+
+class ArtifactSealed(Event, frozen=True, kw_only=True):
+    """artifacts, once all bytes are stored: the tree `digest` (sha256 of its manifest) can be read until `expires_at` (unix seconds; 0: never)."""
+
+    artifact: str
+    kind: Literal["user", "output"]
+    digest: str
+    size: int
+    files: int
+    name: str = ""
+    build: str = ""
+    stage: str = ""
+    attempt: int = 0
+    step: str = ""
+    expires_at: int = 0
+
+
+class LogGap(Value, frozen=True, kw_only=True):
+    """Lines that never reached the archive: chunks `first` to `last` of the attempt's log."""
+
+    first: int
+    last: int
+
+
+class LogArchived(Event, frozen=True, kw_only=True):
+    """artifacts, after a stage's end: the attempt's log can be read from the store, whatever the bus forgets.
+    An archive is immutable; a late chunk makes a new `archive` number. `digest` is the blob's sha256."""
+
+    build: str
+    stage: str
+    attempt: int
+    archive: int
+    digest: str
+    chunks: int
+    lines: int
+    bytes: int
+    gaps: list[LogGap] = []

@@ -1,0 +1,20 @@
+"""`request-<key>`: a client's wishes. Owned by the gateway; the stream is named by the idempotency key, so a repeat is the same request."""
+
+from proto.events.base import ArtifactRef, Event
+from proto.plan import Plan
+
+
+class BuildRequested(Event, frozen=True, kw_only=True):
+    """The gateway, before it answers a POST: the build will exist and end exactly once. `body_sha256` tells a repeat from another request."""
+
+    build: str
+    plan: Plan
+    inputs: dict[str, ArtifactRef] = {}
+    name: str = ""
+    body_sha256: str = ""
+
+
+class BuildAbortRequested(Event, frozen=True, kw_only=True):
+    """The gateway: a client wants the build to stop. builds decides what comes of it."""
+
+    build: str

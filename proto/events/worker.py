@@ -1,0 +1,23 @@
+"""`worker-<worker>-<boot>`: one life of a worker. Owned by the scheduler."""
+
+from proto.events.base import Event
+from proto.messages import Offers
+
+
+class WorkerBooted(Event, frozen=True, kw_only=True):
+    """The scheduler's leader, on the first heartbeat of a boot: every lease of the worker's earlier boots is void."""
+
+    worker: str
+    boot: str
+    slots: int
+    offers: Offers
+    term: int = 0
+
+
+class WorkerLost(Event, frozen=True, kw_only=True):
+    """The scheduler's leader: nothing was heard of the worker for a lease's term, or it said goodbye (`drained`)."""
+
+    worker: str
+    boot: str
+    reason: str
+    term: int = 0

@@ -1,0 +1,193 @@
+"""What travels beside the log, and may be lost at any moment: then whoever still holds it sends it again (DESIGN.md §1).
+
+subject                              from → to               delivery
+`reports.<worker>.<build>`           worker → builds         JetStream REPORTS; the spool keeps it until a receipt
+`logs.<worker>.<build>.<stage>.<n>`  worker → artifacts      JetStream LOGS; the spool keeps it until LogArchived
+`presence.<worker>`                  worker → scheduler      core NATS, signed by the worker
+`control.<worker>`                   scheduler → worker      core NATS, signed by the scheduler
+`packages.<worker>`                  scheduler → worker      core NATS, signed by the scheduler and sealed to a credit's key
+
+All of them are msgpack. The worker's identity is read from the subject, never from the body.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from proto.events.base import ArtifactRef, Status
+from proto.plan import Stage
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pass
+
+
+class Attempt(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """One try of a stage; the key of everything a worker does."""
+
+    build: str
+    stage: str
+    number: int
+
+
+# --- reports -----------------------------------------------------------------------------------------------------------------------
+
+
+class ReportStepStarted(_Message, frozen=True, kw_only=True, tag="step.started"):
+    step: str
+    sandbox: str = ""
+
+
+class ReportStepProgressed(_Message, frozen=True, kw_only=True, tag="step.progressed"):
+    step: str
+    percent: int
+
+
+class ReportStepFinished(_Message, frozen=True, kw_only=True, tag="step.finished"):
+    step: str
+    status: Status
+    exit_code: int | None = None
+    error: str = ""
+    outputs: dict[str, ArtifactRef] = {}
+
+
+class ReportStageFinished(_Message, frozen=True, kw_only=True, tag="stage.finished"):
+    """`chunks`, `lines`, `bytes`: what the attempt's log holds in all."""
+
+    status: Status
+    error: str = ""
+    chunks: int = 0
+    lines: int = 0
+    bytes: int = 0
+    dropped: int = 0
+
+
+ReportBody = ReportStepStarted | ReportStepProgressed | ReportStepFinished | ReportStageFinished
+
+
+class Reports(_Message, frozen=True, kw_only=True):
+    """Consecutive reports of one attempt: the first is number `first` (they count from 1)."""
+
+    attempt: Attempt
+    first: int
+    bodies: list[ReportBody]
+
+
+# --- logs --------------------------------------------------------------------------------------------------------------------------
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive whole lines of one stream of one step (each ends in a newline), or one piece of a line that is unfinished (no newline).
+    `at` is unix time in milliseconds."""
+
+    step: str
+    stream: Literal["stdout", "stderr"]
+    at: int
+    data: bytes
+
+
+class LogChunk(_Message, frozen=True, kw_only=True):
+    """Chunk `number` (from 1) of an attempt's log; `first_line` (from 0) numbers its first line. At most 64 KiB of data.
+    A line is what a newline ends, or an unfinished piece: `count_lines` is the one definition."""
+
+    attempt: Attempt
+    number: int
+    first_line: int
+    segments: list[Segment]
+
+
+def count_lines(data: bytes) -> int:
+    """How many numbered lines a segment holds: its newlines, and one more for an unfinished piece at its end."""
+    return data.count(b"\n") + (0 if data.endswith(b"\n") or not data else 1)
+
+
+# --- presence and control ------------------------------------------------------------------------------------------------------------
+
+
+class Offers(_Message, frozen=True, kw_only=True):
+    """What a worker can do: matched against a stage's requirements. `images` are image types it can run."""
+
+    platform: str = "linux"
+    tags: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    user: bool = False
+    limits: bool = False
+    sandbox: str = ""
+
+
+class Credit(msgspec.Struct, frozen=True, array_like=True):
+    """A single-use offer of one free slot. `key` is the boot's X25519 public key to seal to."""
+
+    nonce: str
+    key: bytes
+
+
+class Running(msgspec.Struct, frozen=True, array_like=True):
+    """An attempt the worker holds (running, or ended but not yet known to be recorded) and the last report it has made."""
+
+    attempt: Attempt
+    reported: int
+
+
+class Heartbeat(_Message, frozen=True, kw_only=True):
+    """Sent every second, and whenever a slot becomes free. `challenge` quotes the last one the scheduler gave (b"" at first).
+    `credits` are all the open ones. `logs` are attempts whose log still waits in the spool for LogArchived. `goodbye`: the worker leaves."""
+
+    boot: str
+    number: int
+    challenge: bytes
+    slots: int
+    offers: Offers
+    credits: list[Credit] = []
+    running: list[Running] = []
+    logs: list[Attempt] = []
+    draining: bool = False
+    goodbye: bool = False
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """An attempt the worker may hold; reports up to `recorded` are events; `interrupted` says why it must stop ("" if it need not)."""
+
+    attempt: Attempt
+    recorded: int
+    interrupted: str = ""
+
+
+class Control(_Message, frozen=True, kw_only=True):
+    """The answer to heartbeat `number` of `boot`, or (with number 0) an early word. An attempt that the heartbeat listed and `held` does not is
+    not the worker's any more: kill it and forget its reports. `archived`: forget these logs. With number 0 only what is listed is meant."""
+
+    boot: str
+    number: int
+    challenge: bytes
+    lease_seconds: float
+    held: list[Held] = []
+    archived: list[Attempt] = []
+
+
+# --- packages ------------------------------------------------------------------------------------------------------------------------
+
+
+class Package(_Message, frozen=True, kw_only=True):
+    """An attempt made ready for one credit. It names everything that it is for, because a sealed box authenticates no context.
+    `token` is the build token (JWT, EdDSA) for the artifacts service at `artifacts_url`."""
+
+    attempt: Attempt
+    team: str
+    worker: str
+    boot: str
+    credit: str
+    lease_seconds: float
+    stage: Stage
+    inputs: dict[str, ArtifactRef]
+    token: str
+    artifacts_url: str
+    traceparent: str = ""
+
+
+class Signed(msgspec.Struct, frozen=True, array_like=True):
+    """`body` and its Ed25519 signature over `context + body` (context: `presence`, `control.<worker>` or `packages.<worker>`, so that no message
+    passes for another). A package's body is a SealedBox around a Package."""
+
+    body: bytes
+    signature: bytes

@@ -1,0 +1,45 @@
+"""JetStream streams and durable consumers, as data. Consumers are named `{service}-{purpose}`."""
+
+from typing import Literal, NamedTuple
+
+MAX_EVENT = 1 << 20
+"""An event, and so a plan, is at most 1 MiB (DESIGN.md §4)."""
+MAX_PAYLOAD = MAX_EVENT + (64 << 10)
+"""The server's max_payload: an event and its envelope."""
+MAX_CHUNK = 64 << 10
+"""Data in one log chunk."""
+
+
+class Stream(NamedTuple):
+    """A JetStream stream. Ages in seconds, sizes in bytes; `full` says whether a full stream drops the oldest or refuses the newest."""
+
+    name: str
+    subjects: tuple[str, ...]
+    max_age: float
+    max_bytes: int
+    full: Literal["old", "new"]
+    dedup_window: float = 120.0
+
+
+class Consumer(NamedTuple):
+    """A durable consumer that all instances of a service share: at least once, in any order. `batch` is what a standing pull asks for."""
+
+    name: str
+    stream: str
+    subjects: tuple[str, ...]
+    batch: int = 256
+    ack_wait: float = 30.0
+    max_ack_pending: int = 4096
+
+
+STREAMS: tuple[Stream, ...] = (
+    Stream("EVENTS", ("events.>",), max_age=7 * 86400.0, max_bytes=2 << 30, full="old"),
+    Stream("REPORTS", ("reports.>",), max_age=86400.0, max_bytes=256 << 20, full="new"),
+    Stream("LOGS", ("logs.>",), max_age=86400.0, max_bytes=1 << 30, full="new"),
+)
+
+BUILDS_REACTIONS = Consumer("builds-reactions", "EVENTS", ("events.request.>", "events.lease.*.*.LeaseExpired"))
+BUILDS_REPORTS = Consumer("builds-reports", "REPORTS", ("reports.>",))
+ARTIFACTS_ARCHIVE = Consumer("artifacts-archive", "EVENTS", ("events.build.*.*.StageFinished",), batch=32, ack_wait=60.0)
+
+CONSUMERS: tuple[Consumer, ...] = (BUILDS_REACTIONS, BUILDS_REPORTS, ARTIFACTS_ARCHIVE)
