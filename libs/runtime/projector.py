@@ -1,0 +1,81 @@
+"""Follow the log in order and keep a projection up to date (DESIGN.md §1, projections)."""
+
+import asyncio
+from typing import Protocol
+
+import structlog
+
+from libs.eventlog.log import EventLog, LogUnavailable
+from proto.catalogue import UnknownEvent
+
+logger = structlog.get_logger()
+
+
+class Advancing(Protocol):
+    """A projection's storage: one call applies one batch, rows and checkpoint in one transaction, and gives the position reached."""
+
+    async def advance(self) -> int: ...
+
+
+class Projector:
+    """Advances a projection whenever the log grows. `problem` says why it stands still, None when it does not."""
+
+    IDLE = 5.0
+    """Seconds after which it looks by itself: a lost wake-up costs at most this."""
+
+    def __init__(self, log: EventLog, projection: Advancing) -> None:
+        self._log = log
+        self._projection = projection
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self.position = 0
+        self.problem: str | None = "has not read the log yet"
+
+    async def run(self) -> None:
+        """Advance for ever."""
+        wakeup = self._log.wakeup()
+        pause = 0.1
+        try:
+            while True:
+                try:
+                    position = await self._projection.advance()
+                except LogUnavailable as error:
+                    self.problem = str(error) or "the log cannot be reached"
+                except UnknownEvent as error:
+                    self.problem = f"met an event that this version does not know: {error}; deploy consumers first"
+                    logger.error("projection stopped", why=self.problem)
+                    pause = 5.0
+                else:
+                    pause = 0.1
+                    self.problem = None
+                    if position == self.position:
+                        await wakeup.wait(self.IDLE)
+                    self._reached(position)
+                    continue
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 5.0)
+        finally:
+            wakeup.close()
+
+    def _reached(self, position: int) -> None:
+        self.position = max(self.position, position)
+        waiting, self._waiters = self._waiters, []
+        for wanted, future in waiting:
+            if future.done():
+                continue
+            if wanted <= self.position:
+                future.set_result(None)
+            else:
+                self._waiters.append((wanted, future))
+
+    async def passed(self, position: int, timeout: float = 1.0) -> bool:
+        """Whether the projection passes `position` within `timeout` seconds."""
+        if position <= self.position:
+            return True
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append((position, future))
+        try:
+            async with asyncio.timeout(timeout):
+                await future
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,111 @@
+"""Message in, commands out: the consumer that drives a command loop from the bus (DESIGN.md §1, reactions).
+
+At least once, in any order: the decision is made on the stream's recorded state, so a repeat decides nothing. A message is acked once what came of
+it is recorded. Only a deterministic failure counts towards parking; an outage parks nothing.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter
+
+from libs.bus.bus import Bus, Message
+from libs.eventlog.log import LogUnavailable
+from libs.runtime.commands import Cause, CommandLoop, Early, Outcome, Refused
+from proto.topology import Consumer
+
+logger = structlog.get_logger()
+
+C = TypeVar("C")
+
+PARK_AFTER = 5
+"""Deliveries after which a message that fails by itself is parked."""
+
+
+class ReactionConsumer(Generic[C]):
+    """Feeds `loop` with what `react` makes of each message of `consumer`. `react` is pure; what it raises is a deterministic failure."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        consumer: Consumer,
+        react: Callable[[Message], Sequence[tuple[C, Cause]]],
+        loop: CommandLoop[C, Any],
+        registry: CollectorRegistry,
+        prepare: Callable[[Sequence[Message]], Awaitable[None]] | None = None,
+    ) -> None:
+        """`prepare` may fetch, once a batch, what `react` needs to know; while it cannot, the batch is given back."""
+        self._prepare = prepare
+        self._bus = bus
+        self._consumer = consumer
+        self._react = react
+        self._loop = loop
+        name = consumer.name.replace("-", "_")
+        self._handled = Counter(f"penstock_{name}_messages", "Messages handled, by what came of them", ["outcome"], registry=registry)
+
+    async def run(self) -> None:
+        """Consume for ever."""
+        async with self._bus.consume(self._consumer) as batches:
+            async for batch in batches:
+                if self._prepare is not None:
+                    try:
+                        await self._prepare(batch)
+                    except LogUnavailable:
+                        for message in batch:
+                            message.nak(0.5)
+                        continue
+                for message in batch:
+                    self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        try:
+            commands = self._react(message)
+        except Exception as error:  # a poison message must not stop the others
+            self._failed(message, error)
+            return
+        if not commands:
+            message.ack()
+            return
+        waiting: asyncio.Future[Any]
+        if len(commands) == 1:
+            waiting = self._loop.submit(*commands[0])
+        else:
+            waiting = asyncio.gather(*(self._loop.submit(command, cause) for command, cause in commands))
+        waiting.add_done_callback(partial(self._settle, message))
+
+    def _settle(self, message: Message, done: "asyncio.Future[Outcome | list[Outcome]]") -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        match error:
+            case None:
+                self._count("done")
+                message.ack()
+            case Refused():
+                self._count("refused")
+                logger.info("refused", consumer=self._consumer.name, subject=message.subject, kind=error.kind, why=error.message)
+                message.ack()
+            case Early():
+                self._count("early")
+                message.nak(min(5.0, 0.02 * 2 ** min(message.deliveries, 10)))
+            case LogUnavailable():
+                self._count("unavailable")
+                message.nak(0.5)
+            case _:
+                self._failed(message, error)
+
+    def _failed(self, message: Message, error: BaseException) -> None:
+        if message.deliveries < PARK_AFTER:
+            self._count("failed")
+            logger.warning("a message failed", consumer=self._consumer.name, subject=message.subject, deliveries=message.deliveries, exc_info=error)
+            message.nak(0.2 * 2**message.deliveries)
+            return
+        self._count("parked")
+        logger.error("a message is parked", consumer=self._consumer.name, subject=message.subject, sequence=message.sequence, exc_info=error)
+        message.term()
+
+    def _count(self, outcome: str) -> None:
+        self._handled.labels(outcome).inc()
