@@ -1,0 +1,17 @@
+"""The builds service: `python -m services.builds`, configured by PENSTOCK_… (see wiring.Settings)."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+from libs.runtime.service import run_service
+from services.builds.wiring import wire
+
+
+def main(environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> None:
+    """Run until told to stop."""
+    run_service("builds", wire, environ, sockets)
+
+
+if __name__ == "__main__":
+    main(os.environ, {})

@@ -1,0 +1,159 @@
+"""The board: queue and leases of the whole system, as a fold of the log. The leader holds it in memory; a snapshot makes a failover quick."""
+
+from collections import OrderedDict, deque
+
+import msgspec
+from msgspec.structs import replace
+
+from proto.envelope import Fact
+from proto.events.artifact import LogArchived
+from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageInterrupted, StageQueued, StepFinished, StepProgressed, StepStarted
+from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
+from proto.events.worker import WorkerBooted, WorkerLost
+from proto.messages import Attempt
+from proto.plan import Stage
+from services.scheduler.queue import Queue, Queued
+
+CATEGORIES = frozenset({"build", "lease", "worker", "artifact"})
+CODE_VERSION = 1
+REMEMBERED = 10_000
+"""How many archived logs, and plans of builds, are remembered; the log knows the others."""
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's right to run an attempt. `recorded` is the last report that became an event, `interrupted` why it must stop ("" if not);
+    `position` is the lease's own place in the log."""
+
+    attempt: Attempt
+    team: str
+    worker: str
+    boot: str
+    credit: str
+    position: int
+    queued: Queued
+    recorded: int = 0
+    interrupted: str = ""
+
+
+class _Snapshot(msgspec.Struct, kw_only=True):
+    queued: list[Queued]
+    leases: list[Lease]
+    boots: dict[str, str]
+
+
+class Board:
+    """Fold facts with `apply`; read `queue`, `leases`, `boots`; drain `news` for what a worker should hear of early."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.queue = Queue()
+        self.leases: dict[Attempt, Lease] = {}
+        self.running: dict[str, int] = {}
+        self.boots: dict[str, str] = {}
+        self.archived: OrderedDict[Attempt, None] = OrderedDict()
+        self.plans: OrderedDict[str, dict[str, Stage]] = OrderedDict()
+        self.news: deque[tuple[str, Attempt]] = deque(maxlen=REMEMBERED)
+        """(worker, attempt): interrupted, or (worker "", attempt): archived."""
+
+    def apply(self, fact: Fact) -> None:
+        """Fold one fact; those at or before `position` are known already."""
+        if fact.position <= self.position:
+            return
+        self.position = fact.position
+        build = fact.subject_id
+        match fact.event:
+            case BuildCreated() as event:
+                self.plans[build] = {stage.name: stage for stage in event.plan.stages}
+                while len(self.plans) > REMEMBERED:
+                    self.plans.popitem(last=False)
+            case StageQueued() as event:
+                attempt = Attempt(build, event.stage, event.attempt)
+                self._forget(Attempt(build, event.stage, event.attempt - 1))
+                self.queue.add(
+                    Queued(
+                        attempt=attempt,
+                        team=fact.team,
+                        requirements=event.requirements,
+                        position=fact.position,
+                        queued_at=fact.recorded_at.timestamp(),
+                        correlation_id=fact.correlation_id,
+                        event_id=fact.event_id,
+                        inputs=event.inputs,
+                    )
+                )
+            case StageLeased() as event:
+                attempt = Attempt(build, event.stage, event.attempt)
+                queued = self.queue.remove(attempt)
+                if queued is not None:
+                    self.leases[attempt] = Lease(
+                        attempt=attempt,
+                        team=fact.team,
+                        worker=event.worker,
+                        boot=event.boot,
+                        credit=event.credit,
+                        position=fact.position,
+                        queued=queued,
+                    )
+                    self.running[fact.team] = self.running.get(fact.team, 0) + 1
+            case StageDeferred() as event:
+                waiting = self.queue.get(Attempt(build, event.stage, event.attempt))
+                if waiting is not None:
+                    self.queue.add(replace(waiting, deferred=event.reason))
+            case LeaseExpired() as event:
+                self._forget(Attempt(build, event.stage, event.attempt))
+            case StepStarted() | StepProgressed() | StepFinished() as event:
+                attempt = Attempt(build, event.stage, event.attempt)
+                lease = self.leases.get(attempt)
+                if lease is not None:
+                    self.leases[attempt] = replace(lease, recorded=event.report)
+            case StageInterrupted() as event:
+                attempt = Attempt(build, event.stage, event.attempt)
+                lease = self.leases.get(attempt)
+                if lease is not None:
+                    self.leases[attempt] = replace(lease, interrupted=event.reason)
+                    self.news.append((lease.worker, attempt))
+            case StageFinished() as event:
+                self._forget(Attempt(build, event.stage, event.attempt))
+            case BuildFinished():
+                self.plans.pop(build, None)
+            case WorkerBooted() as event:
+                self.boots[event.worker] = event.boot
+            case WorkerLost() as event:
+                if self.boots.get(event.worker) == event.boot:
+                    del self.boots[event.worker]
+            case LogArchived() as event:
+                attempt = Attempt(event.build, event.stage, event.attempt)
+                self.archived[attempt] = None
+                self.news.append(("", attempt))
+                while len(self.archived) > REMEMBERED:
+                    self.archived.popitem(last=False)
+            case _:
+                pass
+
+    def _forget(self, attempt: Attempt) -> None:
+        self.queue.remove(attempt)
+        lease = self.leases.pop(attempt, None)
+        if lease is not None:
+            left = self.running.get(lease.team, 0) - 1
+            if left > 0:
+                self.running[lease.team] = left
+            else:
+                self.running.pop(lease.team, None)
+
+    def snapshot(self) -> bytes:
+        """All that `restore` needs, at `position`."""
+        return msgspec.msgpack.encode(_Snapshot(queued=list(self.queue.all()), leases=list(self.leases.values()), boots=self.boots))
+
+    @classmethod
+    def restore(cls, position: int, data: bytes) -> "Board":
+        """The board as it was."""
+        stored = msgspec.msgpack.decode(data, type=_Snapshot)
+        board = cls()
+        board.position = position
+        board.boots = stored.boots
+        for queued in sorted(stored.queued, key=lambda q: q.position):
+            board.queue.add(queued)
+        for lease in stored.leases:
+            board.leases[lease.attempt] = lease
+            board.running[lease.team] = board.running.get(lease.team, 0) + 1
+        return board

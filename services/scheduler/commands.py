@@ -1,0 +1,62 @@
+"""What may be asked of leases and workers."""
+
+import msgspec
+
+from proto.events.lease import Candidate
+from proto.messages import Offers
+
+
+class _OnLease(msgspec.Struct, frozen=True, kw_only=True):
+    build: str
+    stage: str
+    attempt: int
+    term: int
+
+
+class LeaseStage(_OnLease, frozen=True, kw_only=True):
+    """Give an attempt to a worker."""
+
+    worker: str
+    boot: str
+    credit: str
+    lease_seconds: float
+    why: list[Candidate]
+    refused: dict[str, int]
+
+
+class ExpireLease(_OnLease, frozen=True, kw_only=True):
+    """The worker cannot be running it any more."""
+
+    worker: str
+    evidence: str
+
+
+class DeferStage(_OnLease, frozen=True, kw_only=True):
+    """It cannot be placed, and why is new."""
+
+    reason: str
+    refused: dict[str, int]
+
+
+class _OnWorker(msgspec.Struct, frozen=True, kw_only=True):
+    worker: str
+    boot: str
+    term: int
+
+
+class BootWorker(_OnWorker, frozen=True, kw_only=True):
+    """A boot was heard of for the first time."""
+
+    slots: int
+    offers: Offers
+
+
+class LoseWorker(_OnWorker, frozen=True, kw_only=True):
+    """It is silent, or has said goodbye."""
+
+    reason: str
+
+
+LeaseCommand = LeaseStage | ExpireLease | DeferStage
+WorkerCommand = BootWorker | LoseWorker
+Command = LeaseCommand | WorkerCommand

@@ -1,0 +1,104 @@
+"""The scheduler's aggregates: the leases of a build, and a worker's life. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, assert_never
+
+import msgspec
+
+from libs.runtime.decisions import Refused
+from proto.events.base import Event
+from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
+from proto.events.worker import WorkerBooted, WorkerLost
+from services.scheduler.commands import BootWorker, Command, DeferStage, ExpireLease, LeaseStage, LoseWorker
+
+
+class StageLease(msgspec.Struct, frozen=True):
+    """The latest lease of a stage."""
+
+    attempt: int
+    worker: str
+    expired: bool = False
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream: `lease-<build>` fills `leases` and `deferred` (by stage), `worker-<worker>-<boot>` fills `life`."""
+
+    leases: Mapping[str, StageLease] = {}
+    deferred: Mapping[str, tuple[int, str]] = {}
+    life: Literal["unknown", "up", "lost"] = "unknown"
+
+
+class SchedulerDecider:
+    """Streams `lease-<build>` and `worker-<worker>-<boot>`."""
+
+    initial = State()
+
+    def stream(self, command: Command, /) -> str:
+        match command:
+            case LeaseStage() | ExpireLease() | DeferStage():
+                return f"lease-{command.build}"
+            case BootWorker() | LoseWorker():
+                return f"worker-{command.worker}-{command.boot}"
+            case _:
+                assert_never(command)
+
+    def decide(self, command: Command, state: State, /) -> Sequence[Event]:
+        match command:
+            case LeaseStage():
+                last = state.leases.get(command.stage)
+                if last is not None and command.attempt <= last.attempt:
+                    raise Refused("taken", f"attempt {command.attempt} was leased to {last.worker} already")
+                return [
+                    StageLeased(
+                        stage=command.stage,
+                        attempt=command.attempt,
+                        worker=command.worker,
+                        boot=command.boot,
+                        credit=command.credit,
+                        term=command.term,
+                        lease_seconds=command.lease_seconds,
+                        why=command.why,
+                        refused=command.refused,
+                    )
+                ]
+            case ExpireLease():
+                last = state.leases.get(command.stage)
+                if last is None or last.attempt != command.attempt or last.expired:
+                    return []
+                return [LeaseExpired(stage=command.stage, attempt=command.attempt, worker=last.worker, evidence=command.evidence, term=command.term)]
+            case DeferStage():
+                last = state.leases.get(command.stage)
+                if last is not None and last.attempt >= command.attempt:
+                    return []
+                if state.deferred.get(command.stage) == (command.attempt, command.reason):
+                    return []
+                return [
+                    StageDeferred(stage=command.stage, attempt=command.attempt, reason=command.reason, refused=command.refused, term=command.term)
+                ]
+            case BootWorker():
+                if state.life == "up":
+                    return []
+                return [WorkerBooted(worker=command.worker, boot=command.boot, slots=command.slots, offers=command.offers, term=command.term)]
+            case LoseWorker():
+                if state.life != "up":
+                    return []
+                return [WorkerLost(worker=command.worker, boot=command.boot, reason=command.reason, term=command.term)]
+            case _:
+                assert_never(command)
+
+    def evolve(self, state: State, event: Event, /) -> State:
+        match event:
+            case StageLeased():
+                lease = StageLease(event.attempt, event.worker)
+                return msgspec.structs.replace(state, leases={**state.leases, event.stage: lease})
+            case LeaseExpired():
+                lease = StageLease(event.attempt, event.worker, expired=True)
+                return msgspec.structs.replace(state, leases={**state.leases, event.stage: lease})
+            case StageDeferred():
+                return msgspec.structs.replace(state, deferred={**state.deferred, event.stage: (event.attempt, event.reason)})
+            case WorkerBooted():
+                return msgspec.structs.replace(state, life="up")
+            case WorkerLost():
+                return msgspec.structs.replace(state, life="lost")
+            case _:
+                raise ValueError(f"{type(event).__name__} on a lease's or worker's stream")

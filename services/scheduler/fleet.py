@@ -1,0 +1,81 @@
+"""The fleet as its heartbeats tell it: who lives, what it offers, which credits are open. No I/O; `now` is monotonic seconds."""
+
+from collections.abc import Iterator
+
+import msgspec
+
+from proto.messages import Attempt, Credit, Heartbeat
+from services.scheduler.placement import WorkerView
+
+
+class Worker(msgspec.Struct, kw_only=True):
+    """One worker in its present boot. `used` are nonces that a lease has quoted and the worker may not know to be used yet."""
+
+    name: str
+    heartbeat: Heartbeat
+    heard: float
+    credits: dict[str, Credit] = {}
+    used: set[str] = msgspec.field(default_factory=set)
+
+    def view(self) -> WorkerView:
+        """As placement sees it."""
+        credits = list(self.credits.values())
+        return WorkerView(
+            worker=self.name,
+            boot=self.heartbeat.boot,
+            slots=self.heartbeat.slots,
+            offers=self.heartbeat.offers,
+            credits=credits,
+            busy=max(0, self.heartbeat.slots - len(credits)),
+            draining=self.heartbeat.draining,
+        )
+
+
+class Fleet:
+    """Workers by name. Of two with one name the newer wins: a boot that was followed by another is retired for good."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._retired: set[tuple[str, str]] = set()
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def get(self, name: str) -> Worker | None:
+        return self._workers.get(name)
+
+    def on_heartbeat(self, name: str, heartbeat: Heartbeat, trusted: bool, now: float) -> Worker | None:
+        """Take note of a heartbeat; None when it is old or of a retired boot. Its credits count only if it quotes a recent challenge (`trusted`)."""
+        if (name, heartbeat.boot) in self._retired:
+            return None
+        worker = self._workers.get(name)
+        if worker is not None and worker.heartbeat.boot != heartbeat.boot:
+            self._retired.add((name, worker.heartbeat.boot))
+            worker = None
+        if worker is None:
+            worker = self._workers[name] = Worker(name=name, heartbeat=heartbeat, heard=now)
+        elif heartbeat.number <= worker.heartbeat.number:
+            return None
+        worker.heartbeat, worker.heard = heartbeat, now
+        offered = {credit.nonce: credit for credit in heartbeat.credits} if trusted else {}
+        worker.used &= offered.keys()
+        worker.credits = {nonce: credit for nonce, credit in offered.items() if nonce not in worker.used}
+        return worker
+
+    def use(self, name: str, credit: Credit) -> None:
+        """A lease quotes the credit: it is never offered again."""
+        worker = self._workers.get(name)
+        if worker is not None and worker.credits.pop(credit.nonce, None) is not None:
+            worker.used.add(credit.nonce)
+
+    def remove(self, name: str) -> None:
+        """Forget a worker that is silent or has left; its next heartbeat brings it back."""
+        self._workers.pop(name, None)
+
+    def views(self) -> list[WorkerView]:
+        return [worker.view() for worker in self._workers.values()]
+
+
+def unlisted(heartbeat: Heartbeat, attempt: Attempt) -> bool:
+    """Whether a worker does not hold an attempt, by its own word."""
+    return all(running.attempt != attempt for running in heartbeat.running)

@@ -1,0 +1,424 @@
+"""The scheduler's loop: read the log, hear the workers; whoever leads also answers them, places what waits and expires what is lost.
+
+Every instance reads and listens, so that a takeover starts warm. One loop does it all in turn: what a turn appends, the next one has read.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from libs.bus.bus import Bus, BusUnavailable
+from libs.eventlog.log import EventLog, LogUnavailable
+from libs.runtime.commands import CommandLoop
+from libs.runtime.decisions import Cause, Refused
+from libs.tokens import BadSignature, verify
+from proto.catalogue import decode
+from proto.envelope import fact
+from proto.events.build import BuildCreated, StageFinished, StageQueued
+from proto.messages import Attempt, Control, Credit, Heartbeat, Held, Signed
+from proto.plan import Stage
+from services.scheduler.board import CATEGORIES, CODE_VERSION, Board, Lease
+from services.scheduler.commands import BootWorker, Command, DeferStage, ExpireLease, LeaseStage, LoseWorker
+from services.scheduler.decider import State
+from services.scheduler.fleet import Fleet, Worker, unlisted
+from services.scheduler.packages import Packer
+from services.scheduler.placement import Assignment, place
+from services.scheduler.queue import Queued
+
+logger = structlog.get_logger()
+
+TICK = 0.25
+"""Seconds between two looks at the clock when nothing happens."""
+STALL = 2.0
+"""A gap between two turns (seconds) after which this process was stopped, and what it did not hear proves nothing."""
+CREDIT_LIFE = 10.0
+"""Seconds for which a worker honours a credit."""
+RESEND = 1.0
+"""Seconds after which a package that a heartbeat does not show is sent again."""
+PATIENCE = 1.0
+"""Seconds that an attempt waits before it is said why."""
+WARM_UP = 2.5
+"""Seconds of leading before "no worker" means anything."""
+CHALLENGE_LIFE = 30.0
+SNAPSHOT_EVERY = 20_000
+"""Facts between two snapshots."""
+BATCH = 5_000
+
+_SIGNED = msgspec.msgpack.Decoder(Signed)
+_HEARTBEAT = msgspec.msgpack.Decoder(Heartbeat)
+
+
+class Leading(Protocol):
+    """Leadership: the term while it lasts, None otherwise."""
+
+    @property
+    def term(self) -> int | None: ...
+
+
+class Snapshots(Protocol):
+    async def save(self, name: str, position: int, code_version: int, data: bytes) -> None: ...
+
+    async def load(self, name: str, code_version: int) -> tuple[int, bytes] | None: ...
+
+
+class Scheduler:
+    """`worker_keys` maps each worker's name to its public key; `clock` is monotonic seconds, `now` unix seconds."""
+
+    def __init__(
+        self,
+        *,
+        log: EventLog,
+        bus: Bus,
+        commands: CommandLoop[Command, State],
+        leadership: Leading,
+        snapshots: Snapshots,
+        packer: Packer,
+        worker_keys: Mapping[str, str],
+        lease_seconds: float,
+        clock: Callable[[], float],
+        now: Callable[[], float],
+    ) -> None:
+        self._log = log
+        self._bus = bus
+        self._commands = commands
+        self._leadership = leadership
+        self._snapshots = snapshots
+        self._packer = packer
+        self._worker_keys = worker_keys
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._now = now
+        self.board = Board()
+        self.fleet = Fleet()
+        self.problem: str | None = "has not read the log yet"
+        self._bell = asyncio.Event()
+        self._unanswered: dict[str, Worker] = {}
+        self._strangers: dict[str, Heartbeat] = {}
+        self._granted: dict[Attempt, tuple[float, Credit | None]] = {}
+        self._resent: dict[Attempt, float] = {}
+        self._evidence_since = clock()
+        self._led_since: float | None = None
+        self._last_turn = clock()
+        self._connections = -1
+        self._epoch: int | None = None
+        self._epoch_checked = float("-inf")
+        self._snapshot_at = 0
+        self._challenges = (secrets.token_bytes(16), b"")
+        self._challenged_at = clock()
+
+    # --- what wakes the loop ---------------------------------------------------------------------------------------------------------
+
+    async def watch_log(self) -> None:
+        """Ring for every append."""
+        wakeup = self._log.wakeup()
+        try:
+            while True:
+                await wakeup.wait(5.0)
+                self._bell.set()
+        finally:
+            wakeup.close()
+
+    async def listen(self) -> None:
+        """Hear the workers. A heartbeat that its worker did not sign is nobody's."""
+        async with self._bus.listen("presence.*") as messages:
+            async for message in messages:
+                name = message.subject.partition(".")[2]
+                key = self._worker_keys.get(name)
+                if key is None:
+                    logger.warning("a heartbeat of an unknown worker", worker=name)
+                    continue
+                try:
+                    heartbeat = _HEARTBEAT.decode(verify(key, "presence", _SIGNED.decode(message.data)))
+                except (BadSignature, msgspec.MsgspecError) as error:
+                    logger.warning("a heartbeat that is not its worker's", worker=name, exc_info=error)
+                    continue
+                trusted = heartbeat.challenge in self._challenges and heartbeat.challenge != b""
+                worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock())
+                if worker is not None:
+                    self._unanswered[name] = worker
+                    self._bell.set()
+                elif (known := self.fleet.get(name)) is not None and known.heartbeat.boot != heartbeat.boot:
+                    self._strangers[name] = heartbeat
+                    self._bell.set()
+
+    async def run(self) -> None:
+        """Turn for ever."""
+        while True:
+            try:
+                async with asyncio.timeout(TICK):
+                    await self._bell.wait()
+            except TimeoutError:
+                pass
+            self._bell.clear()
+            try:
+                await self._turn()
+            except (LogUnavailable, BusUnavailable) as error:
+                self.problem = str(error) or type(error).__name__
+                self._evidence_since = self._clock()
+                await asyncio.sleep(0.1)
+                self._bell.set()
+
+    # --- one turn ----------------------------------------------------------------------------------------------------------------------
+
+    async def _turn(self) -> None:
+        now = self._clock()
+        if now - self._last_turn > STALL or self._connections != self._bus.connections or not self._bus.connected:
+            self._evidence_since = now
+            self._connections = self._bus.connections
+        self._last_turn = now
+        await self._read()
+        self.problem = None
+        term = self._leadership.term
+        if term is None:
+            self._led_since = None
+            self._unanswered.clear()
+            self._strangers.clear()
+            self.board.news.clear()
+            return
+        if self._led_since is None:
+            self._led_since = self._evidence_since = now
+        self._rotate_challenge(now)
+        await self._boot(term)
+        await self._answer(term, now)
+        await self._place(term, now)
+        await self._expire(term, now)
+        if self.board.position - self._snapshot_at >= SNAPSHOT_EVERY:
+            self._snapshot_at = self.board.position
+            await self._snapshots.save("scheduler-board", self.board.position, CODE_VERSION, self.board.snapshot())
+
+    async def _read(self) -> None:
+        """Fold everything up to the head of the log."""
+        if self._clock() - self._epoch_checked > 5.0:
+            epoch = await self._log.epoch()
+            self._epoch_checked = self._clock()
+            if epoch != self._epoch:
+                stored = await self._snapshots.load("scheduler-board", CODE_VERSION) if self._epoch is None else None
+                self.board = Board.restore(*stored) if stored else Board()
+                self._snapshot_at = self.board.position
+                self._epoch = epoch
+        while True:
+            rows = await self._log.read(self.board.position, BATCH, CATEGORIES)
+            for row in rows:
+                self.board.apply(fact(row))
+            if len(rows) < BATCH:
+                return
+
+    def _rotate_challenge(self, now: float) -> None:
+        if now - self._challenged_at > CHALLENGE_LIFE:
+            self._challenges = (secrets.token_bytes(16), self._challenges[0])
+            self._challenged_at = now
+
+    async def _do(self, commands: Sequence[tuple[Command, Cause]]) -> list[bool]:
+        """Execute commands together; whether each was accepted. What another instance decided first is no error."""
+        results = await asyncio.gather(*(self._commands.submit(*one) for one in commands), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Refused):
+                raise result
+        return [not isinstance(result, Refused) for result in results]
+
+    async def _boot(self, term: int) -> None:
+        """Record new boots; `_expire` then ends the leases of earlier ones."""
+        commands: list[tuple[Command, Cause]] = []
+        for worker in self._unanswered.values():
+            heartbeat = worker.heartbeat
+            if heartbeat.goodbye or self.board.boots.get(worker.name) == heartbeat.boot:
+                continue
+            boot = BootWorker(worker=worker.name, boot=heartbeat.boot, slots=heartbeat.slots, offers=heartbeat.offers, term=term)
+            commands.append((boot, self._own_cause(heartbeat.boot)))
+        if commands:
+            await self._do(commands)
+            await self._read()
+
+    async def _answer(self, term: int, now: float) -> None:
+        """Answer heartbeats with what their workers may hold, and pass on interruptions early."""
+        for name, heartbeat in self._strangers.items():
+            await self._send_control(name, Control(boot=heartbeat.boot, number=heartbeat.number, challenge=b"", lease_seconds=self._lease_seconds))
+        self._strangers.clear()
+        waiting, self._unanswered = self._unanswered, {}
+        by_worker: dict[str, list[Lease]] = {}
+        if waiting:
+            for lease in self.board.leases.values():
+                by_worker.setdefault(lease.worker, []).append(lease)
+        for name, worker in waiting.items():
+            heartbeat = worker.heartbeat
+            leases = {lease.attempt: lease for lease in by_worker.get(name, []) if lease.boot == heartbeat.boot}
+            held = [
+                Held(own.attempt, own.recorded, own.interrupted)
+                for running in heartbeat.running
+                if (own := leases.get(running.attempt)) is not None
+            ]
+            control = Control(
+                boot=heartbeat.boot,
+                number=heartbeat.number,
+                challenge=self._challenges[0],
+                lease_seconds=self._lease_seconds,
+                held=held,
+                archived=await self._archived(heartbeat.logs),
+            )
+            await self._send_control(name, control)
+            await self._chase(worker, leases.values(), term, now)
+        told: set[Attempt] = set()
+        while self.board.news:
+            name, attempt = self.board.news.popleft()
+            interrupted = self.board.leases.get(attempt)
+            if name and interrupted is not None and attempt not in told:
+                told.add(attempt)
+                early = Held(attempt, interrupted.recorded, interrupted.interrupted)
+                control = Control(boot=interrupted.boot, number=0, challenge=self._challenges[0], lease_seconds=self._lease_seconds, held=[early])
+                await self._send_control(name, control)
+
+    async def _send_control(self, worker: str, control: Control) -> None:
+        await self._bus.send(f"control.{worker}", self._packer.control(worker, control))
+
+    async def _archived(self, waiting: Sequence[Attempt]) -> list[Attempt]:
+        """Which of the logs that a worker still holds it may forget: archived, or of an attempt whose log nobody will archive."""
+        known = [attempt for attempt in waiting if attempt in self.board.archived]
+        asked = [a for a in waiting if a not in self.board.archived and a not in self.board.leases][:50]
+        if asked:
+            names = {a: f"artifact-log-{a.build}-{a.stage}-{a.number}" for a in asked}
+            streams = await self._log.read_streams([*names.values(), *{f"build-{a.build}" for a in asked}])
+            for attempt, name in names.items():
+                if streams[name] or _unarchived_for_ever(attempt, [decode(r.type, r.data) for r in streams[f"build-{attempt.build}"]]):
+                    known.append(attempt)
+        return known
+
+    async def _chase(self, worker: Worker, leases: Iterable[Lease], term: int, now: float) -> None:
+        """Send again the packages that a worker does not show, and end the leases that it cannot take any more."""
+        expired: list[tuple[Command, Cause]] = []
+        for lease in leases:
+            if not unlisted(worker.heartbeat, lease.attempt):
+                self._granted.pop(lease.attempt, None)
+                continue
+            granted, credit = self._granted.setdefault(lease.attempt, (now, None))
+            if now - granted > CREDIT_LIFE + 1:
+                expired.append(self._expiry(lease, f"worker {worker.name} never took it", term))
+            elif credit is not None and now - self._resent.get(lease.attempt, granted) > RESEND:
+                self._resent[lease.attempt] = now
+                await self._send_package(lease.queued, lease.worker, lease.boot, credit)
+        if expired:
+            await self._do(expired)
+
+    async def _place(self, term: int, now: float) -> None:
+        """Lease what can be placed, send the packages, and say why the rest cannot."""
+        if not len(self.board.queue):
+            return
+        placement = place(self.board.queue, self.fleet.views(), self.board.running)
+        if placement.assignments:
+            accepted = await self._do([(self._lease(a, term), self._cause(a.queued)) for a in placement.assignments])
+            for assignment, ok in zip(placement.assignments, accepted, strict=True):
+                self.fleet.use(assignment.worker, assignment.credit)
+                if ok:
+                    self._granted[assignment.queued.attempt] = (now, assignment.credit)
+                    await self._send_package(assignment.queued, assignment.worker, assignment.boot, assignment.credit)
+        deferrals: list[tuple[Command, Cause]] = []
+        unix = self._now()
+        warm = self._led_since is not None and now - self._led_since > WARM_UP
+        for deferral in placement.deferrals if warm else ():
+            for queued in self.board.queue.newest_first(deferral.group):
+                if queued.deferred == deferral.reason or len(deferrals) >= BATCH:
+                    break
+                if unix - queued.queued_at < PATIENCE:
+                    continue
+                attempt = queued.attempt
+                command = DeferStage(
+                    build=attempt.build,
+                    stage=attempt.stage,
+                    attempt=attempt.number,
+                    term=term,
+                    reason=deferral.reason,
+                    refused=deferral.refused,
+                )
+                deferrals.append((command, self._cause(queued)))
+        if deferrals:
+            await self._do(deferrals)
+
+    async def _send_package(self, queued: Queued, worker: str, boot: str, credit: Credit) -> None:
+        stage = await self._stage(queued.attempt)
+        await self._bus.send(f"packages.{worker}", self._packer.package(queued, stage, worker, boot, credit))
+
+    async def _stage(self, attempt: Attempt) -> Stage:
+        """What the attempt runs: remembered, or from the build's stream."""
+        plan = self.board.plans.get(attempt.build)
+        if plan is None:
+            history = (await self._log.read_streams([f"build-{attempt.build}"]))[f"build-{attempt.build}"]
+            created = decode(history[0].type, history[0].data)
+            assert isinstance(created, BuildCreated)
+            plan = {stage.name: stage for stage in created.plan.stages}
+        return plan[attempt.stage]
+
+    async def _expire(self, term: int, now: float) -> None:
+        """End the leases of workers that were not heard of for a whole lease, while this instance could have heard them; and of those that left."""
+        lost: dict[str, str] = {}
+        for worker in list(self.fleet):
+            if worker.heartbeat.goodbye:
+                lost[worker.name] = "drained"
+            elif now - max(worker.heard, self._evidence_since) > self._lease_seconds:
+                lost[worker.name] = "silent"
+        commands: list[tuple[Command, Cause]] = []
+        for lease in self.board.leases.values():
+            granted, _ = self._granted.setdefault(lease.attempt, (now, None))
+            heard = self.fleet.get(lease.worker)
+            if self.board.boots.get(lease.worker, lease.boot) != lease.boot:
+                commands.append(self._expiry(lease, f"worker {lease.worker} has restarted", term))
+            elif lease.worker in lost:
+                why = "has left" if lost[lease.worker] == "drained" else f"was silent for {self._lease_seconds:g} s"
+                commands.append(self._expiry(lease, f"worker {lease.worker} {why}", term))
+            elif heard is None and now - max(granted, self._evidence_since) > self._lease_seconds:
+                commands.append(self._expiry(lease, f"worker {lease.worker} was silent for {self._lease_seconds:g} s", term))
+        for name, reason in lost.items():
+            boot = self.board.boots.get(name)
+            if boot is not None:
+                commands.append((LoseWorker(worker=name, boot=boot, reason=reason, term=term), self._own_cause(boot)))
+        for name, boot in self.board.boots.items():
+            if self.fleet.get(name) is None and name not in lost and now - self._evidence_since > self._lease_seconds:
+                commands.append((LoseWorker(worker=name, boot=boot, reason="silent", term=term), self._own_cause(boot)))
+        if commands:
+            await self._do(commands)
+            for name in lost:
+                self.fleet.remove(name)
+        for attempt in [a for a in self._granted if a not in self.board.leases and now - self._granted[a][0] > 60]:
+            del self._granted[attempt]
+        for attempt in [a for a in self._resent if a not in self._granted]:
+            del self._resent[attempt]
+
+    def _lease(self, assignment: Assignment, term: int) -> LeaseStage:
+        attempt = assignment.queued.attempt
+        return LeaseStage(
+            build=attempt.build,
+            stage=attempt.stage,
+            attempt=attempt.number,
+            term=term,
+            worker=assignment.worker,
+            boot=assignment.boot,
+            credit=assignment.credit.nonce,
+            lease_seconds=self._lease_seconds,
+            why=assignment.why,
+            refused=assignment.refused,
+        )
+
+    def _expiry(self, lease: Lease, evidence: str, term: int) -> tuple[Command, Cause]:
+        attempt = lease.attempt
+        command = ExpireLease(build=attempt.build, stage=attempt.stage, attempt=attempt.number, worker=lease.worker, evidence=evidence, term=term)
+        return command, self._cause(lease.queued)
+
+    @staticmethod
+    def _cause(queued: Queued) -> Cause:
+        return Cause(team=queued.team, correlation_id=queued.correlation_id, causation_id=queued.event_id, actor="scheduler")
+
+    @staticmethod
+    def _own_cause(boot: str) -> Cause:
+        return Cause(team="system", correlation_id=boot, causation_id=boot, actor="scheduler")
+
+
+def _unarchived_for_ever(attempt: Attempt, history: Sequence[object]) -> bool:
+    """Whether a build's events say that no archive of the attempt's log will come: it was superseded, or ended without a log."""
+    for event in history:
+        if isinstance(event, StageQueued) and event.stage == attempt.stage and event.attempt > attempt.number:
+            return True
+        if isinstance(event, StageFinished) and event.stage == attempt.stage and event.attempt == attempt.number and event.log is None:
+            return True
+    return False
