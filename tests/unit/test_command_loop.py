@@ -1,0 +1,163 @@
+"""The command loop over the in-memory log: group commit, conflicts, refusals, and what a lost log leaves behind."""
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from libs.eventlog.log import LogUnavailable
+from libs.eventlog.memory import MemoryLog
+from libs.runtime.commands import CommandLoop
+from libs.runtime.decisions import Cause, Refused
+from proto.events.build import BuildFinished, StepProgressed
+from tests.controls import counter, write
+
+CAUSE = Cause(team="main", correlation_id="c", causation_id="e", actor="tester")
+
+
+class Counting:
+    """A stream counts; `+` adds one, `=n` makes sure that it is at n, `!` is refused, `?` is a bug."""
+
+    initial = 0
+
+    def __init__(self):
+        self.decided = []
+
+    def stream(self, command):
+        return f"build-{command[0]}"
+
+    def decide(self, command, state):
+        self.decided.append((command, state))
+        match command[1]:
+            case "+":
+                return [progressed()]
+            case "!":
+                raise Refused("no", "not this")
+            case "?":
+                raise ZeroDivisionError
+            case "big":
+                return [BuildFinished(status="failed", error="x" * (1 << 20))]
+            case wanted:
+                return [progressed()] * (int(wanted) - state)
+
+    def evolve(self, state, event):
+        return state + 1
+
+
+def progressed():
+    return StepProgressed(stage="s", attempt=1, step="s", percent=1)
+
+
+class Flaky(MemoryLog):
+    """Counts its calls, and fails the next ones when told to: before or after it has recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.reads = 0
+        self.fail = []
+
+    async def append(self, writes):
+        self.calls.append(len(writes))
+        await asyncio.sleep(0)
+        when = self.fail.pop(0) if self.fail else None
+        if when == "before":
+            raise LogUnavailable("gone")
+        outcome = await super().append(writes)
+        if when == "after":
+            raise LogUnavailable("gone")
+        return outcome
+
+    async def read_streams(self, streams):
+        self.reads += 1
+        return await super().read_streams(streams)
+
+
+@asynccontextmanager
+async def running(log, decider, **options):
+    loop = CommandLoop(log, decider, counter(), **options)
+    task = asyncio.create_task(loop.run())
+    try:
+        yield loop
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_what_waits_together_is_recorded_in_one_call():
+    log = Flaky()
+    async with running(log, Counting()) as loop:
+        await asyncio.gather(*(loop.execute((n, "+"), CAUSE) for n in range(100)))
+    assert log.calls == [100]
+    assert await log.head() == 100
+
+
+async def test_commands_on_one_stream_are_decided_one_after_another():
+    log = Flaky()
+    async with running(log, Counting()) as loop:
+        outcomes = await asyncio.gather(*(loop.execute(("a", "+"), CAUSE) for _ in range(5)))
+    assert [outcome.version for outcome in outcomes] == [1, 2, 3, 4, 5]
+    assert log.reads == 1
+
+
+async def test_a_repeat_decides_nothing_and_appends_nothing():
+    log = Flaky()
+    async with running(log, Counting()) as loop:
+        await loop.execute(("a", "3"), CAUSE)
+        outcome = await loop.execute(("a", "3"), CAUSE)
+    assert (outcome.position, outcome.version, list(outcome.events)) == (0, 3, [])
+    assert log.calls == [1]
+
+
+async def test_a_refused_command_fails_alone():
+    log = Flaky()
+    async with running(log, Counting()) as loop:
+        results = await asyncio.gather(
+            *(loop.execute((n, c), CAUSE) for n, c in enumerate("+!?+")), loop.execute(("b", "big"), CAUSE), return_exceptions=True
+        )
+    assert isinstance(results[1], Refused) and isinstance(results[2], ZeroDivisionError)
+    assert isinstance(results[4], Refused) and results[4].kind == "too-large"
+    assert await log.head() == 2
+
+
+async def test_a_stream_that_another_wrote_is_loaded_and_decided_again():
+    # FAULTS 71
+    log = Flaky()
+    decider = Counting()
+    async with running(log, decider) as loop:
+        await loop.execute(("a", "+"), CAUSE)
+        await log.append([write("build-a", progressed(), expected=1)])
+        outcome = await loop.execute(("a", "3"), CAUSE)
+    assert (outcome.version, outcome.state) == (3, 3)
+    assert decider.decided[-2:] == [(("a", "3"), 1), (("a", "3"), 2)]
+
+
+async def test_a_stream_presumed_new_costs_no_read_and_a_wrong_presumption_is_corrected():
+    log = Flaky()
+    await log.append([write("build-old", progressed(), expected=0)])
+    async with running(log, Counting(), creates=lambda _: True) as loop:
+        await loop.execute(("new", "+"), CAUSE)
+        assert log.reads == 0
+        assert (await loop.execute(("old", "+"), CAUSE)).version == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_an_unavailable_log_is_told_to_the_caller_whose_repeat_records_it_once(when):
+    # FAULTS 69: nothing is known after an ambiguous commit; the repeat decides on what the log says
+    log = Flaky()
+    log.fail = [when]
+    async with running(log, Counting()) as loop:
+        with pytest.raises(LogUnavailable):
+            await loop.execute(("a", "1"), CAUSE)
+        await loop.execute(("a", "1"), CAUSE)
+    assert await log.head() == 1
+
+
+async def test_whoever_waits_when_the_loop_ends_is_told():
+    log = Flaky()
+    async with running(log, Counting()) as loop:
+        await loop.execute(("a", "+"), CAUSE)
+        waiting = loop.submit(("a", "+"), CAUSE)
+    with pytest.raises(LogUnavailable):
+        await waiting
