@@ -142,7 +142,8 @@ class Board:
 
     def snapshot(self) -> bytes:
         """All that `restore` needs, at `position`."""
-        return msgspec.msgpack.encode(_Snapshot(queued=list(self.queue.all()), leases=list(self.leases.values()), boots=self.boots))
+        queued = sorted(self.queue.all(), key=lambda q: q.position)
+        return msgspec.msgpack.encode(_Snapshot(queued=queued, leases=list(self.leases.values()), boots=self.boots))
 
     @classmethod
     def restore(cls, position: int, data: bytes) -> "Board":
@@ -151,7 +152,7 @@ class Board:
         board = cls()
         board.position = position
         board.boots = stored.boots
-        for queued in sorted(stored.queued, key=lambda q: q.position):
+        for queued in stored.queued:
             board.queue.add(queued)
         for lease in stored.leases:
             board.leases[lease.attempt] = lease

@@ -247,9 +247,7 @@ class Scheduler:
             heartbeat = worker.heartbeat
             leases = {lease.attempt: lease for lease in by_worker.get(name, []) if lease.boot == heartbeat.boot}
             held = [
-                Held(own.attempt, own.recorded, own.interrupted)
-                for running in heartbeat.running
-                if (own := leases.get(running.attempt)) is not None
+                Held(own.attempt, own.recorded, own.interrupted) for running in heartbeat.running if (own := leases.get(running.attempt)) is not None
             ]
             control = Control(
                 boot=heartbeat.boot,

@@ -1,0 +1,176 @@
+"""The board and the fleet: folds without I/O."""
+
+from datetime import UTC, datetime
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proto.envelope import Fact
+from proto.events.artifact import LogArchived
+from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageInterrupted, StageQueued, StepStarted
+from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
+from proto.events.worker import WorkerBooted, WorkerLost
+from proto.messages import Attempt, Credit, Heartbeat, Offers, Running
+from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
+from services.scheduler.board import Board
+from services.scheduler.fleet import Fleet, unlisted
+
+PLAN = Plan(stages=[Stage(name="main", steps=[RunStep(name="run", config=TaskConfig(run=Run(path="true")))])])
+A1 = Attempt("b1", "main", 1)
+
+
+def facts(*happened, start=1):
+    """Events on streams, in log order: (stream, event)."""
+    return [
+        Fact(
+            position=position,
+            stream=stream,
+            version=position,
+            event_id=f"e{position}",
+            team="main",
+            correlation_id="c",
+            causation_id="",
+            actor="test",
+            recorded_at=datetime(2026, 11, 22, tzinfo=UTC),
+            event=event,
+        )
+        for position, (stream, event) in enumerate(happened, start)
+    ]
+
+
+def board(*happened):
+    result = Board()
+    for one in facts(*happened):
+        result.apply(one)
+        result.apply(one)
+    return result
+
+
+CREATED = ("build-b1", BuildCreated(plan=PLAN))
+QUEUED = ("build-b1", StageQueued(stage="main", attempt=1, requirements=Requirements()))
+LEASED = ("lease-b1", StageLeased(stage="main", attempt=1, worker="w1", boot="x", credit="n"))
+STARTED = ("build-b1", StepStarted(stage="main", attempt=1, step="run", worker="w1", report=1))
+ENDED = ("build-b1", StageFinished(stage="main", attempt=1, status="succeeded"))
+OVER = ("build-b1", BuildFinished(status="succeeded"))
+
+
+def test_an_attempt_waits_then_is_leased_then_is_over():
+    assert A1 in board(CREATED, QUEUED).queue
+    leased = board(CREATED, QUEUED, LEASED, STARTED)
+    assert A1 not in leased.queue and leased.leases[A1].recorded == 1 and leased.running == {"main": 1}
+    over = board(CREATED, QUEUED, LEASED, STARTED, ENDED, OVER)
+    assert not over.leases and not over.running and not len(over.queue) and not over.plans
+
+
+def test_a_build_aborted_before_its_lease_is_forgotten():
+    assert not len(board(CREATED, QUEUED, ENDED, OVER).queue)
+
+
+def test_a_lost_attempt_waits_again_under_its_next_number():
+    again = ("build-b1", StageQueued(stage="main", attempt=2, requirements=Requirements()))
+    lost = board(CREATED, QUEUED, LEASED, ("lease-b1", LeaseExpired(stage="main", attempt=1, worker="w1", evidence="e")), again)
+    assert not lost.leases and [q.attempt.number for q in lost.queue.all()] == [2]
+
+
+def test_an_interruption_is_news_for_its_worker():
+    interrupted = board(CREATED, QUEUED, LEASED, ("build-b1", StageInterrupted(stage="main", attempt=1, reason="aborted")))
+    assert list(interrupted.news) == [("w1", A1)] and interrupted.leases[A1].interrupted == "aborted"
+
+
+def test_a_deferral_keeps_its_place_in_the_queue():
+    second = ("build-b2", StageQueued(stage="main", attempt=1, requirements=Requirements()))
+    deferred = board(CREATED, QUEUED, second, ("lease-b1", StageDeferred(stage="main", attempt=1, reason="r")))
+    assert [(q.attempt.build, q.deferred) for q in deferred.queue.all()] == [("b1", "r"), ("b2", "")]
+
+
+def test_boots_follow_workers():
+    booted = ("worker-w1-x", WorkerBooted(worker="w1", boot="x", slots=1, offers=Offers()))
+    assert board(booted).boots == {"w1": "x"}
+    assert board(booted, ("worker-w1-x", WorkerLost(worker="w1", boot="x", reason="silent"))).boots == {}
+    newer = ("worker-w1-y", WorkerBooted(worker="w1", boot="y", slots=1, offers=Offers()))
+    assert board(booted, newer, ("worker-w1-x", WorkerLost(worker="w1", boot="x", reason="silent"))).boots == {"w1": "y"}
+
+
+def test_an_archived_log_is_remembered():
+    archived = LogArchived(build="b1", stage="main", attempt=1, archive=1, digest="d", chunks=1, lines=1, bytes=1)
+    assert A1 in board(("artifact-log-b1-main-1", archived)).archived
+
+
+one_event = st.builds(
+    lambda build, make: make(f"b{build}"),
+    st.integers(1, 3),
+    st.sampled_from(
+        [
+            lambda b: (f"build-{b}", BuildCreated(plan=PLAN)),
+            lambda b: (f"build-{b}", StageQueued(stage="main", attempt=1, requirements=Requirements())),
+            lambda b: (f"build-{b}", StageQueued(stage="main", attempt=2, requirements=Requirements())),
+            lambda b: (f"lease-{b}", StageLeased(stage="main", attempt=1, worker="w1", boot="x", credit="n")),
+            lambda b: (f"lease-{b}", LeaseExpired(stage="main", attempt=1, worker="w1", evidence="e")),
+            lambda b: (f"lease-{b}", StageDeferred(stage="main", attempt=1, reason="r")),
+            lambda b: (f"build-{b}", StageInterrupted(stage="main", attempt=1, reason="aborted")),
+            lambda b: (f"build-{b}", StageFinished(stage="main", attempt=1, status="failed")),
+        ]
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(one_event, max_size=30), st.integers(0, 30))
+def test_a_board_restored_anywhere_and_folded_on_is_the_board_that_never_stopped(happened, cut):
+    live = board(*happened)
+    log = facts(*happened)
+    half = Board()
+    for one in log[:cut]:
+        half.apply(one)
+    restored = Board.restore(half.position, half.snapshot())
+    for one in log:
+        restored.apply(one)
+    assert restored.snapshot() == live.snapshot() and restored.running == live.running
+
+
+def heartbeat(number, boot="x", credits=("n1",), running=(), challenge=b"c"):
+    return Heartbeat(
+        boot=boot,
+        number=number,
+        challenge=challenge,
+        slots=2,
+        offers=Offers(),
+        credits=[Credit(nonce, b"k") for nonce in credits],
+        running=[Running(attempt, 0) for attempt in running],
+    )
+
+
+def test_a_used_credit_is_not_offered_again_though_its_worker_still_lists_it():
+    fleet = Fleet()
+    fleet.on_heartbeat("w1", heartbeat(1), True, 0.0)
+    fleet.use("w1", Credit("n1", b"k"))
+    worker = fleet.on_heartbeat("w1", heartbeat(2), True, 1.0)
+    assert worker is not None and worker.view().credits == [] and worker.view().busy == 2
+    worker = fleet.on_heartbeat("w1", heartbeat(3, credits=("n2",)), True, 2.0)
+    assert worker is not None and [c.nonce for c in worker.view().credits] == ["n2"] and worker.used == set()
+
+
+def test_credits_without_a_recent_challenge_do_not_count():
+    # FAULTS 86: a heartbeat that is replayed, or that answers another server's challenge
+    worker = Fleet().on_heartbeat("w1", heartbeat(1, challenge=b""), False, 0.0)
+    assert worker is not None and worker.view().credits == []
+
+
+def test_an_old_heartbeat_is_ignored():
+    fleet = Fleet()
+    fleet.on_heartbeat("w1", heartbeat(5), True, 0.0)
+    assert fleet.on_heartbeat("w1", heartbeat(5), True, 1.0) is None
+    assert fleet.on_heartbeat("w1", heartbeat(4), True, 1.0) is None
+
+
+def test_of_two_workers_with_one_identity_the_newer_wins():
+    # FAULTS 46
+    fleet = Fleet()
+    fleet.on_heartbeat("w1", heartbeat(5, boot="old"), True, 0.0)
+    newer = fleet.on_heartbeat("w1", heartbeat(1, boot="new"), True, 1.0)
+    assert newer is not None and newer.heartbeat.boot == "new"
+    assert fleet.on_heartbeat("w1", heartbeat(6, boot="old"), True, 2.0) is None
+
+
+def test_what_a_worker_does_not_list_it_does_not_hold():
+    assert unlisted(heartbeat(1), A1) and not unlisted(heartbeat(1, running=[A1]), A1)
