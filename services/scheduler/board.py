@@ -15,7 +15,7 @@ from proto.plan import Stage
 from services.scheduler.queue import Queue, Queued
 
 CATEGORIES = frozenset({"build", "lease", "worker", "artifact"})
-CODE_VERSION = 1
+CODE_VERSION = "1"
 REMEMBERED = 10_000
 """How many archived logs, and plans of builds, are remembered; the log knows the others."""
 

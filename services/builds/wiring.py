@@ -1,0 +1,97 @@
+"""What the builds service is made of."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from libs.bus.bus import Bus, BusUnavailable, Message
+from libs.bus.jetstream import connect_jetstream
+from libs.eventlog.checkpoints import RelayCheckpoints
+from libs.eventlog.leadership import Leadership
+from libs.eventlog.postgres import open_postgres_log
+from libs.eventlog.projections import StoredProjection
+from libs.eventlog.timers import Timers
+from libs.runtime.commands import CommandLoop
+from libs.runtime.decisions import Cause
+from libs.runtime.ids import new_id
+from libs.runtime.projector import Projector
+from libs.runtime.reactions import ReactionConsumer
+from libs.runtime.relay import Relay
+from libs.runtime.service import Service
+from libs.runtime.settings import decode
+from proto.topology import BUILDS_REACTIONS, BUILDS_REPORTS, CONSUMERS, STREAMS
+from services.builds.alarm import Alarm
+from services.builds.commands import Command, CreateBuild
+from services.builds.decider import BuildDecider, State
+from services.builds.leases import Leases
+from services.builds.projection import timers
+from services.builds.reactions import on_event, on_report
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the log and the bus are, and who this is to them."""
+
+    database_url: str
+    nats_url: str
+    nats_user: str
+    nats_password: str
+
+
+LEADERSHIP_SECONDS = 2.0
+TABLES = Path(__file__).parent / "tables.sql"
+
+
+async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> web.Application | None:
+    """Build the service and start its parts: command loop, reactions, reports, timers, and the relay."""
+    settings = decode(Settings, environ)
+    log = await service.enter(open_postgres_log(settings.database_url))
+    bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "builds"))
+    await _ensured(bus)
+    commands: CommandLoop[Command, State] = CommandLoop(log, BuildDecider(), new_id, creates=lambda c: isinstance(c, CreateBuild))
+    holder = f"{os.getpid()}-{new_id()}"
+
+    relaying = Leadership(log.pool, "relay", holder, ttl=LEADERSHIP_SECONDS)
+    relay = Relay(log, bus, RelayCheckpoints(log.pool), relaying)
+    timing = Leadership(log.pool, "timers", holder, ttl=LEADERSHIP_SECONDS)
+    projector = Projector(log, StoredProjection(log.pool, timers(TABLES.read_text())))
+    alarm = Alarm(Timers(log.pool), timing, commands)
+
+    leases = Leases(log)
+
+    def react(message: Message) -> Sequence[tuple[Command, Cause]]:
+        return on_event(message.data)
+
+    def record(message: Message) -> Sequence[tuple[Command, Cause]]:
+        return on_report(message.subject, message.data, leases.of)
+
+    reactions = ReactionConsumer(bus, BUILDS_REACTIONS, react, commands, service.registry)
+    reports = ReactionConsumer(bus, BUILDS_REPORTS, record, commands, service.registry, prepare=leases.load)
+
+    service.depends("database", lambda: projector.problem)
+    service.depends("nats", lambda: None if bus.connected else "is not connected")
+    service.depends("relay", lambda: relay.problem)
+    service.spawn("commands", commands.run())
+    for office in (relaying, timing):
+        service.spawn("leadership", office.run())
+        service.on_drain(office.resign)
+    service.spawn("relay", relay.run())
+    service.spawn("projector", projector.run())
+    service.spawn("alarm", alarm.run())
+    service.spawn("reactions", reactions.run())
+    service.spawn("reports", reports.run())
+    return None
+
+
+async def _ensured(bus: Bus) -> None:
+    """Make the streams and consumers, as soon as the bus can be reached."""
+    while True:
+        try:
+            await bus.ensure(STREAMS, CONSUMERS)
+            return
+        except BusUnavailable:
+            await asyncio.sleep(0.2)
