@@ -8,7 +8,7 @@ from proto.catalogue import TAGS, category_of, decode
 from proto.events.base import Event
 
 
-class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+class Recorded(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A row of the log. `position` is its place in the log, `version` in its stream (from 1); `data` the exact bytes appended (JSON)."""
 
     position: int
@@ -24,7 +24,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     recorded_at: datetime
 
 
-class Fact(msgspec.Struct, frozen=True, kw_only=True):
+class Fact(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A recorded event, decoded."""
 
     position: int

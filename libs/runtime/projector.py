@@ -29,6 +29,8 @@ class Projector:
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self.position = 0
         self.problem: str | None = "has not read the log yet"
+        self.advanced = asyncio.Event()
+        """Set once the read model exists."""
 
     async def run(self) -> None:
         """Advance for ever."""
@@ -47,6 +49,7 @@ class Projector:
                 else:
                     pause = 0.1
                     self.problem = None
+                    self.advanced.set()
                     if position == self.position:
                         await wakeup.wait(self.IDLE)
                     self._reached(position)

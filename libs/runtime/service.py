@@ -30,6 +30,7 @@ class Service:
         self.name = name
         self.registry = CollectorRegistry()
         self.draining = asyncio.Event()
+        self.started = False
         self._stack = AsyncExitStack()
         self._checks: dict[str, Callable[[], str | None]] = {}
         self._died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -57,6 +58,8 @@ class Service:
     def problems(self) -> dict[str, str]:
         """Why the service is not ready, by dependency."""
         found = {name: why for name, check in self._checks.items() if (why := check()) is not None}
+        if not self.started:
+            found["service"] = "is starting"
         if self.draining.is_set():
             found["service"] = "is draining"
         return found
@@ -140,6 +143,7 @@ async def _serve(name: str, wire: Wire, environ: Mapping[str, str], sockets: Map
         app = await wire(service, own, sockets)
         if app is not None:
             await service.enter(await listen(app, sockets.get("http") or bind(main)))
+        service.started = True
         logger.info("started")
         await service.until_told()
         logger.info("draining")

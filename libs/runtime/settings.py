@@ -1,6 +1,7 @@
 """Configuration by environment, decoded once into a frozen struct."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -25,8 +26,14 @@ def decode(cls: type[T], environ: Mapping[str, str]) -> T:
         if field.required and name not in given:
             raise BadSettings(f"{PREFIX}{name.upper()} is missing")
     try:
-        return msgspec.convert(given, cls, strict=False)
+        return msgspec.convert(given, cls, strict=False, dec_hook=_path)
     except msgspec.ValidationError as error:
         text = str(error)
         message, _, path = text.partition(" - at `$.")
         raise BadSettings(f"{PREFIX}{path.rstrip('`').upper()}: {message}") from None
+
+
+def _path(kind: type[object], value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"no setting can be a {kind.__name__}")

@@ -25,13 +25,16 @@ _PAYLOAD = msgspec.json.Decoder(TimerPayload)
 class Alarm:
     """Whoever leads issues the command for each timer that is due; its projection drops it once the step is over."""
 
-    def __init__(self, timers: Timers, leadership: Leadership, commands: CommandLoop[Command, State]) -> None:
+    def __init__(self, timers: Timers, projected: asyncio.Event, leadership: Leadership, commands: CommandLoop[Command, State]) -> None:
+        """`projected` is set once there are timers to look at."""
         self._timers = timers
+        self._projected = projected
         self._leadership = leadership
         self._commands = commands
 
     async def run(self) -> None:
         """Look, ring, wait for the next one, for ever."""
+        await self._projected.wait()
         while True:
             await self._leadership.wait()
             try:

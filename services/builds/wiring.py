@@ -59,7 +59,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     relay = Relay(log, bus, RelayCheckpoints(log.pool), relaying)
     timing = Leadership(log.pool, "timers", holder, ttl=LEADERSHIP_SECONDS)
     projector = Projector(log, StoredProjection(log.pool, timers(TABLES.read_text())))
-    alarm = Alarm(Timers(log.pool), timing, commands)
+    alarm = Alarm(Timers(log.pool), projector.advanced, timing, commands)
 
     leases = Leases(log)
 

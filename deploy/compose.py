@@ -1,0 +1,93 @@
+"""What docker-compose.yml needs beside itself.
+
+`python deploy/compose.py prepare` writes `deploy/generated/`: passwords, keys, the NATS configuration, and one env file for each service, so that
+each container is given only what is its own. Run it once; it never overwrites. `python deploy/compose.py migrate` brings the database up to date;
+the compose file runs it in a container.
+"""
+
+import asyncio
+import hashlib
+import os
+import secrets
+import sys
+from pathlib import Path
+
+from libs.bus.accounts import server_config
+from libs.eventlog.migrate import migrate, role_of
+from libs.tokens import new_seed, public_key
+from proto.catalogue import SERVICES
+
+WORKERS = ("worker-1", "worker-2")
+GENERATED = Path(__file__).parent / "generated"
+
+
+def prepare(folder: Path) -> str:
+    """Write everything into `folder`, which must not exist; gives the first team's token."""
+    folder.mkdir(mode=0o700)
+    database = {user: secrets.token_urlsafe(24) for user in ("postgres", *SERVICES)}
+    bus = {user: secrets.token_urlsafe(24) for user in (*SERVICES, *WORKERS)}
+    store = {"key": secrets.token_hex(10), "secret": secrets.token_urlsafe(30)}
+    grant, server = new_seed(), new_seed()
+    worker_keys = {worker: new_seed() for worker in WORKERS}
+    token = f"pst_{secrets.token_urlsafe(32)}"
+
+    def write(name: str, **settings: str) -> None:
+        path = folder / name
+        path.touch(mode=0o600)
+        path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+
+    def service(name: str, **settings: str) -> None:
+        url = f"postgresql://{role_of(name)}:{database[name]}@postgres:5432/postgres"
+        write(f"{name}.env", PENSTOCK_DATABASE_URL=url, PENSTOCK_NATS_USER=name, PENSTOCK_NATS_PASSWORD=bus[name], **settings)
+
+    write("postgres.env", POSTGRES_PASSWORD=database["postgres"])
+    write("migrate.env", **{f"PASSWORD_{user.upper()}": password for user, password in database.items()})
+    write("store.env", MINIO_ROOT_USER=store["key"], MINIO_ROOT_PASSWORD=store["secret"])
+    service("gateway", PENSTOCK_GRANT_KEY=grant, PENSTOCK_BOOTSTRAP_TOKEN_SHA256=hashlib.sha256(token.encode()).hexdigest())
+    service("builds")
+    public = ",".join(f"{worker}={public_key(seed)}" for worker, seed in worker_keys.items())
+    service("scheduler", PENSTOCK_SERVER_KEY=server, PENSTOCK_WORKER_KEYS=public)
+    service(
+        "artifacts",
+        PENSTOCK_GRANT_PUBLIC_KEY=public_key(grant),
+        PENSTOCK_SERVER_PUBLIC_KEY=public_key(server),
+        AWS_ACCESS_KEY_ID=store["key"],
+        AWS_SECRET_ACCESS_KEY=store["secret"],
+    )
+    for worker, seed in worker_keys.items():
+        write(
+            f"{worker}.env",
+            PENSTOCK_WORKER_NAME=worker,
+            PENSTOCK_NATS_USER=worker,
+            PENSTOCK_NATS_PASSWORD=bus[worker],
+            PENSTOCK_WORKER_KEY=seed,
+            PENSTOCK_SERVER_PUBLIC_KEY=public_key(server),
+        )
+    config = folder / "nats.conf"
+    config.touch(mode=0o600)
+    config.write_text(
+        server_config(
+            port=4222,
+            listen_host="0.0.0.0",  # noqa: S104  the container's own network
+            store_dir=Path("/data"),
+            services={name: bus[name] for name in SERVICES},
+            workers={name: bus[name] for name in WORKERS},
+        )
+    )
+    return token
+
+
+async def bring_up_to_date() -> None:
+    """Wait for the database, then migrate it."""
+    passwords = {user: os.environ[f"PASSWORD_{user.upper()}"] for user in ("postgres", *SERVICES)}
+    await migrate(f"postgresql://postgres:{passwords.pop('postgres')}@postgres:5432/postgres", passwords)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["prepare"]:
+            print(f"The first token, for `penstock login --url http://localhost:7420`: {prepare(GENERATED)}")
+        case ["migrate"]:
+            asyncio.run(bring_up_to_date())
+        case _:
+            sys.exit("usage: compose.py prepare|migrate")

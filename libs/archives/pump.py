@@ -1,0 +1,84 @@
+"""Between the event loop, which moves bytes, and threads, which work on them: a thread is held only while there is something to work on,
+so that slow peers cost none."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from concurrent.futures import Executor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_ENOUGH = 64 << 10
+_AT_MOST = 1 << 20
+
+
+async def in_thread(work: Callable[[], T], threads: Executor | None = None) -> T:
+    """`work()` in a thread, and never left behind: a cancellation is passed on once the work has ended."""
+    future = asyncio.get_running_loop().run_in_executor(threads, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await _settled(future)
+        raise
+
+
+async def pump(chunks: AsyncIterator[bytes], feed: Callable[[bytes], None], finish: Callable[[], T], threads: Executor | None = None) -> T:
+    """Call `feed` in threads, one call at a time, with all of `chunks` in pieces of 64 KiB to about 1 MiB, reading on meanwhile; then `finish`, whose
+    answer is the answer. When this returns or raises, no call is under way. The producer waits once a piece is full: backpressure."""
+    waiting = bytearray()
+    working: asyncio.Task[None] | None = None
+    try:
+        async for chunk in chunks:
+            waiting += chunk
+            if len(waiting) < _ENOUGH or (working is not None and not working.done() and len(waiting) < _AT_MOST):
+                continue
+            if working is not None:
+                await working
+            working = asyncio.create_task(in_thread(_bound(feed, bytes(waiting)), threads))
+            waiting.clear()
+        if working is not None:
+            await working
+
+        def last() -> T:
+            if waiting:
+                feed(bytes(waiting))
+            return finish()
+
+        return await in_thread(last, threads)
+    finally:
+        if working is not None:
+            await _settled(working)
+
+
+async def drawn(pieces: Generator[bytes, None, None], threads: Executor | None = None) -> AsyncGenerator[bytes, None]:
+    """The pieces of a blocking generator, each drawn in a thread, one ahead of the reader. The generator is closed at the end."""
+
+    def draw() -> bytes | None:
+        return next(pieces, None)
+
+    ahead = asyncio.create_task(in_thread(draw, threads))
+    try:
+        while (piece := await ahead) is not None:
+            ahead = asyncio.create_task(in_thread(draw, threads))
+            yield piece
+    finally:
+        await _settled(ahead)
+        await in_thread(pieces.close, threads)
+
+
+def _bound(feed: Callable[[bytes], None], piece: bytes) -> Callable[[], None]:
+    return lambda: feed(piece)
+
+
+async def _settled(future: asyncio.Future[T]) -> None:
+    """Wait for the end of what runs, whatever comes of it; a cancellation of the waiter is raised only then."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if not future.cancelled():
+        future.exception()
+    if cancelled is not None:
+        raise cancelled

@@ -1,0 +1,46 @@
+"""How far the relay has published, in terms of both sides: the log's position and the JetStream sequence that it became."""
+
+from msgspec import Struct
+
+from libs.eventlog.postgres import Pool, unavailable
+
+_LOAD = "SELECT stream_created, sequence, position, term FROM relay_checkpoint WHERE name = $1"
+_SAVE = """
+INSERT INTO relay_checkpoint AS c (name, stream_created, sequence, position, term) VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (name) DO UPDATE SET
+    stream_created = excluded.stream_created, sequence = excluded.sequence, position = excluded.position, term = excluded.term
+WHERE c.term <= excluded.term
+RETURNING true
+"""
+
+
+class RelayCheckpoint(Struct, frozen=True):
+    """Everything up to `position` was acknowledged by the JetStream stream made at `stream_created`, the last of it as `sequence`."""
+
+    stream_created: str
+    sequence: int
+    position: int
+    term: int
+
+
+class RelayCheckpoints:
+    """Rows of the service's own schema; both calls may raise LogUnavailable."""
+
+    def __init__(self, pool: Pool, name: str = "relay") -> None:
+        self._pool = pool
+        self._name = name
+
+    async def load(self) -> RelayCheckpoint | None:
+        with unavailable():
+            async with self._pool.acquire(timeout=1.2) as connection:
+                row = await connection.fetchrow(_LOAD, self._name, timeout=2.4)
+        return None if row is None else RelayCheckpoint(*row)
+
+    async def save(self, checkpoint: RelayCheckpoint) -> bool:
+        """False: a leader of a later term has saved, and this one's word no longer counts. A rewind is saved like an advance."""
+        with unavailable():
+            async with self._pool.acquire(timeout=1.2) as connection:
+                saved = await connection.fetchval(
+                    _SAVE, self._name, checkpoint.stream_created, checkpoint.sequence, checkpoint.position, checkpoint.term, timeout=2.4
+                )
+        return bool(saved)

@@ -1,0 +1,145 @@
+"""The event log as its users see it: append under expected versions, read in order, be woken.
+
+Invariants: positions rise in commit order, so a reader that goes on after the last position it has seen skips nothing; a stream's versions
+count from 1 without gaps; an `event_id` is recorded once.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from msgspec import Struct
+
+from proto.catalogue import category_of
+from proto.envelope import Recorded
+from proto.topology import MAX_EVENT
+
+NO_STREAM = 0
+"""Expected version of a stream that must not exist yet."""
+ANY = -1
+"""Expected version of a stream that may be anywhere."""
+
+
+class NewEvent(Struct, frozen=True):
+    """An event to append. `data` is JSON, kept byte for byte, at most MAX_EVENT bytes."""
+
+    event_id: str
+    type: str
+    data: bytes
+
+
+class Write(Struct, frozen=True, kw_only=True):
+    """Events for one stream, recorded all or none, if the stream is at version `expected` (or ANY)."""
+
+    stream: str
+    expected: int
+    events: Sequence[NewEvent]
+    team: str
+    correlation_id: str
+    causation_id: str
+    actor: str
+
+
+class Appended(Struct, frozen=True):
+    """Where the write's last event is; also the answer when the same event ids are seen again."""
+
+    stream: str
+    version: int
+    position: int
+    recorded_at: datetime
+
+
+class Conflict(Struct, frozen=True):
+    """Nothing of the write was recorded: the stream is at version `actual`."""
+
+    stream: str
+    actual: int
+
+
+class LogUnavailable(Exception):
+    """No connection, a timeout, a full disk: nothing is known to be recorded. Retry with the same event ids."""
+
+
+class NotOwner(Exception):
+    """The service may not append to this category. Nothing of the call was recorded."""
+
+
+class EventTooLarge(Exception):
+    """An event is over MAX_EVENT bytes. Nothing of the call was recorded."""
+
+
+class Wakeup:
+    """One follower's bell: rung by every append, by anyone, and whenever appends may have gone unheard."""
+
+    def __init__(self, on_close: Callable[["Wakeup"], None]) -> None:
+        self._rung = asyncio.Event()
+        self._on_close = on_close
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    async def wait(self, timeout: float) -> None:
+        """Return at once if it rang since the last wait returned (or since it was made), else when it rings, or after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._rung.wait()
+        except TimeoutError:
+            pass
+        self._rung.clear()
+
+    def close(self) -> None:
+        self._on_close(self)
+
+
+class EventLog(Protocol):
+    """Every method may raise LogUnavailable."""
+
+    async def append(self, writes: Sequence[Write]) -> list[Appended | Conflict]:
+        """One round trip, one outcome a write, in order. Writes are independent of one another, and name a stream once each.
+        Raises NotOwner or EventTooLarge for the call as a whole, and ValueError for what is malformed."""
+        ...
+
+    async def read_streams(self, streams: Sequence[str]) -> dict[str, list[Recorded]]:
+        """Every named stream is a key; its events in version order."""
+        ...
+
+    async def read(self, after: int, limit: int, categories: Collection[str] | None = None) -> list[Recorded]:
+        """The first `limit` events after a position, in position order. A follower of few categories that gets nothing
+        may go on after the head it asked for before."""
+        ...
+
+    async def head(self) -> int:
+        """The last position; 0 when empty."""
+        ...
+
+    async def epoch(self) -> int:
+        """Raised when the log has lost a tail (a restore, a failover): what followed it starts over."""
+        ...
+
+    def wakeup(self) -> Wakeup:
+        """One for each follower; made before its first read, it misses nothing."""
+        ...
+
+
+def check_writes(writes: Sequence[Write]) -> None:
+    """What every log refuses before it records anything. Raises EventTooLarge or ValueError."""
+    streams: set[str] = set()
+    ids: set[str] = set()
+    for write in writes:
+        category = category_of(write.stream)
+        if not category or category == write.stream:
+            raise ValueError(f"{write.stream!r} is not <category>-<id>")
+        if write.stream in streams:
+            raise ValueError(f"{write.stream} is named twice in one call")
+        streams.add(write.stream)
+        if not write.events:
+            raise ValueError(f"no events for {write.stream}")
+        if write.expected < ANY:
+            raise ValueError(f"no version {write.expected} of {write.stream}")
+        for event in write.events:
+            if len(event.data) > MAX_EVENT:
+                raise EventTooLarge(f"{event.type} for {write.stream} has {len(event.data)} bytes, over {MAX_EVENT}")
+            if event.event_id in ids:
+                raise ValueError(f"event id {event.event_id} is given twice")
+            ids.add(event.event_id)

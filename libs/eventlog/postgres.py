@@ -1,0 +1,225 @@
+"""The event log in Postgres. All SQL that touches the log's table is here and in the projections.
+
+An append is one call of one function in a transaction of its own: a client that stops in the middle of it holds nothing.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+import asyncpg
+
+from libs.eventlog.log import Appended, Conflict, EventTooLarge, LogUnavailable, NotOwner, Wakeup, Write, check_writes
+from proto.envelope import Recorded
+
+Pool = asyncpg.Pool
+
+_APPEND = "SELECT recorded, version, position, recorded_at FROM eventlog.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
+_COLUMNS = "position, stream, version, event_id, type, data, team, correlation_id, causation_id, actor, recorded_at"
+_STREAMS = f"SELECT {_COLUMNS} FROM eventlog.event WHERE stream = ANY ($1) ORDER BY stream, version"  # noqa: S608  constants
+_READ = f"SELECT {_COLUMNS} FROM eventlog.event WHERE position > $1 ORDER BY position LIMIT $2"  # noqa: S608
+_READ_SOME = (
+    f"SELECT {_COLUMNS} FROM eventlog.event WHERE position > $1 AND split_part(stream, '-', 1) = ANY ($3) "  # noqa: S608
+    "ORDER BY position LIMIT $2"
+)
+_HEAD = "SELECT coalesce((SELECT position FROM eventlog.event ORDER BY position DESC LIMIT 1), 0)"
+_EPOCH = "SELECT number FROM eventlog.epoch"
+_CHANNEL = "eventlog"
+_UNAVAILABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.PostgresSystemError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.InternalServerError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+)
+
+
+@contextmanager
+def unavailable() -> Iterator[None]:
+    """What the database says when it is down, full, overloaded or starting becomes LogUnavailable."""
+    try:
+        yield
+    except _UNAVAILABLE as error:
+        raise LogUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+@asynccontextmanager
+async def open_pool(dsn: str, size: int = 4) -> AsyncIterator[Pool]:
+    """Up to `size` connections, made when needed and closed when idle. Succeeds while Postgres is down.
+
+    `json` is bytes, both ways. A DSN with a password and an sslmode keeps the driver from looking for files in HOME."""
+    pool = asyncpg.create_pool(
+        dsn,
+        min_size=0,
+        max_size=size,
+        timeout=2.0,
+        command_timeout=30.0,
+        max_inactive_connection_lifetime=120.0,
+        init=_prepare,
+        reset=_nothing_to_reset,
+    )
+    await pool
+    try:
+        yield pool
+    finally:
+        try:
+            await asyncio.wait_for(pool.close(), 5.0)
+        except TimeoutError:
+            pool.terminate()
+
+
+async def _prepare(connection: asyncpg.Connection) -> None:
+    await connection.set_type_codec("json", schema="pg_catalog", encoder=_same, decoder=_same, format="binary")
+
+
+async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
+    """No one changes the session's state, so a release needs no round trip; asyncpg itself ends an open transaction."""
+
+
+def _same(data: bytes) -> bytes:
+    return data
+
+
+class PostgresLog:
+    """An EventLog. Every call gives up with LogUnavailable within 5 s. Made by open_postgres_log."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._wakeups: set[Wakeup] = set()
+        self._tried = asyncio.Event()
+
+    async def append(self, writes: Sequence[Write]) -> list[Appended | Conflict]:
+        check_writes(writes)
+        if not writes:
+            return []
+        arguments = (
+            [write.stream for write in writes],
+            [write.expected for write in writes],
+            [write.team for write in writes],
+            [write.correlation_id for write in writes],
+            [write.causation_id for write in writes],
+            [write.actor for write in writes],
+            [number for number, write in enumerate(writes, 1) for _ in write.events],
+            [event.event_id for write in writes for event in write.events],
+            [event.type for write in writes for event in write.events],
+            [event.data.decode() for write in writes for event in write.events],
+        )
+        try:
+            rows = await self._fetch(_APPEND, *arguments)
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise NotOwner(str(error)) from error
+        except asyncpg.ProgramLimitExceededError as error:
+            raise EventTooLarge(str(error)) from error
+        except (asyncpg.DataError, asyncpg.UniqueViolationError) as error:
+            raise ValueError(str(error)) from error
+        return [
+            Appended(write.stream, row[1], row[2], row[3]) if row[0] else Conflict(write.stream, row[1])
+            for write, row in zip(writes, rows, strict=True)
+        ]
+
+    async def read_streams(self, streams: Sequence[str]) -> dict[str, list[Recorded]]:
+        found: dict[str, list[Recorded]] = {stream: [] for stream in streams}
+        for row in await self._fetch(_STREAMS, list(found)):
+            found[row[1]].append(recorded(row))
+        return found
+
+    async def read(self, after: int, limit: int, categories: Collection[str] | None = None) -> list[Recorded]:
+        if categories is None:
+            rows = await self._fetch(_READ, after, limit)
+        else:
+            rows = await self._fetch(_READ_SOME, after, limit, list(categories))
+        return [recorded(row) for row in rows]
+
+    async def head(self) -> int:
+        head: int = (await self._fetch(_HEAD))[0][0]
+        return head
+
+    async def epoch(self) -> int:
+        epoch: int = (await self._fetch(_EPOCH))[0][0]
+        return epoch
+
+    def wakeup(self) -> Wakeup:
+        wakeup = Wakeup(self._wakeups.discard)
+        self._wakeups.add(wakeup)
+        return wakeup
+
+    async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+        with unavailable():
+            # Getting a connection, the answer, and giving up on it in an orderly way each have their limit.
+            async with self.pool.acquire(timeout=1.2) as connection:
+                rows: list[asyncpg.Record] = await connection.fetch(query, *arguments, timeout=2.4)
+                return rows
+
+    def _wake(self, *_: object) -> None:
+        for wakeup in self._wakeups:
+            wakeup.ring()
+
+    async def _listen(self, dsn: str) -> None:
+        """Keep one connection listening; whatever was appended while there was none is made up for by waking everyone."""
+        pause = 0.05
+        while True:
+            with suppress(Exception):  # whatever it was: without a listener followers only look now and then
+                connection = await asyncpg.connect(dsn, timeout=2.0, command_timeout=5.0)
+                try:
+                    lost = asyncio.Event()
+                    connection.add_termination_listener(lambda *_, lost=lost: lost.set())
+                    await connection.add_listener(_CHANNEL, self._wake)
+                    self._wake()
+                    self._tried.set()
+                    pause = 0.05
+                    await self._watch(connection, lost)
+                finally:
+                    with suppress(Exception):
+                        await connection.close(timeout=1.0)
+            self._tried.set()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 1.0)
+
+    async def _watch(self, connection: asyncpg.Connection, lost: asyncio.Event) -> None:
+        """Until the connection is lost. A peer that vanished without a word is found out by asking now and then."""
+        while not lost.is_set():
+            try:
+                async with asyncio.timeout(20.0):
+                    await lost.wait()
+            except TimeoutError:
+                await connection.fetchval("SELECT 1", timeout=5.0)
+
+
+@asynccontextmanager
+async def open_postgres_log(dsn: str, size: int = 4) -> AsyncIterator[PostgresLog]:
+    """A log over a pool of its own (`log.pool`, which the service's other storage may share) and one listening connection.
+    Succeeds while Postgres is down; calls then raise LogUnavailable, and work again when it is back."""
+    async with open_pool(dsn, size) as pool:
+        log = PostgresLog(pool)
+        listening = asyncio.create_task(log._listen(dsn), name="eventlog-listener")
+        try:
+            await log._tried.wait()
+            yield log
+        finally:
+            listening.cancel()
+            with suppress(asyncio.CancelledError):
+                await listening
+
+
+def recorded(row: asyncpg.Record) -> Recorded:
+    return Recorded(
+        position=row[0],
+        stream=row[1],
+        version=row[2],
+        event_id=row[3],
+        type=row[4],
+        data=row[5],
+        team=row[6],
+        correlation_id=row[7],
+        causation_id=row[8],
+        actor=row[9],
+        recorded_at=row[10],
+    )

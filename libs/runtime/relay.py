@@ -1,0 +1,290 @@
+"""The relay: the only publisher of log events (DESIGN.md §4). The log is the outbox; EVENTS is a copy of it that may vanish.
+
+Invariants: it publishes in position order; the checkpoint covers only what JetStream acknowledged, without a gap; so whatever is after the checkpoint
+may be published twice, and nothing is left out. Two relays at once are harmless: a message id is an event's, and followers skip what they know.
+"""
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from libs.bus.bus import Ack, Bus, BusUnavailable, StreamState, TooLarge
+from libs.eventlog.checkpoints import RelayCheckpoint
+from libs.eventlog.log import EventLog, LogUnavailable, Wakeup
+from proto.envelope import cloud_event, decode_cloud_event, subject_of
+from proto.topology import STREAMS
+
+BATCH = 500
+WINDOW = 4 * BATCH
+"""How many events may wait for their ack."""
+SAVE_EVERY = 0.1
+EXAMINE_EVERY = 5.0
+LOOK_EVERY = 1.0
+"""How soon a new connection is noticed when nothing is appended."""
+SETTLE = 0.02
+"""How soon acks are looked at when nothing else happens."""
+RETRY = 0.2
+LAST_SAVE = 1.0
+
+_EVENTS = next(stream for stream in STREAMS if stream.name == "EVENTS")
+
+
+class Checkpoints(Protocol):
+    """libs.eventlog.checkpoints.RelayCheckpoints. `save` says False when a later leader has saved."""
+
+    async def load(self) -> RelayCheckpoint | None: ...
+    async def save(self, checkpoint: RelayCheckpoint) -> bool: ...
+
+
+class Office(Protocol):
+    """libs.eventlog.leadership.Leadership: `term` is None for all but the leader."""
+
+    @property
+    def term(self) -> int | None: ...
+    async def wait(self) -> int: ...
+
+
+class _Deposed(Exception):
+    """Another leads."""
+
+
+class _Lost(Exception):
+    """JetStream gave out a sequence for the second time: it has forgotten what it acknowledged."""
+
+
+async def _from_the_start() -> int:
+    return 0
+
+
+class Relay:
+    """`problem` says why it stands still (None: it does not, or another instance leads); `position` is how far JetStream has acknowledged.
+
+    `floor` gives the position below which no service needs an event any more: a lost EVENTS is refilled from there.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        bus: Bus,
+        checkpoints: Checkpoints,
+        leadership: Office,
+        *,
+        floor: Callable[[], Awaitable[int]] = _from_the_start,
+        clock: Callable[[], float] = time.monotonic,
+        fresh: Callable[[], str] = lambda: secrets.token_hex(4),
+    ) -> None:
+        self.problem: str | None = None
+        self.position = 0
+        self._log = log
+        self._bus = bus
+        self._checkpoints = checkpoints
+        self._leadership = leadership
+        self._floor = floor
+        self._clock = clock
+        self._fresh = fresh
+        self._logger = structlog.get_logger("relay")
+        self._term = 0
+        self._epoch = 0
+        self._created = ""
+        self._sequence = 0
+        self._published = 0
+        self._suffix = ""
+        self._in_flight: deque[tuple[int, asyncio.Future[Ack]]] = deque()
+        self._saved: RelayCheckpoint | None = None
+        self._saving: asyncio.Task[bool] | None = None
+        self._saved_at = float("-inf")
+        self._connections = 0
+        self._examined_at = float("-inf")
+
+    async def run(self) -> None:
+        """Lead whenever this instance is the leader, for ever."""
+        wakeup = self._log.wakeup()
+        try:
+            while True:
+                if self._leadership.term is None:
+                    self.problem = None
+                self._term = await self._leadership.wait()
+                try:
+                    await self._lead(wakeup)
+                except asyncio.CancelledError:
+                    await self._save_last()
+                    raise
+                except _Deposed:
+                    self.problem = None
+                except _Lost as lost:
+                    await self._forget(str(lost))
+                except (BusUnavailable, LogUnavailable) as error:
+                    await self._pause(str(error) or type(error).__name__)
+                except (TooLarge, ValueError) as error:
+                    await self._pause(f"the event after position {self.position} cannot be published: {error}")
+                finally:
+                    await self._drop()
+        finally:
+            wakeup.close()
+
+    async def _lead(self, wakeup: Wakeup) -> None:
+        self._saved = await self._checkpoints.load()
+        self._created, self._sequence, self.position = "", 0, 0
+        if self._saved is not None:
+            self._created, self._sequence, self.position = self._saved.stream_created, self._saved.sequence, self._saved.position
+        self._published = self.position
+        await self._examine()
+        while True:
+            self._settle()
+            if self._bus.connections != self._connections or self._clock() > self._examined_at + EXAMINE_EVERY:
+                await self._acknowledged(0)
+                await self._examine()
+            more = await self._publish()
+            await self._acknowledged(WINDOW)
+            await self._save()
+            self.problem = None
+            if not more:
+                await wakeup.wait(SETTLE if self._in_flight else SAVE_EVERY if self._unsaved() else LOOK_EVERY)
+            if self._leadership.term != self._term:
+                raise _Deposed
+
+    async def _publish(self) -> bool:
+        """The next batch. True: there may be more of it."""
+        batch = await self._log.read(self._published, BATCH)
+        if self._bus.connections != self._connections or self._leadership.term != self._term:
+            # What the stream still has must be known before anything is added to it, or its last sequence tells nothing.
+            return True
+        for recorded in batch:
+            message_id = f"{recorded.event_id}.{self._suffix}" if self._suffix else recorded.event_id
+            acknowledgement = self._bus.publish(subject_of(recorded), cloud_event(recorded, self._epoch), message_id)
+            self._in_flight.append((recorded.position, acknowledgement))
+            self._published = recorded.position
+        return len(batch) == BATCH
+
+    async def _acknowledged(self, at_most: int) -> None:
+        """Until no more than so many wait for their ack."""
+        while len(self._in_flight) > at_most:
+            await asyncio.wait([self._in_flight[0][1]])
+            self._settle()
+
+    def _settle(self) -> None:
+        while self._in_flight and self._in_flight[0][1].done():
+            position, acknowledgement = self._in_flight[0]
+            ack = acknowledgement.result()
+            if ack.sequence <= self._sequence and not ack.duplicate:
+                raise _Lost(f"sequence {ack.sequence} was given out again")
+            self._in_flight.popleft()
+            self._sequence = max(self._sequence, ack.sequence)
+            self.position = position
+
+    async def _examine(self) -> None:
+        """Does the stream still have what it acknowledged, and of this epoch? If not, go back."""
+        connections = self._bus.connections
+        state = await self._bus.stream_state(_EVENTS.name)
+        if state is None:
+            await self._bus.ensure([_EVENTS], [])
+            state = await self._bus.stream_state(_EVENTS.name)
+            if state is None:
+                raise BusUnavailable(f"there is no stream {_EVENTS.name}")
+        epoch = await self._log.epoch()
+        if state.created != self._created:
+            await self._rewind(
+                await self._floor(), state, "EVENTS is not the stream that was filled" if self._created else "nothing was published yet"
+            )
+        elif state.last_sequence < self._sequence:
+            position, of_epoch = await self._end_of_stream()
+            await self._rewind(position if of_epoch == epoch else await self._floor(), state, "EVENTS has lost its end")
+        elif epoch != self._epoch and (await self._end_of_stream())[1] not in (0, epoch):
+            await self._rewind(await self._floor(), state, "the log's epoch was raised")
+        self._epoch = epoch
+        self._connections = connections
+        self._examined_at = self._clock()
+
+    async def _end_of_stream(self) -> tuple[int, int]:
+        """Position and epoch of the last message: all before that position are in the stream, as every relay publishes in order. (0, 0): none."""
+        last = await self._bus.last(_EVENTS.name, "events.>")
+        if last is None:
+            return 0, 0
+        try:
+            event = decode_cloud_event(last.data)
+        except msgspec.MsgspecError:
+            return 0, 0
+        return event.position, event.epoch
+
+    async def _rewind(self, position: int, state: StreamState, why: str) -> None:
+        """Saved at once: should this leader end before it is through, the next must not go on where the lost stream was."""
+        self._logger.warning("the relay starts again", after=position, was_at=self.position, why=why)
+        self._created, self._sequence = state.created, state.last_sequence
+        self.position = self._published = min(position, await self._log.head())
+        # A message that was purged or lost may still count as a duplicate for a while.
+        self._suffix = self._fresh()
+        await self._saving_done()
+        await self._write(self._checkpoint())
+
+    async def _forget(self, why: str) -> None:
+        """Make the next look at the stream find it another than the one that was filled."""
+        self._logger.warning("EVENTS has forgotten what it acknowledged", why=why)
+        try:
+            await self._saving_done()
+            await self._write(RelayCheckpoint(stream_created="", sequence=0, position=0, term=self._term))
+        except _Deposed:
+            self.problem = None
+        except LogUnavailable as error:
+            await self._pause(str(error))
+
+    def _checkpoint(self) -> RelayCheckpoint:
+        return RelayCheckpoint(stream_created=self._created, sequence=self._sequence, position=self.position, term=self._term)
+
+    def _unsaved(self) -> bool:
+        return self._saved is None or self._saved.position != self.position
+
+    async def _save(self) -> None:
+        """Beside the work, and not for each batch."""
+        if self._saving is not None:
+            if not self._saving.done():
+                return
+            await self._saving_done()
+        if self._unsaved() and self._clock() >= self._saved_at + SAVE_EVERY:
+            self._saved_at = self._clock()
+            self._saving = asyncio.create_task(self._store(self._checkpoint()), name="relay checkpoint")
+
+    async def _saving_done(self) -> None:
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            if not await saving:
+                raise _Deposed
+
+    async def _write(self, checkpoint: RelayCheckpoint) -> None:
+        if not await self._store(checkpoint):
+            raise _Deposed
+
+    async def _store(self, checkpoint: RelayCheckpoint) -> bool:
+        kept = await self._checkpoints.save(checkpoint)
+        if kept:
+            self._saved = checkpoint
+        return kept
+
+    async def _save_last(self) -> None:
+        """So that a successor repeats nothing. Best effort."""
+        with suppress(Exception):
+            self._settle()
+            async with asyncio.timeout(LAST_SAVE):
+                await self._saving_done()
+                if self._unsaved() and self._created:
+                    await self._store(self._checkpoint())
+
+    async def _pause(self, why: str) -> None:
+        if self.problem is None:
+            self._logger.warning("the relay stands still", why=why)
+        self.problem = why
+        await asyncio.sleep(RETRY)
+
+    async def _drop(self) -> None:
+        """What is in flight will be published again, with the same ids."""
+        self._in_flight.clear()
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.cancel()
+            await asyncio.gather(saving, return_exceptions=True)

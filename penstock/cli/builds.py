@@ -1,0 +1,72 @@
+"""`penstock builds` and `penstock abort`."""
+
+import sys
+from datetime import datetime
+
+import click
+
+from penstock.cli.running import BuildRef, connect, json_option, print_json, run, team_option
+from penstock.cli.terminal import STATUS_COLOURS, Terminal
+from penstock.client import Build, Client
+
+
+@click.command(short_help="List builds.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="So many at most.")
+@click.option("--status", type=click.Choice(["pending", "started", "succeeded", "failed", "errored", "aborted"]), help="Only those.")
+@json_option
+@team_option
+@click.pass_context
+def builds(ctx: click.Context, limit: int, status: str | None, as_json: bool, team: str | None) -> None:
+    """List the team's builds, newest first."""
+    found = run(_listed(connect(ctx, team), status or "", limit))
+    if as_json:
+        print_json(found)
+        return
+    rows = [("number", "status", "name", "created", "took", "by"), *(_row(build) for build in found)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    colour = sys.stdout.isatty() and Terminal().coloured
+    for n, row in enumerate(rows):
+        cells = [cell.rjust(width) if i == 0 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        if colour and n:
+            cells[1] = click.style(cells[1], fg=STATUS_COLOURS.get(found[n - 1].status))
+        click.echo("  ".join(cells).rstrip(), color=True)
+
+
+async def _listed(client: Client, status: str, limit: int) -> list[Build]:
+    async with client:
+        return [build async for build in client.builds(status, limit)]
+
+
+def _row(build: Build) -> tuple[str, ...]:
+    status = f"{build.status} {build.percent} %" if build.status == "started" else build.status
+    created = build.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if build.created_at else ""
+    return str(build.number), status, build.name, created, _took(build.started_at, build.finished_at), build.requested_by
+
+
+def _took(start: datetime | None, end: datetime | None) -> str:
+    if not start or not end:
+        return ""
+    seconds = (end - start).total_seconds()
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@click.command(short_help="End a build.")
+@click.argument("build", type=BuildRef())
+@json_option
+@team_option
+@click.pass_context
+def abort(ctx: click.Context, build: str, as_json: bool, team: str | None) -> None:
+    """Ask for a build to end. Its task gets SIGTERM, and SIGKILL when it does not heed that."""
+    aborted = run(_aborted(connect(ctx, team), build))
+    if as_json:
+        print_json(aborted)
+    else:
+        Terminal().say(f"aborting build {aborted.number}: see `penstock watch {aborted.number}`")
+
+
+async def _aborted(client: Client, ref: str) -> Build:
+    async with client:
+        return await client.abort(ref)

@@ -1,0 +1,57 @@
+"""`penstock download`: what fly's RFC promised: go away, and fetch the outputs later."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from penstock.cli.fetching import check_folders, fetch, output_of
+from penstock.cli.interruption import Interruption
+from penstock.cli.running import Assignment, BuildRef, Failure, Mistake, connect, run, team_option
+from penstock.cli.terminal import Terminal
+from penstock.client import Artifact, Build, Client
+
+
+@click.command(short_help="Bring outputs back.")
+@click.argument("build", type=BuildRef())
+@click.option("-o", "--output", "outputs", multiple=True, metavar="NAME=PATH", type=Assignment(), help="This output, into this folder.")
+@team_option
+@click.pass_context
+def download(ctx: click.Context, build: str, outputs: Sequence[tuple[str, str]], team: str | None) -> None:
+    """Bring a build's outputs back: those that are named, else all of them, each into a folder of its name.
+
+    Files that are there are replaced, others left alone.
+    """
+    wanted = {name: Path(path).expanduser() for name, path in outputs}
+    if len(wanted) < len(outputs):
+        raise Mistake("an output is given twice")
+    check_folders(wanted)
+    run(_downloaded(connect(ctx, team), build, wanted, Terminal()))
+
+
+async def _downloaded(client: Client, ref: str, wanted: dict[str, Path], terminal: Terminal) -> None:
+    with Interruption("left") as interruption:
+        interruption.cancels()
+        try:
+            async with client:
+                build = await client.build(ref)
+                wanted = wanted or {name: Path(name) for name in build.outputs}
+                check_folders(wanted)
+                await fetch(client, _found(build, wanted), wanted, terminal)
+        except asyncio.CancelledError:
+            raise click.Abort from None
+    if not wanted:
+        terminal.say(f"build {build.number} has no outputs" + ("" if build.ended else f" yet: it is {build.status}"))
+
+
+def _found(build: Build, wanted: dict[str, Path]) -> dict[str, Artifact]:
+    found: dict[str, Artifact] = {}
+    for name in wanted:
+        artifact = output_of(build, name)
+        if artifact is None:
+            if not build.ended:
+                raise Failure(f"build {build.number} is {build.status} and has no output `{name}` yet: wait with `penstock watch {build.number}`")
+            raise Failure(f"build {build.number} has no output `{name}` ({', '.join(build.outputs) or 'it has none'})")
+        found[name] = artifact
+    return found

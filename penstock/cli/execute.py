@@ -1,0 +1,261 @@
+"""`penstock execute`: the one thing every user comes for."""
+
+import asyncio
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from penstock.cli.fetching import check_folders, fetch, output_of
+from penstock.cli.following import exit_code_of, follow, say_end, say_why
+from penstock.cli.interruption import Interruption
+from penstock.cli.running import Assignment, Failure, Mistake, connect, print_json, run, team_option
+from penstock.cli.terminal import Terminal
+from penstock.client import Artifact, Build, Client, Conflict, PenstockError, Selection, select
+from penstock.taskfile import Task, TaskFileProblem, overridden_params, plan_of, read_task
+from penstock.variables import VariableProblem, gather_variables
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+_LONGEST = 30 * 24 * 3600
+
+
+class TaskCommand(click.Command):
+    """What stands after `--` is for the task."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            cut = args.index("--")
+            ctx.meta["penstock.arguments"] = args[cut + 1 :]
+            args = args[:cut]
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- ARGS…]"]
+
+
+class Duration(click.ParamType[int]):
+    """Seconds, as `90`, `90s`, `10m`, `1h30m`."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _DURATION.fullmatch(str(value).strip())
+        hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match and len(str(value)) < 20 else (0, 0, 0)
+        total = hours * 3600 + minutes * 60 + seconds
+        if not 1 <= total <= _LONGEST:
+            self.fail(f"`{value}` must be a time like 90s, 10m or 1h30m, 30 days at most", param, ctx)
+        return total
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked for, checked against the task file and this machine's folders: nothing has been sent yet. `folders` are to be uploaded under a
+    name; `inputs` say which of them each of the task's inputs gets."""
+
+    plan: dict[str, Any]
+    name: str
+    folders: dict[str, Selection]
+    inputs: dict[str, str]
+    outputs: dict[str, Path]
+
+
+@click.command(cls=TaskCommand, short_help="Run a task on folders of yours.")
+@click.option("-c", "--config", "task_file", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The task file.")
+@click.option("-i", "--input", "inputs", multiple=True, metavar="NAME=PATH", type=Assignment(), help="Upload a folder as an input of the task.")
+@click.option("-o", "--output", "outputs", multiple=True, metavar="NAME=PATH", type=Assignment(), help="Bring an output back into a folder.")
+@click.option("-m", "--input-mapping", "mapping", multiple=True, metavar="NAME=OTHER", type=Assignment(), help="The task's input NAME is -i OTHER.")
+@click.option("--include-ignored", is_flag=True, help="Upload what git ignores, too.")
+@click.option("--include-git", is_flag=True, help="Upload the .git folder, too.")
+@click.option("-v", "--var", "texts", multiple=True, metavar="NAME=TEXT", help="Set a variable of the task file to text.")
+@click.option("-y", "--yaml-var", "yamls", multiple=True, metavar="NAME=YAML", help="Set a variable to a YAML value.")
+@click.option("-l", "--load-vars-from", "files", multiple=True, metavar="FILE", type=click.Path(path_type=Path), help="Variables from a YAML file.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Run on a worker with this tag.")
+@click.option("--timeout", type=Duration(), metavar="TIME", help="Interrupt the task after this long: 90s, 10m, 1h30m.")
+@click.option("--name", default="", help="A name for the build.")
+@click.option("-b", "--detach", is_flag=True, help="Do not wait: print the build's number only.")
+@team_option
+@click.option("--json", "as_json", is_flag=True, help="Print the build as JSON on stdout; the log goes to stderr.")
+@click.pass_context
+def execute(ctx: click.Context, /, detach: bool, team: str | None, as_json: bool, **options: Any) -> None:
+    """Upload folders, run a task on them on a worker, watch it live, and bring the outputs back.
+
+    A folder in a git work tree is uploaded as git shows it: tracked and untracked, without the ignored. The current folder is uploaded without -i if
+    an input of the task has its name. The exit code is the task's own; else 1 failed, 2 errored, 3 aborted, 255 the events broke off. Ctrl-C aborts
+    the build; a second one leaves at once.
+    """
+    client = connect(ctx, team)
+    terminal = Terminal(log_to_stderr=as_json)
+    request = _request(terminal, ctx.meta.get("penstock.arguments", []), **options)
+    build, code = run(_executed(client, request, terminal, detach))
+    if as_json:
+        print_json(build)
+    elif detach:
+        click.echo(build.number)
+    ctx.exit(code)
+
+
+def _request(
+    terminal: Terminal,
+    arguments: Sequence[str],
+    *,
+    task_file: Path,
+    inputs: Sequence[tuple[str, str]],
+    outputs: Sequence[tuple[str, str]],
+    mapping: Sequence[tuple[str, str]],
+    include_ignored: bool,
+    include_git: bool,
+    texts: Sequence[str],
+    yamls: Sequence[str],
+    files: Sequence[Path],
+    tags: Sequence[str],
+    timeout: int | None,
+    name: str,
+) -> Request:
+    text = _read(task_file)
+    try:
+        variables = gather_variables(texts, yamls, [(str(path), _read(path)) for path in files])
+        task = read_task(str(task_file), text, variables, os.environ)
+    except (TaskFileProblem, VariableProblem) as problem:
+        raise Failure(str(problem)) from problem
+    for param in overridden_params(text, os.environ):
+        terminal.say(f"param {param}: taken from the environment, not from {task_file}")
+    wanted = _folders("-o", outputs)
+    _known("-o", wanted, [output.name for output in task.outputs], "output", task_file)
+    check_folders(wanted)
+    given = _folders("-i", inputs)
+    chosen = _chosen(task, given, dict(mapping), task_file)
+    folders: dict[str, Selection] = {}
+    for source in dict.fromkeys(chosen.values()):
+        try:
+            folders[source] = select(given.get(source, Path.cwd()), include_ignored=include_ignored, include_git=include_git)
+        except PenstockError as error:
+            raise Mistake(f"-i {source}={given.get(source, '.')}: {error}") from error
+        for path in folders[source].skipped:
+            terminal.say(f"{source}: {path} is no file, folder or link: not uploaded")
+    plan = plan_of(task, arguments=arguments, tags=tags, timeout=timeout)
+    return Request(plan=plan, name=name, folders=folders, inputs=chosen, outputs=wanted)
+
+
+def _chosen(task: Task, given: dict[str, Path], mapping: dict[str, str], task_file: Path) -> dict[str, str]:
+    """Which of the given folders each of the task's inputs gets; the current folder goes by its own name when none is given."""
+    names = [item.name for item in task.inputs]
+    _known("-m", mapping, names, "input", task_file)
+    sources = {name: mapping.get(name, name) for name in names}
+    _known("-i", given, list(sources.values()), "input", task_file)
+    here = Path.cwd().name
+    chosen: dict[str, str] = {}
+    for item in task.inputs:
+        source = sources[item.name]
+        if source in given or (not given and source == here):
+            chosen[item.name] = source
+        elif not item.optional:
+            raise Mistake(f"the task's input `{item.name}` is not given: add -i {source}=PATH")
+    return chosen
+
+
+def _folders(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for name, path in pairs:
+        if name in folders:
+            raise Mistake(f"{option} {name}=…: given twice")
+        folders[name] = Path(path).expanduser()
+    return folders
+
+
+def _known(option: str, named: dict[str, Any], names: Sequence[str], kind: str, task_file: Path) -> None:
+    for name in named:
+        if name not in names:
+            raise Mistake(f"{option} {name}=…: {task_file} has no {kind} `{name}` ({', '.join(dict.fromkeys(names)) or 'it has none'})")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Mistake(f"cannot read {path}: {error.strerror}") from error
+
+
+async def _executed(client: Client, request: Request, terminal: Terminal, detach: bool) -> tuple[Build, int]:
+    """Upload, start, and unless detached watch and fetch; the build and the exit code."""
+    with Interruption("left; no build was started") as interruption:
+        async with client:
+            interruption.cancels()
+            try:
+                await client.info()  # a wrong token is said before an upload, not after it
+                artifacts = await _upload(client, request, terminal)
+            except asyncio.CancelledError:
+                raise click.Abort from None
+            interruption.first(None, "left; the build may have been started")
+            build = await client.create_build(request.plan, {name: artifacts[source] for name, source in request.inputs.items()}, name=request.name)
+            if not detach or request.outputs:
+                terminal.say(f"build {build.number}: {build.url}")
+            if detach:
+                fetch_later = " ".join(f"-o {name}={folder}" for name, folder in request.outputs.items())
+                if fetch_later:
+                    terminal.say(f"when it has ended: penstock download {build.number} {fetch_later}")
+                return build, 0
+            build = await _watched(client, build, terminal, interruption)
+            return build, await _ended(client, build, request, terminal, interruption)
+
+
+async def _upload(client: Client, request: Request, terminal: Terminal) -> dict[str, Artifact]:
+    """All folders at once, by the name that they were given under."""
+    with terminal.bars("uploaded") as bars:
+
+        async def one(name: str, selection: Selection) -> Artifact:
+            artifact = await client.upload(selection, name, bars.add(name, selection.size))
+            bars.done(name, selection.size, selection.files)
+            return artifact
+
+        async with asyncio.TaskGroup() as group:
+            uploads = {name: group.create_task(one(name, selection)) for name, selection in request.folders.items()}
+    return {name: upload.result() for name, upload in uploads.items()}
+
+
+async def _watched(client: Client, build: Build, terminal: Terminal, interruption: Interruption) -> Build:
+    """The build at its end; the first signal aborts it on the server and goes on watching."""
+    aborting: set[asyncio.Task[None]] = set()
+
+    async def abort() -> None:
+        terminal.say(f"aborting build {build.number}; again to leave at once", "yellow")
+        try:
+            await client.abort(build.id)
+        except Conflict:
+            pass  # it ended meanwhile: its own end is shown
+        except PenstockError as error:
+            terminal.say(f"cannot abort: {error}", "red")
+
+    interruption.first(lambda: aborting.add(asyncio.ensure_future(abort())), f"left; see `penstock watch {build.number}`")
+    build = await follow(client, build, terminal)
+    for task in aborting:
+        await task
+    return build
+
+
+async def _ended(client: Client, build: Build, request: Request, terminal: Terminal, interruption: Interruption) -> int:
+    """What the task made is brought back whatever became of the build; the exit code."""
+    say_why(build, terminal)
+    code = exit_code_of(build)
+    if not interruption.happened:
+        interruption.cancels()
+    there: dict[str, Artifact] = {}
+    for name in request.outputs:
+        artifact = output_of(build, name)
+        if artifact:
+            there[name] = artifact
+        else:
+            terminal.say(f"output `{name}`: the build has none")
+    try:
+        await fetch(client, there, {name: request.outputs[name] for name in there}, terminal)
+    except Failure as failure:
+        terminal.say(f"Error: {failure.message}", "red")
+        code = code or 1
+    except asyncio.CancelledError:
+        raise click.Abort from None
+    say_end(build, terminal)
+    return code

@@ -1,0 +1,81 @@
+"""The commands by name, and what the process says and exits with when one of them fails.
+
+Exit codes: 2 for a command line that cannot be meant, 1 for everything else that goes wrong, 130 for an interrupt, 141 when nobody reads stdout
+any more; `execute` and `watch` add the build's own (penstock.cli.following).
+"""
+
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+NOBODY_READS = 141  # as a shell shows a death by SIGPIPE
+
+# name → module, command, what --help says
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "execute": ("execute", "execute", "Upload folders, run a task on them, watch it live, get the outputs."),
+    "watch": ("watch", "watch", "Watch a build live, from its start to its end."),
+    "logs": ("watch", "logs", "Print what a build has written so far."),
+    "download": ("download", "download", "Bring a build's outputs back, also later and elsewhere."),
+    "abort": ("builds", "abort", "End a build."),
+    "builds": ("builds", "builds", "List builds, newest first."),
+    "login": ("login", "login", "Remember a Penstock and a token for it."),
+    "targets": ("login", "targets", "List the Penstocks that are known here, or choose one."),
+    "up": ("system", "up", "Start everything on this machine."),
+    "down": ("system", "down", "Stop what `up` started; data stays."),
+    "completion": ("completion", "completion", "Print a shell's completion script."),
+    "version": ("version", "version", "Print the version of this program, and of the server."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is called; their names and one line each are known without."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f"penstock.cli.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("-t", "--target", metavar="NAME", help="Which of the known Penstocks to talk to (see `penstock targets`).")
+@click.pass_context
+def cli(ctx: click.Context, target: str | None) -> None:
+    """Penstock runs builds: upload a folder, run a task on a worker, watch it live, take the outputs.
+
+    \b
+    penstock up --detach
+    penstock execute -c task.yml -i src=. -o dist=./out
+    """
+    ctx.obj = target
+
+
+def main() -> NoReturn:
+    """The entry point."""
+    try:
+        code = cli.main(prog_name="penstock", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go either
+        code = NOBODY_READS
+    sys.exit(code if isinstance(code, int) else 0)

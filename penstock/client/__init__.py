@@ -1,0 +1,76 @@
+"""The async Python client of the public API; the command line is built on it and on nothing else of Penstock.
+
+Names are loaded on first use: reading the targets file needs no HTTP.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penstock.client.api import Client as Client
+    from penstock.client.errors import Conflict as Conflict
+    from penstock.client.errors import Damaged as Damaged
+    from penstock.client.errors import Forbidden as Forbidden
+    from penstock.client.errors import NoTarget as NoTarget
+    from penstock.client.errors import NotFound as NotFound
+    from penstock.client.errors import PenstockError as PenstockError
+    from penstock.client.errors import Refused as Refused
+    from penstock.client.errors import StreamBroken as StreamBroken
+    from penstock.client.errors import Unauthorized as Unauthorized
+    from penstock.client.errors import Unavailable as Unavailable
+    from penstock.client.model import Artifact as Artifact
+    from penstock.client.model import Build as Build
+    from penstock.client.model import BuildEnded as BuildEnded
+    from penstock.client.model import BuildEvent as BuildEvent
+    from penstock.client.model import BuildLogged as BuildLogged
+    from penstock.client.model import BuildStatus as BuildStatus
+    from penstock.client.model import Info as Info
+    from penstock.client.model import LogLine as LogLine
+    from penstock.client.model import LogPage as LogPage
+    from penstock.client.model import Problem as Problem
+    from penstock.client.model import Stage as Stage
+    from penstock.client.model import Step as Step
+    from penstock.client.selection import Selection as Selection
+    from penstock.client.selection import select as select
+    from penstock.client.targets import Target as Target
+
+_NAMES = {
+    "api": ["Client"],
+    "errors": [
+        "Conflict",
+        "Damaged",
+        "Forbidden",
+        "NoTarget",
+        "NotFound",
+        "PenstockError",
+        "Refused",
+        "StreamBroken",
+        "Unauthorized",
+        "Unavailable",
+    ],
+    "model": [
+        "Artifact",
+        "Build",
+        "BuildEnded",
+        "BuildEvent",
+        "BuildLogged",
+        "BuildStatus",
+        "Info",
+        "LogLine",
+        "LogPage",
+        "Problem",
+        "Stage",
+        "Step",
+    ],
+    "selection": ["Selection", "select"],
+    "targets": ["Target"],
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"penstock.client.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

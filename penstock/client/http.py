@@ -1,0 +1,124 @@
+"""One HTTP call after another to one server: the token, the retries, and problems as exceptions.
+
+A call that may be repeated is repeated when the server cannot be reached or says that it is busy, for as long as `patience` seconds once it has
+answered before, and for a moment when it never has: then it most likely is not running, and somebody waits to be told.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from penstock.client.errors import PenstockError, Unavailable, error_for
+from penstock.client.model import Problem
+
+T = TypeVar("T")
+
+CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 60.0
+NEVER_REACHED_PATIENCE = 0.5
+LARGEST_PROBLEM = 64 * 1024
+
+
+class Http:
+    """Calls relative to `url`; an async context manager. Errors: PenstockError and nothing else."""
+
+    def __init__(self, url: str, token: str, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.url = url.rstrip("/")
+        self._token = token
+        self._patience = patience
+        self._clock = clock
+        self._reached = False
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Http":
+        headers = {"User-Agent": "penstock"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS)
+        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout, raise_for_status=False, auto_decompress=False)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._session:
+            await self._session.close()
+            self._session = None
+
+    async def get(self, path: str, answer: type[T], params: Mapping[str, str | int] | None = None) -> T:
+        """GET, repeated while the server is away."""
+        return await self.repeated(lambda: self._ask("GET", path, answer, params=params))
+
+    async def send(
+        self, method: str, path: str, answer: type[T], body: object = None, headers: Mapping[str, str] | None = None, wait: float = 0
+    ) -> T:
+        """A call that may be repeated, with a JSON body; `wait`: how much longer than usual the answer may take, in seconds."""
+        data = None if body is None else msgspec.json.encode(body)
+        sent = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS + wait)
+        return await self.repeated(lambda: self._ask(method, path, answer, data=data, headers=sent, timeout=timeout))
+
+    async def _ask(self, method: str, path: str, answer: type[T], **request: Any) -> T:
+        async with self.open(method, path, **request) as response:
+            body = await response.read()
+        return self.decoded(body, answer)
+
+    def decoded(self, body: bytes | str, answer: type[T]) -> T:
+        """The answer as its type. Raises PenstockError when it is something else."""
+        try:
+            return msgspec.json.decode(body, type=answer)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise PenstockError(
+                f"{self.url} gave an answer that this client does not understand ({error}): is it a Penstock, and as new as this?"
+            ) from error
+
+    @asynccontextmanager
+    async def open(self, method: str, path: str, **request: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        """One try: the response, its body still to be read. Raises PenstockError for an answer that is a problem, Unavailable when there is none,
+        also while the body is read."""
+        if self._session is None:
+            raise RuntimeError("use the client as an async context manager: `async with Client(…) as client:`")
+        try:
+            async with self._session.request(method, self.url + path, allow_redirects=False, **request) as response:
+                self._reached = True
+                if response.status >= 300:
+                    raise error_for(_problem(response, await response.content.read(LARGEST_PROBLEM)))
+                yield response
+        except aiohttp.InvalidURL as error:
+            raise PenstockError(f"`{self.url}` is no URL: it looks like http://127.0.0.1:7420") from error
+        except aiohttp.ClientConnectorError as error:
+            raise Unavailable(f"cannot reach {self.url}: is it running? start it with `penstock up`") from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise Unavailable(f"the connection to {self.url} broke ({str(error) or type(error).__name__})") from error
+
+    async def repeated(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The call's answer, tried again with growing pauses while it raises Unavailable and there is patience."""
+        began = self._clock()
+        pause = 0.05
+        while True:
+            try:
+                return await call()
+            except Unavailable:
+                if self._clock() - began + pause > (self._patience if self._reached else NEVER_REACHED_PATIENCE):
+                    raise
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+            pause = min(pause * 2, 1.0)
+
+
+def _problem(response: aiohttp.ClientResponse, body: bytes) -> Problem:
+    """What the server says went wrong; made up from the status when the answer is not a problem (a proxy's page)."""
+    if response.content_type.endswith("json"):
+        try:
+            return msgspec.structs.replace(msgspec.json.decode(body, type=Problem), status=response.status)
+        except msgspec.MsgspecError:
+            pass
+    if 300 <= response.status < 400:
+        return Problem(status=response.status, detail=f"the server sends us on to {response.headers.get('Location', 'somewhere else')}: use that URL")
+    return Problem(
+        status=response.status, title=response.reason or "", detail=f"the server answered {response.status} {response.reason or ''}".rstrip()
+    )

@@ -1,0 +1,116 @@
+"""The five services as `up` runs them: the settings each one gets, and what they are forked with.
+
+Imported when the servers are up already, because it imports everything that the services need.
+"""
+
+import hashlib
+import os
+import socket
+from collections.abc import Mapping
+
+import msgspec
+
+import services.artifacts.__main__
+import services.builds.__main__
+import services.gateway.__main__
+import services.scheduler.__main__
+import services.worker.__main__
+from libs.eventlog.migrate import role_of
+from libs.tokens import public_key
+from penstock.up.datadir import FIRST_TEAM, LOCAL_WORKER, DataDir, Ports, Secrets
+from penstock.up.service import Main, ServiceSpec
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What `up` can be told about the services; None leaves it to them."""
+
+    slots: int | None = None
+    sandbox: str | None = None
+    lease_seconds: float | None = None
+
+
+def service_specs(
+    data: DataDir, secrets: Secrets, ports: Ports, options: Options, gateway: socket.socket, environ: Mapping[str, str]
+) -> list[ServiceSpec]:
+    """In the order in which they start. `gateway` is its bound socket; `environ` is the caller's, of which little is handed on."""
+    base = {
+        # The data folder stands in for a home: what libraries look for there (`~/.postgresql`, `~/.netrc`) must not depend on who calls.
+        "HOME": str(data.path),
+        "PATH": environ.get("PATH", os.defpath),
+        "LANG": "C.UTF-8",
+        **{name: environ[name] for name in ("TMPDIR", "TZ") if name in environ},
+    }
+    artifacts_url = f"http://127.0.0.1:{ports.artifacts}"
+
+    def bus(user: str) -> dict[str, str]:
+        return {
+            "PENSTOCK_NATS_URL": f"nats://127.0.0.1:{ports.nats}",
+            "PENSTOCK_NATS_USER": user,
+            "PENSTOCK_NATS_PASSWORD": secrets.bus[user],
+        }
+
+    def database(service: str) -> dict[str, str]:
+        # Generated passwords are base64url: nothing in them needs quoting.
+        return {"PENSTOCK_DATABASE_URL": f"postgresql://{role_of(service)}:{secrets.database[service]}@127.0.0.1:{ports.postgres}/postgres"}
+
+    def spec(name: str, main: Main, settings: Mapping[str, str], **sockets: socket.socket) -> ServiceSpec:
+        status = socket.create_server(("127.0.0.1", 0), backlog=64)
+        return ServiceSpec(name=name, main=main, environ={**base, **settings}, sockets={"status": status, **sockets}, log=data.log(name))
+
+    return [
+        spec(
+            "gateway",
+            services.gateway.__main__.main,
+            {
+                **bus("gateway"),
+                **database("gateway"),
+                "PENSTOCK_ARTIFACTS_URL": artifacts_url,
+                "PENSTOCK_GRANT_KEY": secrets.grant_key,
+                "PENSTOCK_BOOTSTRAP_TEAM": FIRST_TEAM,
+                "PENSTOCK_BOOTSTRAP_TOKEN_SHA256": hashlib.sha256(secrets.token.encode()).hexdigest(),
+            },
+            http=gateway,
+        ),
+        spec("builds", services.builds.__main__.main, {**bus("builds"), **database("builds")}),
+        spec(
+            "scheduler",
+            services.scheduler.__main__.main,
+            {
+                **bus("scheduler"),
+                **database("scheduler"),
+                "PENSTOCK_ARTIFACTS_URL": artifacts_url,
+                "PENSTOCK_SERVER_KEY": secrets.server_key,
+                "PENSTOCK_WORKER_KEYS": f"{LOCAL_WORKER}={public_key(secrets.worker_key)}",
+                **_given("PENSTOCK_LEASE_SECONDS", options.lease_seconds),
+            },
+        ),
+        spec(
+            "artifacts",
+            services.artifacts.__main__.main,
+            {
+                **bus("artifacts"),
+                **database("artifacts"),
+                "PENSTOCK_STORE_URL": data.blobs.as_uri(),
+                "PENSTOCK_GRANT_PUBLIC_KEY": public_key(secrets.grant_key),
+                "PENSTOCK_SERVER_PUBLIC_KEY": public_key(secrets.server_key),
+            },
+            http=socket.create_server(("127.0.0.1", ports.artifacts), backlog=1024),
+        ),
+        spec(
+            "worker",
+            services.worker.__main__.main,
+            {
+                **bus(LOCAL_WORKER),
+                "PENSTOCK_WORKER_NAME": LOCAL_WORKER,
+                "PENSTOCK_WORKER_KEY": secrets.worker_key,
+                "PENSTOCK_SERVER_PUBLIC_KEY": public_key(secrets.server_key),
+                "PENSTOCK_WORKER_DIR": str(data.workers / LOCAL_WORKER),
+                "PENSTOCK_WORKER_SLOTS": str(options.slots or 2 * (os.cpu_count() or 1)),
+                **_given("PENSTOCK_WORKER_SANDBOX", options.sandbox),
+            },
+        ),
+    ]
+
+
+def _given(name: str, value: object) -> dict[str, str]:
+    return {} if value is None else {name: f"{value:g}" if isinstance(value, float) else str(value)}

@@ -1,0 +1,47 @@
+"""What the gateway may be asked to record."""
+
+import hashlib
+
+import msgspec
+
+from proto.events.base import ArtifactRef
+from proto.events.team import Role
+from proto.plan import Plan
+
+
+class RequestBuild(msgspec.Struct, frozen=True, kw_only=True):
+    """A client wants `plan` run as build `build`. `request` names the wish: the same `request` with the same body is the same wish."""
+
+    request: str
+    build: str
+    plan: Plan
+    inputs: dict[str, ArtifactRef]
+    name: str
+    body_sha256: str
+
+
+class AbortBuild(msgspec.Struct, frozen=True, kw_only=True):
+    """A client wants the build to stop."""
+
+    build: str
+
+
+class CreateTeam(msgspec.Struct, frozen=True, kw_only=True):
+    """The team shall exist."""
+
+    team: str
+
+
+class IssueToken(msgspec.Struct, frozen=True, kw_only=True):
+    """Whoever shows the token with this SHA-256 (hex) shall act for the team in this role."""
+
+    team: str
+    token_id: str
+    sha256: str
+    role: Role
+    description: str
+
+
+def request_name(team: str, key: str) -> str:
+    """The request that an idempotency key of a team names; opaque, and fit for a NATS subject."""
+    return hashlib.sha256(f"{team}\0{key}".encode()).hexdigest()[:32]

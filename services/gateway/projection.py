@@ -1,0 +1,304 @@
+"""What people see, folded from the log: teams, tokens, builds (numbered densely within their team, in log order), artifacts. Pure."""
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any, assert_never
+
+import msgspec
+from msgspec.structs import replace
+
+from libs.eventlog.projections import Get, Projection, Table
+from proto.api import BuildStatus, Positions, Stage, Step, TreeRef
+from proto.envelope import Fact
+from proto.events.artifact import ArtifactSealed, LogArchived
+from proto.events.base import ArtifactRef
+from proto.events.build import (
+    BuildCreated,
+    BuildFinished,
+    StageFinished,
+    StageInterrupted,
+    StageQueued,
+    StepFinished,
+    StepProgressed,
+    StepStarted,
+)
+from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
+from proto.events.request import BuildAbortRequested, BuildRequested
+from proto.events.team import Role, TeamCreated, TokenIssued
+
+CODE_VERSION = "1"
+"""Raised when a row's meaning changes: the tables are then rebuilt from the log."""
+
+CATEGORIES = frozenset({"team", "request", "build", "lease", "artifact"})
+
+StageEvent = StageQueued | StageDeferred | StageLeased | StepStarted | StepProgressed | StepFinished | StageInterrupted | StageFinished
+
+
+class TeamRow(msgspec.Struct, frozen=True, kw_only=True):
+    """`builds` is the highest number given to a build of the team."""
+
+    name: str
+    builds: int = 0
+    created_at: datetime
+
+
+class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Whoever shows the token with this SHA-256 acts for `team` in `role`."""
+
+    sha256: str
+    token_id: str
+    team: str
+    role: Role
+    description: str = ""
+
+
+class AttemptLog(msgspec.Struct, frozen=True, kw_only=True):
+    """The log of one attempt: who may write it, whether it is over, how many chunks it then holds in all (None: nobody said), and the lines of its
+    archive (None: there is none yet)."""
+
+    worker: str = ""
+    over: bool = False
+    chunks: int | None = None
+    archived: int | None = None
+
+
+class BuildRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A build as it is at `position`. `logs` by `attempt_key`."""
+
+    id: str
+    team: str
+    number: int
+    name: str = ""
+    status: BuildStatus = "pending"
+    percent: int = 0
+    error: str = ""
+    reason: str = ""
+    exit_code: int | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    requested_by: str = ""
+    inputs: dict[str, TreeRef] = {}
+    outputs: dict[str, TreeRef] = {}
+    stages: list[Stage] = []
+    logs: dict[str, AttemptLog] = {}
+    positions: Positions = Positions()
+    position: int
+
+
+class ArtifactRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A sealed tree; `expires_at` in unix seconds, 0: never."""
+
+    id: str
+    team: str
+    kind: str
+    name: str = ""
+    digest: str
+    size: int
+    files: int
+    build: str = ""
+    created_at: datetime
+    expires_at: int = 0
+    position: int
+
+
+TABLES = (
+    Table(TeamRow, "teams", "name"),
+    Table(TokenRow, "tokens", "sha256"),
+    Table(BuildRow, "builds", "id"),
+    Table(ArtifactRow, "artifacts", "id"),
+)
+
+
+def gateway_projection(tables_sql: str) -> Projection:
+    """The projection of the gateway's read models."""
+    return Projection(
+        name="gateway",
+        code_version=CODE_VERSION,
+        tables=TABLES,
+        tables_sql=tables_sql,
+        categories=CATEGORIES,
+        project=project,
+        keys=keys,
+    )
+
+
+def attempt_key(stage: str, attempt: int) -> str:
+    """Names an attempt within its build."""
+    return f"{stage}/{attempt}"
+
+
+def keys(fact: Fact) -> Iterable[tuple[type[Any], str]]:
+    """The rows that `project` asks for."""
+    match fact.event:
+        case TeamCreated():
+            yield TeamRow, fact.event.name
+        case BuildRequested():
+            yield TeamRow, fact.team
+            yield BuildRow, fact.event.build
+        case LogArchived():
+            yield BuildRow, fact.event.build
+        case TokenIssued() | BuildAbortRequested() | ArtifactSealed():
+            pass
+        case _:
+            yield BuildRow, fact.subject_id
+
+
+def project(fact: Fact, get: Get) -> Iterable[Any]:
+    """The rows that the fact makes or changes, given the rows as they are."""
+    event = fact.event
+    match event:
+        case TeamCreated():
+            if get(TeamRow, event.name) is None:
+                yield TeamRow(name=event.name, created_at=fact.recorded_at)
+        case TokenIssued():
+            yield TokenRow(sha256=event.sha256, token_id=event.token_id, team=fact.team, role=event.role, description=event.description)
+        case BuildRequested():
+            team = get(TeamRow, fact.team) or TeamRow(name=fact.team, created_at=fact.recorded_at)
+            if get(BuildRow, event.build) is None:
+                number = team.builds + 1
+                yield replace(team, builds=number)
+                yield _requested(fact, event, number)
+        case ArtifactSealed():
+            yield _artifact(fact, event)
+        case BuildAbortRequested():
+            pass
+        case _:
+            build = get(BuildRow, event.build if isinstance(event, LogArchived) else fact.subject_id)
+            if build is not None and fact.position > build.position:
+                yield change(build, fact)
+
+
+def _requested(fact: Fact, event: BuildRequested, number: int) -> BuildRow:
+    return BuildRow(
+        id=event.build,
+        team=fact.team,
+        number=number,
+        name=event.name,
+        created_at=fact.recorded_at,
+        requested_by=fact.actor,
+        inputs=_trees(event.inputs),
+        stages=[Stage(name=stage.name, steps=[Step(name=step.name) for step in stage.steps]) for stage in event.plan.stages],
+        positions=Positions(status=fact.position, percent=fact.position, error=fact.position),
+        position=fact.position,
+    )
+
+
+def _artifact(fact: Fact, event: ArtifactSealed) -> ArtifactRow:
+    return ArtifactRow(
+        id=event.artifact,
+        team=fact.team,
+        kind=event.kind,
+        name=event.name,
+        digest=event.digest,
+        size=event.size,
+        files=event.files,
+        build=event.build,
+        created_at=fact.recorded_at,
+        expires_at=event.expires_at,
+        position=fact.position,
+    )
+
+
+def change(build: BuildRow, fact: Fact) -> BuildRow:
+    """The build after a fact about it."""
+    changed = _apply(build, fact)
+    percent = 100 if changed.status == "succeeded" else _percent(changed.stages)
+    reason = next((stage.reason for stage in changed.stages if stage.reason), "") if changed.finished_at is None else ""
+    before, at = build.positions, fact.position
+    positions = Positions(
+        status=before.status if changed.status == build.status else at,
+        percent=before.percent if percent == build.percent else at,
+        error=before.error if changed.error == build.error else at,
+    )
+    return replace(changed, percent=percent, reason=reason, positions=positions, position=at)
+
+
+def _apply(build: BuildRow, fact: Fact) -> BuildRow:
+    match fact.event:
+        case BuildCreated() | LeaseExpired():
+            return build
+        case LogArchived(stage=stage, attempt=attempt, lines=lines):
+            return _log(build, stage, attempt, archived=lines)
+        case BuildFinished(status=status, error=error):
+            why = _text(error) or ("" if status == "succeeded" else build.error)
+            return replace(build, status=status, error=why, finished_at=fact.recorded_at, exit_code=_exit_code(build.stages))
+        case (
+            StageQueued() | StageDeferred() | StageLeased() | StepStarted() | StepProgressed() | StepFinished() | StageInterrupted() | StageFinished()
+        ) as event:
+            current = [s.attempt for s in build.stages if s.name == event.stage]
+            if not isinstance(event, StageQueued) and event.attempt not in current:
+                return build
+            build = replace(build, stages=[_stage_after(s, event) if s.name == event.stage else s for s in build.stages])
+            return _build_after(build, event, fact)
+        case _:
+            raise TypeError(f"{type(fact.event).__name__} is not about a build")
+
+
+def _stage_after(stage: Stage, event: StageEvent) -> Stage:
+    match event:
+        case StageQueued():
+            return Stage(name=stage.name, attempt=event.attempt, steps=[Step(name=step.name) for step in stage.steps])
+        case StageDeferred():
+            return replace(stage, reason=_text(event.reason))
+        case StageLeased():
+            return replace(stage, worker=event.worker, reason="")
+        case StepStarted():
+            stage = replace(stage, status="started", worker=event.worker, sandbox=event.sandbox, reason="")
+            return _step(stage, event.step, status="started")
+        case StepProgressed():
+            return _step(stage, event.step, percent=event.percent)
+        case StepFinished():
+            done = {"percent": 100} if event.status == "succeeded" else {}
+            return _step(stage, event.step, status=event.status, exit_code=event.exit_code, error=_text(event.error), **done)
+        case StageInterrupted():
+            return replace(stage, error=_text(event.error))
+        case StageFinished():
+            error = _text(event.error) or ("" if event.status == "succeeded" else stage.error)
+            return replace(stage, status=event.status, error=error, worker=event.worker or stage.worker, reason="")
+        case _:
+            assert_never(event)
+
+
+def _build_after(build: BuildRow, event: StageEvent, fact: Fact) -> BuildRow:
+    match event:
+        case StageLeased():
+            return _log(build, event.stage, event.attempt, worker=event.worker)
+        case StepStarted():
+            return replace(build, status="started", started_at=build.started_at or fact.recorded_at)
+        case StepFinished():
+            return replace(build, outputs=build.outputs | _trees(event.outputs), error=build.error or _text(event.error))
+        case StageFinished():
+            build = _log(build, event.stage, event.attempt, over=True, chunks=event.log.chunks if event.log else None)
+            return replace(build, error=build.error or _text(event.error))
+        case _:
+            return build
+
+
+def _step(stage: Stage, name: str, **changes: Any) -> Stage:
+    return replace(stage, steps=[replace(s, **changes) if s.name == name else s for s in stage.steps])
+
+
+def _log(build: BuildRow, stage: str, attempt: int, **changes: Any) -> BuildRow:
+    key = attempt_key(stage, attempt)
+    return replace(build, logs=build.logs | {key: replace(build.logs.get(key, AttemptLog()), **changes)})
+
+
+def _percent(stages: list[Stage]) -> int:
+    steps = [step.percent for stage in stages for step in stage.steps]
+    return sum(steps) // len(steps) if steps else 0
+
+
+def _exit_code(stages: list[Stage]) -> int | None:
+    steps = [step for stage in stages for step in stage.steps if step.status not in ("pending", "started")]
+    failed = [step for step in steps if step.status != "succeeded"]
+    return failed[0].exit_code if failed else steps[-1].exit_code if steps else None
+
+
+def _trees(refs: dict[str, ArtifactRef]) -> dict[str, TreeRef]:
+    return {name: TreeRef(id=ref.id, digest=ref.digest, size=ref.size, files=ref.files) for name, ref in refs.items()}
+
+
+def _text(text: str) -> str:
+    """Postgres text holds no NUL; a worker's words may."""
+    return text.replace("\0", "\ufffd")

@@ -1,0 +1,108 @@
+"""SQL over the gateway's read models. Every call raises LogUnavailable when the database cannot answer within a few seconds."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+import asyncpg
+import msgspec
+
+from libs.eventlog.log import LogUnavailable
+from libs.eventlog.postgres import unavailable
+from services.gateway.projection import ArtifactRow, BuildRow, TeamRow, TokenRow
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+PATIENCE = 4.0
+
+_BY_KEY = "SELECT key, row_to_json(t) FROM (SELECT {key} AS key, * FROM {table} WHERE {key} = ANY ($1)) t"
+_BUILD_BY_NUMBER = "SELECT row_to_json(b) FROM builds b WHERE team = $1 AND number = $2"
+_BUILDS = """
+    SELECT row_to_json(b) FROM builds b
+    WHERE team = $1 AND ($2::bigint IS NULL OR number < $2) AND ($3::text IS NULL OR status = $3)
+    ORDER BY number DESC LIMIT $4
+"""
+_ARTIFACTS = """
+    SELECT row_to_json(a) FROM artifacts a
+    WHERE team = $1 AND kind = 'user' AND ($2::bigint IS NULL OR position < $2)
+    ORDER BY position DESC LIMIT $3
+"""
+
+
+class Lookup(Generic[R]):
+    """Rows by key, in one query for all who ask while the last one is under way."""
+
+    def __init__(self, pool: asyncpg.Pool, row: type[R], table: str, key: str) -> None:
+        self._pool = pool
+        self._decoder = msgspec.json.Decoder(row)
+        self._query = _BY_KEY.format(table=table, key=key)
+        self._waiting: dict[str, asyncio.Future[R | None]] = {}
+        self._asking: asyncio.Task[None] | None = None
+
+    async def get(self, key: str) -> R | None:
+        """The row as it is now, or later."""
+        future = self._waiting.get(key)
+        if future is None:
+            future = self._waiting[key] = asyncio.get_running_loop().create_future()
+            if self._asking is None:
+                self._asking = asyncio.create_task(self._ask())
+        return await asyncio.shield(future)
+
+    async def _ask(self) -> None:
+        try:
+            while self._waiting:
+                asked, self._waiting = self._waiting, {}
+                try:
+                    rows = await _patiently(lambda keys=list(asked): self._pool.fetch(self._query, keys))  # type: ignore[misc]
+                except BaseException as error:
+                    for future in asked.values():
+                        future.set_exception(error if isinstance(error, Exception) else ConnectionError("stopping"))
+                        future.exception()
+                    if not isinstance(error, Exception):
+                        raise
+                    continue
+                found = {row[0]: self._decoder.decode(row[1]) for row in rows}
+                for key, future in asked.items():
+                    future.set_result(found.get(key))
+        finally:
+            self._asking = None
+
+
+async def _patiently(question: Callable[[], Awaitable[list[asyncpg.Record]]]) -> list[asyncpg.Record]:
+    with unavailable():
+        async with asyncio.timeout(PATIENCE):
+            try:
+                return await question()
+            except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError) as error:
+                raise LogUnavailable("the read models are being built") from error
+
+
+class Queries:
+    """What the routes ask of the read models."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self.build = Lookup(pool, BuildRow, "builds", "id").get
+        self.artifact = Lookup(pool, ArtifactRow, "artifacts", "id").get
+        self.token = Lookup(pool, TokenRow, "tokens", "sha256").get
+        self.team = Lookup(pool, TeamRow, "teams", "name").get
+
+    async def build_of_team(self, team: str, name: str) -> BuildRow | None:
+        """By id, or by number within the team."""
+        if name.isascii() and name.isdigit() and len(name) <= 18:
+            rows = await self._rows(BuildRow, _BUILD_BY_NUMBER, team, int(name))
+            return rows[0] if rows else None
+        row = await self.build(name)
+        return row if row is not None and row.team == team else None
+
+    async def builds(self, team: str, limit: int, below: int | None, status: str | None) -> list[BuildRow]:
+        """The team's builds, newest first, numbered below `below`."""
+        return await self._rows(BuildRow, _BUILDS, team, below, status, limit)
+
+    async def user_artifacts(self, team: str, limit: int, before: int | None) -> list[ArtifactRow]:
+        """The team's user artifacts, newest first, sealed before position `before`."""
+        return await self._rows(ArtifactRow, _ARTIFACTS, team, before, limit)
+
+    async def _rows(self, row: type[R], query: str, *arguments: object) -> list[R]:
+        records = await _patiently(lambda: self._pool.fetch(query, *arguments))
+        return [msgspec.json.decode(record[0], type=row) for record in records]

@@ -1,0 +1,210 @@
+"""Builds: submit, look, list, abort."""
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, get_args
+
+from aiohttp import web
+
+from libs.eventlog.log import EventLog, LogUnavailable
+from libs.runtime.commands import Cause, CommandLoop
+from libs.runtime.http import Problem, read_body, strict_json
+from proto.api import ENDED, Build, BuildPage, BuildStatus, Submission
+from proto.events.base import ArtifactRef
+from proto.plan import plan_problem
+from proto.topology import MAX_EVENT
+from services.gateway.admission import missing_input
+from services.gateway.auth import Principal, absent
+from services.gateway.commands import AbortBuild, RequestBuild, request_name
+from services.gateway.decider import Request
+from services.gateway.feed import LogFeed
+from services.gateway.projection import BuildRow
+from services.gateway.queries import Queries
+from services.gateway.routes.endpoint import PAGE, Endpoint, Parameter, answer, page
+
+MAX_BODY = MAX_EVENT + (64 << 10)
+MAX_WAIT = 300
+"""Seconds that `Prefer: wait` may ask for."""
+PATIENCE = 4.5
+"""Seconds within which a submission is recorded, or is answered 503."""
+
+_WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,9})(?:$|[,;\s])")
+
+
+class BuildRoutes:
+    """What is asked of builds. `passed(position, timeout)` waits for the gateway's own read models."""
+
+    def __init__(
+        self,
+        *,
+        queries: Queries,
+        requests: CommandLoop[RequestBuild | AbortBuild, Request],
+        log: EventLog,
+        passed: Callable[[int, float], Awaitable[bool]],
+        feed: LogFeed,
+        view: Callable[[BuildRow], Build],
+        ids: Callable[[], str],
+        clock: Callable[[], float],
+        most_at_once: int,
+    ) -> None:
+        self._queries = queries
+        self._requests = requests
+        self._log = log
+        self._passed = passed
+        self._feed = feed
+        self._view = view
+        self._ids = ids
+        self._clock = clock
+        self._most_at_once = most_at_once
+        self._at_once = 0
+
+    def endpoints(self) -> list[Endpoint]:
+        builds, one = "/teams/{team}/builds", "/teams/{team}/builds/{build}"
+        return [
+            Endpoint(
+                method="POST",
+                path=builds,
+                summary="Run a plan. Answers once the wish is recorded: the build will exist and end exactly once",
+                handler=self.submit,
+                least="member",
+                parameters=(
+                    Parameter(
+                        name="Idempotency-Key",
+                        place="header",
+                        about="names the wish: the same key and body are the same build, another body is a conflict",
+                    ),
+                    Parameter(name="Prefer", place="header", about=f"`wait=N`: answer at the build's end, or after N seconds (at most {MAX_WAIT})"),
+                ),
+                body=Submission,
+                answers={202: Build, 200: Build, 400: "application/problem+json", 409: "application/problem+json", 413: "application/problem+json"},
+            ),
+            Endpoint(
+                method="GET",
+                path=builds,
+                summary="The team's builds, newest first",
+                handler=self.list,
+                parameters=(*PAGE, Parameter(name="status", about="only those of this status", schema=BuildStatus)),
+                answers={200: BuildPage},
+            ),
+            Endpoint(method="GET", path=one, summary="A build, by id or number", handler=self.get, answers={200: Build}),
+            Endpoint(
+                method="PUT",
+                path=one + "/abort",
+                summary="Stop a build; 409 when it has ended",
+                handler=self.abort,
+                least="member",
+                answers={202: Build, 409: "application/problem+json"},
+            ),
+        ]
+
+    async def get(self, request: web.Request, principal: Principal) -> web.Response:
+        return answer(self._view(await self.find(request, principal)))
+
+    async def find(self, request: web.Request, principal: Principal) -> BuildRow:
+        """The build that the path names. Raises Problem 404."""
+        row = await self._queries.build_of_team(principal.team, request.match_info["build"])
+        if row is None:
+            raise absent("build")
+        return row
+
+    async def list(self, request: web.Request, principal: Principal) -> web.Response:
+        limit, below = page(request)
+        status = request.query.get("status") or None
+        if status is not None and status not in get_args(BuildStatus):
+            raise _invalid("status", f"one of {', '.join(get_args(BuildStatus))}")
+        rows = await self._queries.builds(principal.team, limit + 1, below, status)
+        following = str(rows[limit - 1].number) if len(rows) > limit else None
+        return answer(BuildPage(items=[self._view(row) for row in rows[:limit]], next=following))
+
+    async def abort(self, request: web.Request, principal: Principal) -> web.Response:
+        row = await self.find(request, principal)
+        if row.status in ENDED:
+            raise Problem(409, "conflict", "The build has ended", f"build {row.number} {row.status}")
+        await self._execute(AbortBuild(build=row.id), row.id, principal)
+        return answer(self._view(row), status=202)
+
+    async def submit(self, request: web.Request, principal: Principal) -> web.Response:
+        if self._at_once >= self._most_at_once:
+            raise Problem(429, "too-many", "Too many submissions at once", "try again soon", headers={"Retry-After": "1"})
+        wait = _wait(request)
+        self._at_once += 1
+        try:
+            body = await read_body(request, MAX_BODY)
+            submission = strict_json(body, Submission)
+            if problem := plan_problem(submission.plan):
+                raise _invalid(f"plan.{problem[0]}", problem[1])
+            if missing := missing_input(submission.plan, submission.inputs):
+                raise _invalid(*missing)
+            inputs = {name: await self._input(name, artifact, principal) for name, artifact in submission.inputs.items()}
+            key = request.headers.get("Idempotency-Key")
+            command = RequestBuild(
+                request=request_name(principal.team, key) if key else self._ids(),
+                build=self._ids(),
+                plan=submission.plan,
+                inputs=inputs,
+                name=submission.name,
+                body_sha256=hashlib.sha256(body).hexdigest(),
+            )
+            build, position = await self._execute(command, command.build, principal)
+        finally:
+            self._at_once -= 1
+        row = await self._row(build, position)
+        if row is None:  # recorded, but the read model is behind: the number is not known yet
+            return answer({"id": build, "number": 0, "team": principal.team, "status": "pending", "url": "", "created_at": None}, status=202)
+        if wait:
+            row = await self._until_ended(row, wait)
+        headers = {"Location": self._view(row).url} | ({"Preference-Applied": f"wait={wait}"} if wait else {})
+        return answer(self._view(row), status=200 if wait and row.status in ENDED else 202, headers=headers)
+
+    async def _input(self, name: str, artifact: str, principal: Principal) -> ArtifactRef:
+        row = await self._queries.artifact(artifact)
+        if row is None or row.team != principal.team:
+            raise _invalid(f"inputs.{name}", f"there is no artifact `{artifact}`")
+        if 0 < row.expires_at <= self._clock():
+            raise _invalid(f"inputs.{name}", f"artifact `{artifact}` has expired")
+        return ArtifactRef(id=row.id, digest=row.digest, size=row.size, files=row.files)
+
+    async def _execute(self, command: RequestBuild | AbortBuild, build: str, principal: Principal) -> tuple[str, int]:
+        """(the build that the request stands for, a position after it). Raises LogUnavailable within PATIENCE."""
+        cause = Cause(team=principal.team, correlation_id=build, causation_id=build, actor=principal.actor)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                outcome = await self._requests.execute(command, cause)
+                return outcome.state.build, outcome.position or await self._log.head()
+        except TimeoutError:
+            raise LogUnavailable(f"nothing within {PATIENCE} s") from None
+
+    async def _row(self, build: str, position: int) -> BuildRow | None:
+        """The build in the read models, or None when they have not come so far in a second: it is recorded all the same."""
+        await self._passed(position, 1.0)
+        try:
+            async with asyncio.timeout(1.0):
+                return await self._queries.build(build)
+        except (LogUnavailable, TimeoutError):
+            return None
+
+    async def _until_ended(self, row: BuildRow, seconds: int) -> BuildRow:
+        """The build when it has ended, or as it is after `seconds`."""
+        try:
+            async with asyncio.timeout(seconds), self._feed.build(row.id) as watch:
+                position = watch.position
+                while row.status not in ENDED:
+                    if await self._passed(position, 1.0):
+                        row = await self._queries.build(row.id) or row
+                        if row.status not in ENDED:
+                            position = await watch.wait()
+        except (TimeoutError, LogUnavailable):
+            pass
+        return row
+
+
+def _wait(request: web.Request) -> int:
+    """Seconds of `Prefer: wait=N` (RFC 7240), 0 without."""
+    match = _WAIT.search(request.headers.get("Prefer", ""))
+    return min(int(match[1]), MAX_WAIT) if match else 0
+
+
+def _invalid(path: str, rule: str, **more: Any) -> Problem:
+    return Problem(422, "invalid", "The request does not say what it must", f"{path}: {rule}", path=path, **more)

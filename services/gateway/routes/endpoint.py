@@ -1,0 +1,90 @@
+"""An endpoint as data: it is served, authenticated and documented from one description."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from libs.runtime.http import Problem, expect_later
+from proto.events.team import Role
+from services.gateway.auth import Authenticator, Principal, absent, require
+
+PREFIX = "/api/v1"
+MAX_PAGE = 200
+
+Handler = Callable[[web.Request, Principal], Awaitable[web.StreamResponse]]
+
+
+class Parameter(msgspec.Struct, frozen=True, kw_only=True):
+    """A query parameter or header. `schema` is its type."""
+
+    name: str
+    about: str
+    schema: Any = str
+    place: str = "query"
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """`path` below the prefix. `least` is the role that it takes (None: no token needed); with `{team}` in its path it is for that team's tokens,
+    and for all others as if absent, unless `any_team`. `answers`: status → type of the JSON body, or a media type. `body`: type, or a media type."""
+
+    method: str
+    path: str
+    summary: str
+    handler: Handler
+    least: Role | None = "viewer"
+    any_team: bool = False
+    parameters: tuple[Parameter, ...] = ()
+    body: Any = None
+    answers: dict[int, Any]
+
+
+PAGE = (
+    Parameter(name="limit", about=f"at most this many (1 to {MAX_PAGE})", schema=int),
+    Parameter(name="cursor", about="`next` of the page before"),
+)
+
+ANYBODY = Principal("", "viewer", "")
+
+
+def add(app: web.Application, endpoints: Iterable[Endpoint], authenticator: Authenticator) -> None:
+    """Serve the endpoints."""
+    for endpoint in endpoints:
+        app.router.add_route(endpoint.method, PREFIX + endpoint.path, _guarded(endpoint, authenticator), expect_handler=expect_later)
+
+
+def _guarded(endpoint: Endpoint, authenticator: Authenticator) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    handler, least = endpoint.handler, endpoint.least
+    for_team = "{team}" in endpoint.path and not endpoint.any_team
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if least is None:
+            return await handler(request, ANYBODY)
+        principal = await authenticator.principal(request)
+        if for_team and request.match_info["team"] != principal.team:
+            raise absent("team")
+        require(principal, least)
+        return await handler(request, principal)
+
+    return handle
+
+
+def answer(body: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A JSON answer."""
+    return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json", headers=headers)
+
+
+def number(request: web.Request, name: str, default: int | None, least: int = 0, most: int = 10**18) -> int | None:
+    """A numeric query parameter. Raises Problem 422 naming it."""
+    text = request.query.get(name)
+    if text is None or text == "":
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 19 and least <= int(text) <= most):
+        raise Problem(422, "invalid", "The request does not say what it must", f"{name}: a whole number from {least} to {most}", path=name)
+    return int(text)
+
+
+def page(request: web.Request) -> tuple[int, int | None]:
+    """(limit, cursor) of a list."""
+    return number(request, "limit", 50, 1, MAX_PAGE) or 50, number(request, "cursor", None)

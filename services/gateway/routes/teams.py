@@ -1,0 +1,90 @@
+"""Teams and their tokens."""
+
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from libs.runtime.commands import Cause, CommandLoop, Outcome
+from libs.runtime.http import Problem, read_body, strict_json
+from proto.api import NewToken, Team, Token
+from services.gateway import decider
+from services.gateway.auth import Principal, absent
+from services.gateway.commands import CreateTeam, IssueToken
+from services.gateway.routes.endpoint import Endpoint, answer
+
+MAX_BODY = 16 << 10
+
+_TEAM = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+class TeamRoutes:
+    """Owners of `first`, the team that the deployment began with, may make teams and issue any team's tokens; owners of others their own team's."""
+
+    def __init__(
+        self,
+        *,
+        teams: CommandLoop[CreateTeam | IssueToken, decider.Team],
+        passed: Callable[[int, float], Awaitable[bool]],
+        first: str,
+        ids: Callable[[], str],
+        secret: Callable[[], str],
+    ) -> None:
+        self._teams = teams
+        self._passed = passed
+        self._first = first
+        self._ids = ids
+        self._secret = secret
+
+    def endpoints(self) -> list[Endpoint]:
+        return [
+            Endpoint(
+                method="PUT",
+                path="/teams/{team}",
+                summary="Make a team; 200 when it exists",
+                handler=self.create,
+                least="owner",
+                any_team=True,
+                answers={201: Team, 200: Team},
+            ),
+            Endpoint(
+                method="POST",
+                path="/teams/{team}/tokens",
+                summary="Issue a token; it is shown this once",
+                handler=self.issue,
+                least="owner",
+                any_team=True,
+                body=NewToken,
+                answers={201: Token},
+            ),
+        ]
+
+    async def create(self, request: web.Request, principal: Principal) -> web.Response:
+        team = request.match_info["team"]
+        if principal.team != self._first:
+            raise absent("team")
+        if not _TEAM.fullmatch(team):
+            raise Problem(422, "invalid", "This is no name for a team", "team: lower-case letters, digits and `-`; at most 63", path="team")
+        outcome = await self._execute(CreateTeam(team=team), team, principal)
+        return answer(Team(name=team), status=201 if outcome.events else 200)
+
+    async def issue(self, request: web.Request, principal: Principal) -> web.Response:
+        team = request.match_info["team"]
+        if principal.team not in (team, self._first) or not _TEAM.fullmatch(team):
+            raise absent("team")
+        wanted = strict_json(await read_body(request, MAX_BODY), NewToken)
+        token, token_id = self._secret(), self._ids()
+        command = IssueToken(team=team, token_id=token_id, sha256=sha256_of(token), role=wanted.role, description=wanted.description)
+        await self._execute(command, team, principal)
+        return answer(Token(id=token_id, token=token, team=team, role=wanted.role, description=wanted.description), status=201)
+
+    async def _execute(self, command: CreateTeam | IssueToken, team: str, principal: Principal) -> Outcome:
+        cause = Cause(team=team, correlation_id=self._ids(), causation_id=principal.actor, actor=principal.actor)
+        outcome = await self._teams.execute(command, cause)
+        await self._passed(outcome.position, 1.0)
+        return outcome
+
+
+def sha256_of(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,54 @@
+CREATE TABLE teams (
+    name text PRIMARY KEY,
+    builds bigint NOT NULL,
+    created_at timestamptz NOT NULL
+);
+
+CREATE TABLE tokens (
+    sha256 text PRIMARY KEY,
+    token_id text NOT NULL,
+    team text NOT NULL,
+    role text NOT NULL,
+    description text NOT NULL
+);
+
+CREATE TABLE builds (
+    id text PRIMARY KEY,
+    team text NOT NULL,
+    number bigint NOT NULL,
+    name text NOT NULL,
+    status text NOT NULL,
+    percent integer NOT NULL,
+    error text NOT NULL,
+    reason text NOT NULL,
+    exit_code integer,
+    created_at timestamptz NOT NULL,
+    started_at timestamptz,
+    finished_at timestamptz,
+    requested_by text NOT NULL,
+    inputs jsonb NOT NULL,
+    outputs jsonb NOT NULL,
+    stages jsonb NOT NULL,
+    logs jsonb NOT NULL,
+    positions jsonb NOT NULL,
+    position bigint NOT NULL,
+    UNIQUE (team, number)
+);
+
+CREATE INDEX builds_by_status ON builds (team, status, number DESC);
+
+CREATE TABLE artifacts (
+    id text PRIMARY KEY,
+    team text NOT NULL,
+    kind text NOT NULL,
+    name text NOT NULL,
+    digest text NOT NULL,
+    size bigint NOT NULL,
+    files bigint NOT NULL,
+    build text NOT NULL,
+    created_at timestamptz NOT NULL,
+    expires_at bigint NOT NULL,
+    position bigint NOT NULL
+);
+
+CREATE INDEX artifacts_by_age ON artifacts (team, kind, position DESC);

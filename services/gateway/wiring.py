@@ -1,0 +1,153 @@
+"""What the gateway is made of."""
+
+import importlib.metadata
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from libs.bus.jetstream import connect_jetstream
+from libs.eventlog.postgres import open_postgres_log
+from libs.eventlog.projections import StoredProjection
+from libs.runtime.commands import CommandLoop
+from libs.runtime.http import problems
+from libs.runtime.ids import new_id
+from libs.runtime.projector import Projector
+from libs.runtime.service import Service
+from libs.runtime.settings import decode
+from proto.api import Build, TeamName
+from services.gateway import decider
+from services.gateway.artifacts import ArtifactsClient
+from services.gateway.auth import Authenticator
+from services.gateway.bootstrap import Bootstrap
+from services.gateway.commands import AbortBuild, CreateTeam, IssueToken, RequestBuild
+from services.gateway.feed import LogFeed
+from services.gateway.logs import LogReader
+from services.gateway.projection import BuildRow, gateway_projection
+from services.gateway.queries import Queries
+from services.gateway.routes.about import AboutRoutes
+from services.gateway.routes.artifacts import ArtifactRoutes
+from services.gateway.routes.builds import BuildRoutes
+from services.gateway.routes.endpoint import add
+from services.gateway.routes.events import EventRoutes
+from services.gateway.routes.logs import LogRoutes
+from services.gateway.routes.teams import TeamRoutes
+from services.gateway.sse import Streams
+from services.gateway.views import build_view
+from services.gateway.watch import Hub, Limits, Sources
+
+TABLES = Path(__file__).parent / "tables.sql"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """`grant_key` signs grants for the artifacts service; `bootstrap_*` name the first team and the SHA-256 (hex) of its first token;
+    `public_url` is what clients reach the gateway by; `max_submissions`: submissions under way at once, past that 429;
+    `sse_*`: seconds between heartbeats, seconds in which a client must take something, bytes buffered for the watchers of one build;
+    `log_wait_seconds`: how long the rest of a finished log is waited for."""
+
+    database_url: str
+    nats_url: str
+    nats_user: str
+    nats_password: str
+    artifacts_url: str
+    grant_key: str
+    bootstrap_team: TeamName = "main"
+    bootstrap_token_sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-fA-F]{64})?$")] = ""
+    public_url: str = ""
+    max_submissions: int = 1000
+    sse_heartbeat_seconds: float = 15.0
+    sse_stall_seconds: float = 15.0
+    sse_buffer_bytes: int = 8 << 20
+    log_wait_seconds: float = 20.0
+
+
+async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> web.Application | None:
+    """Build the service, start its parts, and give the application that it serves."""
+    settings = decode(Settings, environ)
+    public_url = settings.public_url.rstrip("/") or _url_of(sockets.get("http"))
+    log = await service.enter(open_postgres_log(settings.database_url, size=6))
+    bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "gateway"))
+    session = await service.enter(
+        aiohttp.ClientSession(
+            auto_decompress=False,
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=300.0),
+        )
+    )
+
+    projector = Projector(log, StoredProjection(log.pool, gateway_projection(TABLES.read_text())))
+    requests: CommandLoop[RequestBuild | AbortBuild, decider.Request] = CommandLoop(
+        log, decider.RequestDecider(), new_id, creates=lambda command: isinstance(command, RequestBuild)
+    )
+    teams: CommandLoop[CreateTeam | IssueToken, decider.Team] = CommandLoop(log, decider.TeamDecider(), new_id)
+    feed = LogFeed(log)
+    queries = Queries(log.pool)
+    artifacts = ArtifactsClient(session, settings.artifacts_url, settings.grant_key, time.time)
+    authenticator = Authenticator(queries.token, time.monotonic)
+    streams = Streams(settings.sse_heartbeat_seconds, settings.sse_stall_seconds)
+
+    def view(row: BuildRow) -> Build:
+        return build_view(row, public_url)
+
+    def passed(position: int) -> Awaitable[bool]:
+        return projector.passed(position, 1.0)
+
+    bootstrap = Bootstrap(teams, log, passed, settings.bootstrap_team, settings.bootstrap_token_sha256)
+    hub = Hub(
+        Sources(row=queries.build, passed=passed, view=view, feed=feed, bus=bus, artifacts=artifacts),
+        Limits(buffer=settings.sse_buffer_bytes, stall=settings.sse_stall_seconds, late=settings.log_wait_seconds),
+    )
+    builds = BuildRoutes(
+        queries=queries,
+        requests=requests,
+        log=log,
+        passed=projector.passed,
+        feed=feed,
+        view=view,
+        ids=new_id,
+        clock=time.time,
+        most_at_once=settings.max_submissions,
+    )
+    known = [
+        *builds.endpoints(),
+        *LogRoutes(builds=builds, hub=hub, streams=streams, reader=LogReader(bus, artifacts)).endpoints(),
+        *ArtifactRoutes(queries=queries, artifacts=artifacts, log=log, passed=projector.passed, public_url=public_url).endpoints(),
+        *TeamRoutes(teams=teams, passed=projector.passed, first=settings.bootstrap_team, ids=new_id, secret=new_token).endpoints(),
+        *EventRoutes(feed=feed, streams=streams).endpoints(),
+    ]
+    about = AboutRoutes(version=importlib.metadata.version("penstock"), authenticator=authenticator, public_url=public_url, known=known)
+    app = web.Application(middlewares=[problems])
+    add(app, [*known, *about.endpoints()], authenticator)
+
+    async def close_streams(_: web.Application) -> None:
+        streams.close()
+
+    app.on_shutdown.append(close_streams)
+    service.depends("database", lambda: projector.problem)
+    service.depends("bootstrap", lambda: bootstrap.problem)
+    service.depends("nats", lambda: None if bus.connected else "is not connected")
+    service.spawn("requests", requests.run())
+    service.spawn("teams", teams.run())
+    service.spawn("projector", projector.run())
+    service.spawn("bootstrap", bootstrap.run())
+    service.spawn("feed", feed.run())
+    return app
+
+
+def new_token() -> str:
+    """A bearer token: 256 random bits."""
+    return "pst_" + secrets.token_urlsafe(32)
+
+
+def _url_of(listening: socket.socket | None) -> str:
+    """What a socket is reached by on this machine; "" without one: URLs are then relative."""
+    if listening is None:
+        return ""
+    host, port = listening.getsockname()[:2]
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104  it is compared, not bound

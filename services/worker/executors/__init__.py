@@ -1,0 +1,1 @@
+"""How a step's command becomes processes, and how nothing of them is left."""

@@ -1,0 +1,88 @@
+"""Attempts' folders: used again when a step left them as it found them, removed otherwise, whatever a step did to them.
+
+Making and removing four folders costs a journalling file system more than running `true` in them.
+"""
+
+import asyncio
+import itertools
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from services.worker.executors.sandboxes import Folders
+
+_MODES = (0o700, 0o755, 0o700, 0o700)
+
+
+class FolderPool:
+    """Folders below `work`. `prefix` tells this life's from others'."""
+
+    def __init__(self, work: Path, prefix: str) -> None:
+        self._work = work
+        self._prefix = prefix
+        self._numbers = itertools.count(1)
+        self._clean: list[Folders] = []
+
+    def take(self) -> Folders:
+        """Empty folders, for one attempt. Raises OSError (the disk may be full)."""
+        if self._clean:
+            return self._clean.pop()
+        folders = Folders.below(self._work / f"{self._prefix}-{next(self._numbers)}")
+        try:
+            for path, mode in zip(_all(folders), _MODES, strict=True):
+                path.mkdir()
+                path.chmod(mode)
+        except OSError:
+            remove_tree(folders.root)
+            raise
+        return folders
+
+    async def give_back(self, folders: Folders) -> None:
+        """The attempt is over, and its processes are gone."""
+        if _is_clean(folders):
+            self._clean.append(folders)
+        else:
+            await asyncio.to_thread(remove_tree, folders.root)
+
+
+def _all(folders: Folders) -> tuple[Path, Path, Path, Path]:
+    return folders.root, folders.workspace, folders.home, folders.temp
+
+
+def _is_clean(folders: Folders) -> bool:
+    try:
+        for path, mode in zip(_all(folders), _MODES, strict=True):
+            found = os.lstat(path)
+            if found.st_mode != stat.S_IFDIR | mode:
+                return False
+            with os.scandir(path) as entries:
+                if sum(1 for _ in entries) != (3 if path is folders.root else 0):
+                    return False
+    except OSError:
+        return False
+    return True
+
+
+def remove_tree(root: Path) -> None:
+    """Everything below, folders without permissions too; what cannot be removed stays."""
+    for _ in range(3):
+        # A process that has just been killed may still have written.
+        shutil.rmtree(root, onerror=_once_more)
+        if not root.exists():
+            return
+
+
+def _once_more(remove_it: Callable[..., Any], path: str, _: Any) -> None:
+    try:
+        for each in (Path(path).parent, Path(path)):
+            if stat.S_ISDIR(each.lstat().st_mode):
+                each.chmod(0o700)
+        if remove_it in (os.unlink, os.rmdir):
+            remove_it(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    except OSError:
+        return

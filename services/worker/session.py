@@ -1,0 +1,220 @@
+"""What a worker's life decides: credits, packages, control and leases. A pure state machine: no I/O, the clock (monotonic seconds) is passed in.
+
+One function for each thing that can happen; each answers with what is to be done about it. Invariants:
+
+* a credit is honoured once, in this boot only, and only while it is under `CREDIT_SECONDS` old;
+* an attempt is never run past two thirds of its lease counted from the *sending* of the last heartbeat that was answered, so the worker
+  kills its own work before the owner gives it to another.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+
+from proto.messages import Attempt, Control, Credit, Heartbeat, Offers, Package, Running
+
+CREDIT_SECONDS = 10.0
+REPLACE_SECONDS = 4.0
+"""A credit this old is replaced by a fresh one in the next heartbeat; the old one stays good until it is too old or its slot is taken."""
+HEARTBEAT_SECONDS = 1.0
+LEASE_SHARE = 2 / 3
+REMEMBERED_HEARTBEATS = 4096
+
+
+class Start(msgspec.Struct, frozen=True):
+    """Run the package's stage."""
+
+    package: Package
+
+
+class Refuse(msgspec.Struct, frozen=True):
+    """The package is not for us, or not now; nobody is told."""
+
+    reason: str
+
+
+class Interrupt(msgspec.Struct, frozen=True):
+    """The attempt must stop, with a grace period, and say how it ended."""
+
+    attempt: Attempt
+    reason: str
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """The attempt is not ours any more: end it at once and say nothing."""
+
+    attempt: Attempt
+    why: str
+
+
+class Recorded(msgspec.Struct, frozen=True):
+    """Reports up to `number` are events."""
+
+    attempt: Attempt
+    number: int
+
+
+class Forget(msgspec.Struct, frozen=True):
+    """Nobody waits for the attempt's reports."""
+
+    attempt: Attempt
+
+
+class ForgetLog(msgspec.Struct, frozen=True):
+    """The attempt's log is archived."""
+
+    attempt: Attempt
+
+
+Action = Interrupt | Kill | Recorded | Forget | ForgetLog
+
+
+class _Slot:
+    """The newest credit of a free slot and the one it replaced."""
+
+    def __init__(self) -> None:
+        self.nonces: list[tuple[str, float]] = []
+
+
+class _Lease:
+    def __init__(self, seconds: float, answered: float, started: float) -> None:
+        self.seconds = seconds
+        self.answered = answered
+        self.started = started
+        self.interrupted = ""
+
+
+class Session:
+    """One boot of a worker."""
+
+    def __init__(self, worker: str, boot: str, key: bytes, slots: int, offers: Offers, nonces: Callable[[], str]) -> None:
+        self.worker = worker
+        self.boot = boot
+        self.draining = False
+        self._key = key
+        self._slots = slots
+        self._offers = offers
+        self._nonces = nonces
+        self._free = [_Slot() for _ in range(slots)]
+        self._leases: dict[Attempt, _Lease] = {}
+        self._reported: dict[Attempt, int] = {}
+        self._challenge = b""
+        self._number = 0
+        self._answered = 0
+        self._sent: dict[int, tuple[float, frozenset[Attempt]]] = {}
+
+    @property
+    def active(self) -> list[Attempt]:
+        """Attempts that run."""
+        return list(self._leases)
+
+    def on_heartbeat_due(self, now: float, logs: list[Attempt], goodbye: bool = False) -> Heartbeat:
+        """Renew what is old among the credits and say how things are. Every running attempt is listed, and every one with unrecorded reports."""
+        credits: list[Credit] = []
+        for slot in () if self.draining else self._free:
+            if not slot.nonces or now - slot.nonces[-1][1] >= REPLACE_SECONDS:
+                slot.nonces = [*slot.nonces[-1:], (self._nonces(), now)]
+            credits.append(Credit(slot.nonces[-1][0], self._key))
+        self._number += 1
+        self._sent[self._number] = (now, frozenset(self._reported))
+        if len(self._sent) > REMEMBERED_HEARTBEATS:
+            del self._sent[next(iter(self._sent))]
+        return Heartbeat(
+            boot=self.boot,
+            number=self._number,
+            challenge=self._challenge,
+            slots=self._slots,
+            offers=self._offers,
+            credits=credits,
+            running=[Running(attempt, reported) for attempt, reported in self._reported.items()],
+            logs=logs,
+            draining=self.draining,
+            goodbye=goodbye,
+        )
+
+    def on_package(self, package: Package, now: float) -> Start | Refuse | None:
+        """Take the slot of the credit that the package quotes. None: we have the attempt already."""
+        if package.attempt in self._reported:
+            return None
+        if package.worker != self.worker:
+            return Refuse("another worker's")
+        if package.boot != self.boot:
+            return Refuse("another boot's")
+        if self.draining:
+            return Refuse("draining")
+        for slot in self._free:
+            for nonce, offered in slot.nonces:
+                if nonce == package.credit:
+                    if now - offered >= CREDIT_SECONDS:
+                        return Refuse("credit too old")
+                    self._free.remove(slot)
+                    self._leases[package.attempt] = _Lease(package.lease_seconds, offered, now)
+                    self._reported[package.attempt] = 0
+                    return Start(package)
+        return Refuse("no such credit")
+
+    def on_control(self, control: Control) -> list[Action]:
+        """Apply an answer, or an early word (number 0)."""
+        if control.boot != self.boot:
+            return []
+        if control.number >= self._answered and control.challenge:
+            self._challenge = control.challenge
+        actions: list[Action] = [ForgetLog(attempt) for attempt in control.archived]
+        held = {}
+        for word in control.held:
+            held[word.attempt] = word
+            if word.attempt not in self._reported:
+                continue
+            actions.append(Recorded(word.attempt, word.recorded))
+            lease = self._leases.get(word.attempt)
+            if lease is None:
+                if word.recorded >= self._reported[word.attempt]:
+                    actions += self._forget(word.attempt)
+            elif word.interrupted and not lease.interrupted:
+                lease.interrupted = word.interrupted
+                actions.append(Interrupt(word.attempt, word.interrupted))
+        sent = self._sent.get(control.number)
+        if control.number and sent is not None:
+            at, listed = sent
+            self._answered = max(self._answered, control.number)
+            for number in [n for n in self._sent if n <= control.number]:
+                del self._sent[number]
+            for attempt in listed:
+                if attempt in held:
+                    lease = self._leases.get(attempt)
+                    if lease is not None:
+                        lease.answered = max(lease.answered, at)
+                        lease.seconds = control.lease_seconds
+                elif attempt in self._reported:
+                    actions += self._lose(attempt, "not ours any more")
+        return actions
+
+    def on_reported(self, attempt: Attempt, number: int) -> None:
+        """The attempt's reports up to `number` are made."""
+        if attempt in self._reported:
+            self._reported[attempt] = number
+
+    def on_attempt_ended(self, attempt: Attempt) -> bool:
+        """Its slot is free; the attempt stays listed until its reports are recorded. False if it had ended already."""
+        if self._leases.pop(attempt, None) is None:
+            return False
+        self._free.append(_Slot())
+        return True
+
+    def on_replayed(self, attempt: Attempt, number: int) -> None:
+        """An attempt that ended in an earlier boot, with reports up to `number` that may not be recorded."""
+        self._reported[attempt] = number
+
+    def on_time(self, now: float) -> list[Action]:
+        """Give up the attempts that nobody has answered for. The clock may have jumped: then all of them go."""
+        lost = [attempt for attempt, lease in self._leases.items() if now - lease.answered >= lease.seconds * LEASE_SHARE]
+        return [action for attempt in lost for action in self._lose(attempt, "no answer for too long")]
+
+    def _lose(self, attempt: Attempt, why: str) -> list[Action]:
+        running = attempt in self._leases
+        self.on_attempt_ended(attempt)
+        return [*([Kill(attempt, why)] if running else []), *self._forget(attempt)]
+
+    def _forget(self, attempt: Attempt) -> list[Action]:
+        del self._reported[attempt]
+        return [Forget(attempt)]

@@ -1,0 +1,6 @@
+"""Fixtures that tests of several parts share."""
+
+from tests.nats_fixture import fresh_nats, nats_server
+from tests.postgres_fixture import database, postgres
+
+__all__ = ["database", "fresh_nats", "nats_server", "postgres"]

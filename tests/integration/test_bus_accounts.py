@@ -1,0 +1,225 @@
+"""Who may say and hear what, asked of a real server: FAULTS 63 and finding 3."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from libs.bus.accounts import inbox_prefix
+from libs.bus.jetstream import JetStreamBus, connect_jetstream
+from proto.topology import STREAMS
+from tests.controls import eventually
+from tests.nats_fixture import PASSWORD, NatsServer
+
+OWN = ("reports.w1.build", "logs.w1.build.stage.1", "presence.w1")
+FOREIGN = (
+    "reports.w2.build",
+    "logs.w2.build.stage.1",
+    "presence.w2",
+    "presence.w1.more",
+    "reports.w1",
+    "control.w1",
+    "control.w2",
+    "packages.w2",
+    "events.build.main.1.BuildFinished",
+    "_INBOX_w2.x",
+    "_INBOX.x",
+    "_R_.x.y",
+    "$JS.API.INFO",
+    "$JS.API.STREAM.PURGE.EVENTS",
+    "$JS.ACK.REPORTS.builds-reports.1.1.1.1.1",
+    "$SYS.REQ.SERVER.PING",
+)
+ALL_OVER = (
+    "reports.w2.>",
+    "control.w2",
+    "control.*",
+    "control.>",
+    "packages.*",
+    "presence.*",
+    "reports.>",
+    "_INBOX.>",
+    "_INBOX_w2.>",
+    "_R_.>",
+    "$JS.>",
+    ">",
+)
+
+
+class Stage:
+    """An honest service, an honest worker w2 with all it may hear, and w1 as an attacker with a bare client."""
+
+    def __init__(self, core: JetStreamBus, w2: JetStreamBus, attacker: Client) -> None:
+        self.core = core
+        self.w2 = w2
+        self.attacker = attacker
+        self.presence: list[tuple[str, bytes]] = []
+        self.heard_by_w2: list[tuple[str, bytes]] = []
+        self.refusals: list[str] = []
+
+    async def sequences(self) -> dict[str, int]:
+        states = {s.name: await self.core.stream_state(s.name) for s in STREAMS}
+        return {name: state.last_sequence for name, state in states.items() if state is not None}
+
+    async def settle(self) -> None:
+        """All that was said has arrived wherever it may go."""
+        await flushed(self.attacker)
+        await self.w2._connection.flush()
+        await self.core._connection.flush()
+
+
+async def flushed(client: Client) -> None:
+    """nats-py's ping may overtake what was said just before it; the second one cannot."""
+    await client.flush()
+    await client.flush()
+
+
+@pytest.fixture
+async def stage(fresh_nats: NatsServer) -> AsyncIterator[Stage]:
+    refusals: list[str] = []
+
+    async def refused(error: Exception) -> None:
+        refusals.append(str(error))
+
+    async with AsyncExitStack() as stack:
+        core = await stack.enter_async_context(connect_jetstream(fresh_nats.url, "scheduler", PASSWORD, "scheduler"))
+        await core.ensure(STREAMS, [])
+        w2 = await stack.enter_async_context(connect_jetstream(fresh_nats.url, "w2", PASSWORD, "w2", inbox_prefix("w2")))
+        attacker = await nats.connect(
+            fresh_nats.url, user="w1", password=PASSWORD, inbox_prefix=inbox_prefix("w1"), allow_reconnect=False, error_cb=refused
+        )
+        stack.push_async_callback(attacker.close)
+        stage = Stage(core, w2, attacker)
+        stage.refusals = refusals
+
+        core._connection.subscribe("presence.*", lambda subject, reply, data, headers: stage.presence.append((subject.decode(), data)))
+        for subject in ("control.w2", "packages.w2", "_INBOX_w2.guess"):
+            w2._connection.subscribe(subject, lambda subject, reply, data, headers: stage.heard_by_w2.append((subject.decode(), data)))
+        await stage.settle()
+        yield stage
+
+
+async def test_a_worker_s_reports_and_logs_are_acknowledged_through_the_border(stage: Stage) -> None:
+    report = await stage.w2.publish("reports.w2.build", b"report")
+    chunk = await stage.w2.publish("logs.w2.build.stage.1", b"chunk")
+    assert (report.stream, report.sequence) == ("REPORTS", 1)
+    assert (chunk.stream, chunk.sequence) == ("LOGS", 1)
+    stored = await stage.core.last("REPORTS", "reports.w2.>")
+    assert stored is not None
+    assert (stored.subject, stored.data) == ("reports.w2.build", b"report")
+
+
+async def test_presence_names_its_true_worker_and_reaches_every_scheduler(stage: Stage, fresh_nats: NatsServer) -> None:
+    async with connect_jetstream(fresh_nats.url, "scheduler", PASSWORD, "another") as other, other.listen("presence.*") as heard:
+        await stage.w2.send("presence.w2", b"two")
+        await stage.attacker.publish("presence.w1", b"one")
+        await eventually(lambda: len(stage.presence) == 2)
+        first, second = await anext(heard), await anext(heard)
+    assert sorted(stage.presence) == [("presence.w1", b"one"), ("presence.w2", b"two")]
+    assert {(first.subject, first.data), (second.subject, second.data)} == set(stage.presence)
+
+
+async def test_control_and_packages_reach_only_their_worker(stage: Stage) -> None:
+    heard_by_w1: list[tuple[str, bytes]] = []
+
+    async def heard(message: Msg) -> None:
+        heard_by_w1.append((message.subject, message.data))
+
+    for subject in ("control.w1", "packages.w1"):
+        await stage.attacker.subscribe(subject, cb=heard)
+    await flushed(stage.attacker)
+    for subject in ("control.w1", "packages.w1", "control.w2", "packages.w2"):
+        await stage.core.send(subject, subject.encode())
+    await eventually(lambda: len(heard_by_w1) == 2 and len(stage.heard_by_w2) == 2)
+    assert sorted(heard_by_w1) == [("control.w1", b"control.w1"), ("packages.w1", b"packages.w1")]
+    assert sorted(stage.heard_by_w2) == [("control.w2", b"control.w2"), ("packages.w2", b"packages.w2")]
+
+
+async def test_a_worker_cannot_say_what_is_another_s(stage: Stage) -> None:
+    before = await stage.sequences()
+    for subject in FOREIGN:
+        await stage.attacker.publish(subject, b"evil")
+    await stage.settle()
+    assert await stage.sequences() == before
+    assert stage.presence == []
+    assert stage.heard_by_w2 == []
+    assert len(stage.refusals) == len(FOREIGN)
+
+
+async def test_a_worker_cannot_hear_what_is_another_s(stage: Stage) -> None:
+    overheard: list[str] = []
+
+    async def heard(message: Msg) -> None:
+        overheard.append(message.subject)
+
+    for subject in ALL_OVER:
+        await stage.attacker.subscribe(subject, cb=heard)
+    await flushed(stage.attacker)
+    await stage.core.send("control.w2", b"secret")
+    await stage.core.send("packages.w2", b"secret")
+    await stage.w2.send("presence.w2", b"secret")
+    await stage.w2.publish("reports.w2.build", b"secret")
+    await stage.settle()
+    assert overheard == []
+    assert len(stage.refusals) == len(ALL_OVER)
+
+
+@pytest.mark.parametrize("own", OWN)
+async def test_a_reply_subject_lands_nothing_where_its_sender_may_not_write(stage: Stage, own: str) -> None:
+    """FAULTS 63: the stream's ack, or a service's answer, is sent to the attacker's choice of subject."""
+    for reply in FOREIGN:
+        before = await stage.sequences()
+        await stage.attacker.publish(own, b"evil", reply=reply)
+        await stage.settle()
+        after = await stage.sequences()
+        grown = {name for name in after if after[name] != before[name]}
+        assert grown <= {own.partition(".")[0].upper()}, reply
+        for stream in ("REPORTS", "LOGS"):
+            last = await stage.core.last(stream, ">")
+            assert last is None or last.subject == own
+    assert {subject for subject, _ in stage.presence} <= {"presence.w1"}
+    # What is left is noise: the text of an ack where another worker listens, which is not signed and answers no question of its own.
+    for subject, data in stage.heard_by_w2:
+        assert subject in ("control.w2", "packages.w2", "_INBOX_w2.x")
+        assert json.loads(data).keys() == {"stream", "seq"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Nats-Trace-Dest": "events.build.main.1.x"},
+        {"Nats-Trace-Dest": "reports.w2.x"},
+        {"Nats-Trace-Dest": "control.w2", "Nats-Trace-Only": "true"},
+        {"Nats-Rollup": "all"},
+        {"Nats-Rollup": "sub"},
+        {"Nats-TTL": "1"},
+        {"Nats-Schedule": "@at 2020-01-01T00:00:00Z", "Nats-Schedule-Target": "reports.w2.x"},
+        {"Nats-Batch-Id": "x", "Nats-Batch-Sequence": "1"},
+        {"Nats-Stream-Source": "EVENTS 1 > >"},
+        {"Nats-Subject": "events.build.main.1.x"},
+    ],
+    ids=str,
+)
+async def test_a_header_changes_nothing_but_its_own_message(stage: Stage, headers: dict[str, str]) -> None:
+    """JetStream takes orders from headers: none may remove, move or redirect what is another's."""
+    await stage.w2.publish("reports.w2.build", b"kept")
+    for subject in OWN:
+        await stage.attacker.publish(subject, b"evil", headers=headers)
+    await stage.settle()
+    assert (await stage.sequences())["EVENTS"] == 0
+    kept = await stage.core.last("REPORTS", "reports.w2.>")
+    assert kept is not None
+    assert (kept.subject, kept.data, kept.sequence) == ("reports.w2.build", b"kept", 1)
+    assert {subject for subject, _ in stage.presence} <= {"presence.w1"}
+    assert stage.heard_by_w2 == []
+
+
+async def test_a_wrong_password_gets_nowhere(fresh_nats: NatsServer) -> None:
+    async with asyncio.timeout(5), connect_jetstream(fresh_nats.url, "builds", "wrong", "test", patience=0.3) as bus:
+        assert not bus.connected
+        assert bus.connections == 0

@@ -1,0 +1,339 @@
+"""The relay between a log and a bus: whatever happens to EVENTS, it holds what the log holds again (FAULTS 57-60, 64, 73)."""
+
+import asyncio
+import itertools
+import random
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from libs.bus.bus import Bus, BusUnavailable, Message
+from libs.bus.jetstream import connect_jetstream
+from libs.bus.memory import MemoryBus
+from libs.eventlog.checkpoints import RelayCheckpoint, RelayCheckpoints
+from libs.eventlog.leadership import Leadership
+from libs.eventlog.memory import MemoryLog
+from libs.eventlog.postgres import open_postgres_log
+from libs.runtime.relay import Relay
+from proto.envelope import CloudEvent, decode_cloud_event
+from proto.events.team import TeamCreated
+from proto.topology import STREAMS
+from tests.controls import eventually, write
+from tests.nats_fixture import NatsServer
+from tests.postgres_fixture import Database
+
+EVENTS = next(stream for stream in STREAMS if stream.name == "EVENTS")
+
+
+class Checkpoints:
+    """One row, kept in memory, with the rule of the real one: an earlier term's word no longer counts."""
+
+    def __init__(self) -> None:
+        self.row: RelayCheckpoint | None = None
+
+    async def load(self) -> RelayCheckpoint | None:
+        return self.row
+
+    async def save(self, checkpoint: RelayCheckpoint) -> bool:
+        if self.row is not None and self.row.term > checkpoint.term:
+            return False
+        self.row = checkpoint
+        return True
+
+
+class Leader:
+    def __init__(self, term: int = 1) -> None:
+        self.term: int | None = term
+
+    async def wait(self) -> int:
+        while self.term is None:
+            await asyncio.sleep(0.01)
+        return self.term
+
+
+class Outbox:
+    """A log that grows, its relay, and what is in EVENTS."""
+
+    def __init__(self, bus: Bus, log: MemoryLog | None = None, checkpoints: Checkpoints | None = None) -> None:
+        self.bus = bus
+        self.log = log or MemoryLog()
+        self.checkpoints = checkpoints or Checkpoints()
+        self.numbers = itertools.count(1)
+
+    def relay(self, term: int = 1) -> Relay:
+        return Relay(self.log, self.bus, self.checkpoints, Leader(term))
+
+    async def append(self, count: int = 1) -> None:
+        await self.log.append([write(f"team-{next(self.numbers)}", TeamCreated(name="a team")) for _ in range(count)])
+
+    async def messages(self) -> list[CloudEvent]:
+        """All that EVENTS holds, as it is stored."""
+        state = await self.bus.stream_state("EVENTS")
+        found: list[Message] = []
+        async with asyncio.timeout(10), self.bus.tail("EVENTS", "events.>") as batches:
+            while len(found) < (state.messages if state else 0):
+                found += await anext(batches)
+        return [decode_cloud_event(message.data) for message in found]
+
+    async def positions(self) -> list[int]:
+        return [event.position for event in await self.messages()]
+
+    async def is_filled(self) -> bool:
+        try:
+            return set(await self.positions()) == set(range(1, await self.log.head() + 1))
+        except BusUnavailable:
+            return False
+
+
+@asynccontextmanager
+async def running(*relays: Relay) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(relay.run()) for relay in relays]
+    try:
+        yield
+        for task in tasks:
+            if task.done():
+                await task
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def memory() -> Outbox:
+    bus = MemoryBus()
+    await bus.ensure([EVENTS], [])
+    return Outbox(bus)
+
+
+@pytest.fixture
+async def outbox(fresh_nats: NatsServer) -> AsyncIterator[Outbox]:
+    async with connect_jetstream(fresh_nats.url, fresh_nats.user, fresh_nats.password, "relay") as bus:
+        await bus.ensure([EVENTS], [])
+        yield Outbox(bus)
+
+
+async def test_every_event_is_published_once_in_order_with_its_place(outbox: Outbox) -> None:
+    await outbox.append(1200)
+    async with running(outbox.relay()):
+        await eventually(outbox.is_filled)
+        await outbox.append(3)
+        await eventually(outbox.is_filled)
+    messages = await outbox.messages()
+    assert [m.position for m in messages] == list(range(1, 1204))
+    [last] = (await outbox.log.read_streams(["team-1203"]))["team-1203"]
+    assert messages[-1].recorded() == last
+    assert messages[-1].epoch == await outbox.log.epoch()
+    stored = await outbox.bus.last("EVENTS", "events.>")
+    assert stored is not None
+    assert stored.subject == "events.team.main.1203.TeamCreated"
+
+
+async def test_a_successor_goes_on_where_the_last_leader_was(memory: Outbox) -> None:
+    await memory.append(50)
+    async with running(memory.relay(term=1)):
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 50)
+    await memory.append(5)
+    successor = memory.relay(term=2)
+    published: list[str] = []
+    publish = memory.bus.publish
+    memory.bus.publish = lambda subject, data, msg_id="": (published.append(msg_id), publish(subject, data, msg_id))[1]  # type: ignore[method-assign]
+    async with running(successor):
+        await eventually(memory.is_filled)
+    assert len(published) == 5
+
+
+async def test_two_relays_at_once_are_harmless(outbox: Outbox) -> None:
+    """Nothing is doubled inside the dedup window, and nothing is left out."""
+    async with running(outbox.relay(), outbox.relay()):
+        for _ in range(20):
+            await outbox.append(25)
+        await eventually(outbox.is_filled)
+        positions = await outbox.positions()
+    assert positions.count(500) <= 2
+    assert set(positions) == set(range(1, 501))
+
+
+async def test_a_deposed_leader_stops_at_its_next_checkpoint(memory: Outbox) -> None:
+    old = memory.relay(term=1)
+    async with running(old):
+        await memory.append(1)
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 1)
+        row = memory.checkpoints.row
+        assert row is not None
+        memory.checkpoints.row = RelayCheckpoint(stream_created=row.stream_created, sequence=1, position=1, term=2)
+        await memory.append(1)
+        await eventually(lambda: old.position == 2)
+        await asyncio.sleep(0.3)
+        assert memory.checkpoints.row.term == 2
+        assert old.problem is None
+
+
+async def test_an_emptied_jetstream_folder_is_refilled(outbox: Outbox, fresh_nats: NatsServer) -> None:
+    """FAULTS 59"""
+    await outbox.append(300)
+    async with running(outbox.relay()):
+        await eventually(outbox.is_filled)
+        fresh_nats.kill()
+        fresh_nats.wipe()
+        await asyncio.to_thread(fresh_nats.start)
+        await outbox.bus.wait_connected()
+        await outbox.append(1)
+        await eventually(outbox.is_filled)
+        assert await outbox.positions() == list(range(1, 302))
+
+
+async def test_a_deleted_stream_is_made_again_and_refilled(outbox: Outbox) -> None:
+    """FAULTS 59: noticed at the next event, and without one within seconds."""
+    await outbox.append(300)
+    async with running(outbox.relay()):
+        await eventually(outbox.is_filled)
+        await outbox.bus._connection.ask("$JS.API.STREAM.DELETE.EVENTS", b"", lambda headers, data: data)  # type: ignore[attr-defined]
+        await outbox.append(1)
+        await eventually(outbox.is_filled)
+
+
+async def test_a_stream_that_lost_its_end_is_refilled_from_there(outbox: Outbox, fresh_nats: NatsServer) -> None:
+    """FAULTS 58: acknowledged, not fsynced, and the power went."""
+    stored = fresh_nats.store / "jetstream" / "CORE" / "streams" / "EVENTS" / "msgs"
+    kept = fresh_nats.folder / "kept"
+    async with running(outbox.relay()):
+        await outbox.append(100)
+        await eventually(outbox.is_filled)
+        await asyncio.to_thread(fresh_nats.stop)
+        shutil.copytree(stored, kept)
+        await asyncio.to_thread(fresh_nats.start)
+        await outbox.append(100)
+        await eventually(outbox.is_filled)
+        await eventually(lambda: outbox.checkpoints.row is not None and outbox.checkpoints.row.position == 200)
+        await asyncio.to_thread(fresh_nats.stop)
+        shutil.rmtree(stored)
+        shutil.move(kept, stored)
+        await asyncio.to_thread(fresh_nats.start)
+        await eventually(outbox.is_filled)
+        assert await outbox.positions() == list(range(1, 201))
+
+
+async def test_everything_arrives_while_the_server_is_killed_again_and_again(outbox: Outbox, fresh_nats: NatsServer) -> None:
+    """FAULTS 57"""
+    async with running(outbox.relay()):
+        for _ in range(10):
+            await outbox.append(50)
+            await asyncio.to_thread(fresh_nats.restart)
+        await outbox.append(1)
+        await eventually(outbox.is_filled, timeout=20)
+        positions = await outbox.positions()
+    assert sorted(set(positions)) == list(range(1, 502))
+
+
+async def test_after_a_raised_epoch_all_is_published_anew(outbox: Outbox) -> None:
+    """FAULTS 73"""
+    async with running(outbox.relay(term=1)):
+        await outbox.append(20)
+        await eventually(outbox.is_filled)
+    outbox.log.raise_epoch()
+    async with running(outbox.relay(term=2)):
+
+        async def is_refilled() -> bool:
+            epochs = [(m.position, m.epoch) for m in await outbox.messages()]
+            return epochs == [(n, 1) for n in range(1, 21)] + [(n, 2) for n in range(1, 21)]
+
+        await eventually(is_refilled)
+    async with running(outbox.relay(term=3)):
+        await outbox.append(1)
+        await eventually(lambda: outbox.checkpoints.row is not None and outbox.checkpoints.row.position == 21)
+    assert len(await outbox.messages()) == 41
+
+
+async def test_events_that_have_aged_out_are_not_published_again(memory: Outbox) -> None:
+    async with running(memory.relay(term=1)):
+        await memory.append(20)
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 20)
+    await memory.bus.purge("EVENTS", "events.>")
+    async with running(memory.relay(term=2)):
+        await memory.append(1)
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 21)
+    assert await memory.positions() == [21]
+
+
+async def test_it_refills_no_further_back_than_anybody_needs(memory: Outbox) -> None:
+    async def floor() -> int:
+        return 15
+
+    await memory.append(20)
+    async with running(Relay(memory.log, memory.bus, memory.checkpoints, Leader(), floor=floor)):
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 20)
+    assert await memory.positions() == [16, 17, 18, 19, 20]
+
+
+async def test_an_outage_of_either_side_is_said_and_ends_by_itself(memory: Outbox) -> None:
+    bus, log, relay = memory.bus, memory.log, memory.relay()
+    assert isinstance(bus, MemoryBus)
+    async with running(relay):
+        await memory.append(1)
+        await eventually(memory.is_filled)
+        bus.connected = False
+        await memory.append(1)
+        await eventually(lambda: relay.problem is not None)
+        bus.connected = True
+        await eventually(lambda: relay.problem is None)
+        log.available = False
+        await eventually(lambda: relay.problem is not None, timeout=8)
+        log.available = True
+        await eventually(lambda: relay.problem is None)
+        await eventually(memory.is_filled)
+
+
+async def test_a_bus_that_loses_things_at_random_is_always_filled_in_the_end(memory: Outbox) -> None:
+    """FAULTS 57-59, from a seed."""
+    chance = random.Random(7)
+    bus = memory.bus
+    assert isinstance(bus, MemoryBus)
+
+    async def lose() -> None:
+        bus.lose("EVENTS")
+
+    async def fall_out() -> None:
+        bus.connected = False
+        await asyncio.sleep(0)
+        bus.connected = True
+
+    async def append() -> None:
+        await memory.append(chance.randint(1, 30))
+
+    acts: list[Callable[[], object]] = [append, append, append, lose, fall_out]
+    async with running(memory.relay()):
+        for _ in range(200):
+            await chance.choice(acts)()  # type: ignore[misc]
+            for _ in range(chance.randint(0, 5)):
+                await asyncio.sleep(0)
+        await memory.append(1)
+        bus.connected = False
+        await asyncio.sleep(0)
+        bus.connected = True
+        await eventually(memory.is_filled)
+
+
+async def test_it_works_on_the_real_log_with_a_real_office(database: Database, fresh_nats: NatsServer) -> None:
+    async with AsyncExitStack() as stack:
+        log = await stack.enter_async_context(open_postgres_log(database.url("builds")))
+        gateway = await stack.enter_async_context(open_postgres_log(database.url("gateway")))
+        bus = await stack.enter_async_context(connect_jetstream(fresh_nats.url, "builds", fresh_nats.password, "relay"))
+        await bus.ensure([EVENTS], [])
+        office = Leadership(log.pool, "relay", "me")
+        relay = Relay(log, bus, RelayCheckpoints(log.pool), office)
+        campaign = asyncio.create_task(office.run())
+        stack.callback(campaign.cancel)
+        async with running(relay):
+            for first in range(0, 500, 100):
+                await gateway.append([write(f"team-{n}", TeamCreated(name="a team")) for n in range(first, first + 100)])
+
+            async def is_filled() -> bool:
+                state = await bus.stream_state("EVENTS")
+                return state is not None and state.messages == 500
+
+            await eventually(is_filled)
+            await eventually(lambda: relay.position == 500)
+            assert relay.problem is None

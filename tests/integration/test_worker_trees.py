@@ -1,0 +1,156 @@
+"""Inputs and outputs, from and to an artifacts service that speaks the real protocol."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from libs.archives.extract import extract
+from libs.archives.rules import Limits
+from libs.archives.writer import pack
+from proto.events.base import ArtifactRef
+from proto.plan import TaskInput
+from services.worker.executors.sandboxes import Choice
+from tests.worker_controls import a_system, sandboxes_here, sh
+
+REF = ArtifactRef(id="a1", digest="d1")
+TOKEN = "token-of-the-attempt"
+
+
+class Shop:
+    """`down` is how many requests are refused first, as by a service that restarts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = ""
+        self.down = 0
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        self._admit(request)
+        source = self.folder / "in" / request.match_info["name"]
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        async for piece in pack(source):
+            await answer.write(piece)
+        return answer
+
+    async def post(self, request: web.Request) -> web.Response:
+        step, name = request.match_info["step"], request.match_info["name"]
+        target = self.folder / "out" / step / name
+        await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
+        self._admit(request)
+        summary = await extract(request.content.iter_chunked(1 << 16), target, Limits())
+        body = {"id": f"{step}-{name}", "digest": "d", "size": summary.size, "files": summary.files}
+        return web.json_response(body, status=201)
+
+    def _admit(self, request: web.Request) -> None:
+        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise web.HTTPForbidden
+        if self.down:
+            self.down -= 1
+            raise web.HTTPServiceUnavailable
+
+
+@asynccontextmanager
+async def a_shop(folder: Path) -> AsyncIterator[Shop]:
+    shop = Shop(folder)
+    app = web.Application(client_max_size=1 << 30)
+    app.add_routes([web.get("/inputs/{name}", shop.get), web.post("/outputs/{step}/{name}", shop.post)])
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    shop.url = f"http://{host}:{port}"
+    try:
+        yield shop
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("sandbox", sandboxes_here())
+async def test_inputs_are_placed_and_outputs_taken(tmp_path: Path, sandbox: Choice) -> None:
+    (tmp_path / "in" / "src" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "src" / "deep" / "tool").write_text("#!/bin/sh\necho made of $1 > dist/result\n")
+    (tmp_path / "in" / "src" / "deep" / "tool").chmod(0o755)
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", sandbox=sandbox, artifacts_url=shop.url) as (scheduler, _):
+        make = sh("source/deep/tool parts; ls dist", name="make", inputs=[TaskInput(name="src", path="source")], outputs=["dist"])
+        use = sh("cat dist/result", name="use", inputs=[TaskInput(name="dist")])
+        attempt = await scheduler.send(make, use, inputs={"src": REF}, token=TOKEN)
+        assert (await scheduler.finished(attempt)).status == "succeeded"
+        assert scheduler.step(attempt, "make").outputs == {"dist": ArtifactRef(id="make-dist", digest="d", size=14, files=1)}
+        assert (tmp_path / "out" / "make" / "dist" / "result").read_text() == "made of parts\n"
+        assert await scheduler.log(attempt, "stdout") == "result\nmade of parts\n"
+
+
+async def test_a_later_step_may_want_an_earlier_output_elsewhere(tmp_path: Path) -> None:
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        attempt = await scheduler.send(
+            sh("echo x > dist/result", name="make", outputs=["dist"]),
+            sh("cat again/result", name="use", inputs=[TaskInput(name="dist", path="again"), TaskInput(name="absent", optional=True)]),
+            token=TOKEN,
+        )
+        assert await scheduler.log(attempt, "stdout") == "x\n"
+
+
+async def test_a_missing_input_errors_naming_it(tmp_path: Path) -> None:
+    async with a_system(tmp_path) as (scheduler, _):
+        attempt = await scheduler.send(sh("true", inputs=[TaskInput(name="src")]))
+        extent = await scheduler.finished(attempt)
+        assert (extent.status, extent.error) == ("errored", "step `step`: input `src` is missing")
+
+
+async def test_outputs_are_taken_after_a_failure_too(tmp_path: Path) -> None:
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        attempt = await scheduler.send(sh("echo why > report/text; exit 2", outputs=["report"]), token=TOKEN)
+        assert (await scheduler.finished(attempt)).status == "failed"
+        assert scheduler.step(attempt).exit_code == 2
+        assert scheduler.step(attempt).outputs["report"].files == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("rmdir dist", "output `dist`: the folder `dist` is gone"),
+        ("rmdir dist; touch dist", "output `dist`: the folder `dist` is not a folder"),
+        ("rmdir dist; ln -s / dist", "output `dist`: the folder `dist` is not a folder"),
+    ],
+)
+async def test_an_output_folder_that_is_none_at_the_end_fails_the_step(tmp_path: Path, script: str, error: str) -> None:
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        attempt = await scheduler.send(sh(script, outputs=["dist", "other"]), token=TOKEN)
+        assert (await scheduler.finished(attempt)).status == "failed"
+        assert scheduler.step(attempt).error == error
+        assert list(scheduler.step(attempt).outputs) == ["other"]
+
+
+async def test_an_artifacts_service_that_restarts_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "in" / "src").mkdir(parents=True)
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        shop.down = 2
+        attempt = await scheduler.send(sh("true", inputs=[TaskInput(name="src")], outputs=["dist"]), inputs={"src": REF}, token=TOKEN)
+        assert (await scheduler.finished(attempt)).status == "succeeded"
+
+
+async def test_one_that_stays_away_errors_the_step(tmp_path: Path) -> None:
+    async with a_system(tmp_path, artifacts_url="http://127.0.0.1:9", patience=0.3) as (scheduler, _):
+        attempt = await scheduler.send(sh("true", inputs=[TaskInput(name="src")]), inputs={"src": REF})
+        extent = await scheduler.finished(attempt)
+        assert extent.status == "errored"
+        assert "input `src`: the artifacts service did not answer" in extent.error
+
+
+async def test_a_refusal_is_told_at_once(tmp_path: Path) -> None:
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        attempt = await scheduler.send(sh("true", inputs=[TaskInput(name="src")]), inputs={"src": REF}, token="another's")
+        assert "input `src`: 403 Forbidden" in (await scheduler.finished(attempt, timeout=3)).error
+
+
+async def test_an_abort_does_not_wait_for_a_download(tmp_path: Path) -> None:
+    async with a_system(tmp_path, artifacts_url="http://127.0.0.1:9", patience=60) as (scheduler, _):
+        attempt = await scheduler.send(sh("true", inputs=[TaskInput(name="src")]), inputs={"src": REF})
+        scheduler.interrupted[attempt] = "aborted"
+        assert (await scheduler.finished(attempt, timeout=5)).status == "aborted"

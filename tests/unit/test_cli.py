@@ -1,0 +1,146 @@
+"""The command line where no server is needed: what it says, what it imports, what it exits with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from penstock.cli.following import exit_code_of
+from penstock.cli.terminal import readable_size
+from penstock.client import Build
+
+TASK = "platform: linux\ninputs: [{name: src}, {name: extra, optional: true}]\noutputs: [{name: dist}]\nrun: {path: 'true'}\n"
+
+
+def penstock(*arguments: str, cwd: Path, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": os.environ["PATH"], "HOME": str(cwd), "PENSTOCK_TARGETS": str(cwd / "targets.json"), **environ}
+    command = [sys.executable, "-m", "penstock", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with a task file, an input, and a target where nobody listens."""
+    (tmp_path / "task.yml").write_text(TASK)
+    (tmp_path / "in").mkdir()
+    targets = {"current": "local", "targets": {"local": {"url": "http://127.0.0.1:9", "token": "pst_x", "team": "main"}}}
+    (tmp_path / "targets.json").write_text(json.dumps(targets))
+    return tmp_path
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "penstock", "--help"], capture_output=True, text=True, cwd=tmp_path, check=True, timeout=60
+    )
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & {"aiohttp", "asyncio", "msgspec", "rich", "nats", "yaml", "asyncpg", "penstock.client"}
+    for command in ("execute", "watch", "logs", "download", "abort", "builds", "login", "up", "down", "completion"):
+        assert f"  {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", ["execute", "watch", "logs", "download", "abort", "builds", "login", "targets", "up", "down", "version"])
+def test_every_command_has_help(tmp_path: Path, command: str) -> None:
+    result = penstock(command, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "Usage: penstock" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-c", "none.yml"], "Error: cannot read none.yml: No such file or directory"),
+        (["-c", "task.yml"], "Error: the task's input `src` is not given: add -i src=PATH"),
+        (["-c", "task.yml", "-i", "src=in", "-o", "dits=out"], "Error: -o dits=…: task.yml has no output `dits` (dist)"),
+        (["-c", "task.yml", "-i", "scr=in"], "Error: -i scr=…: task.yml has no input `scr` (src, extra)"),
+        (["-c", "task.yml", "-i", "src=gone"], "Error: -i src=gone: gone does not exist"),
+        (["-c", "task.yml", "-i", "src=task.yml"], "Error: -i src=task.yml: task.yml is not a folder"),
+        (["-c", "task.yml", "-i", "src=in", "-i", "src=in"], "Error: -i src=…: given twice"),
+        (["-c", "task.yml", "-i", "src=in", "-m", "foo=src"], "Error: -m foo=…: task.yml has no input `foo` (src, extra)"),
+        (["-c", "task.yml", "-i", "src=in", "-o", "dist=task.yml"], "Error: -o dist=task.yml: task.yml is there and is not a folder"),
+        (["-c", "task.yml", "-i", "src"], "`src` must be NAME=VALUE"),
+        (["-c", "task.yml", "-i", "src=in", "--timeout", "soon"], "`soon` must be a time like 90s, 10m or 1h30m, 30 days at most"),
+        (["-c", "task.yml", "-i", "src=in", "--timeout", "0"], "`0` must be a time"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_refused_before_anything_is_sent(here: Path, arguments: list[str], said: str) -> None:
+    result = penstock("execute", *arguments, cwd=here)
+    assert said in result.stderr
+    assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_a_task_file_that_is_wrong_is_refused_before_anything_is_sent(here: Path) -> None:
+    (here / "task.yml").write_text("run:\n  path: 1\n")
+    result = penstock("execute", "-c", "task.yml", cwd=here)
+    assert result.stderr == "Error: task.yml:2: run.path: must be text, not a whole number: put it in quotes\n"
+    assert result.returncode == 1
+
+
+@pytest.mark.parametrize("arguments", [["execute", "-c", "task.yml", "-i", "src=in"], ["builds"], ["watch", "1"], ["logs", "1"], ["abort", "1"]])
+def test_a_server_that_is_not_there_is_one_line_that_says_what_to_do(here: Path, arguments: list[str]) -> None:
+    result = penstock(*arguments, cwd=here)
+    assert result.stderr == "Error: cannot reach http://127.0.0.1:9: is it running? start it with `penstock up`\n"
+    assert result.returncode == 1
+
+
+def test_without_a_target_it_says_how_to_get_one(tmp_path: Path) -> None:
+    result = penstock("builds", cwd=tmp_path)
+    assert result.stderr == "Error: no Penstock is known yet: start one with `penstock up`, or log in to one with `penstock login --url …`\n"
+    assert result.returncode == 1
+    assert penstock("-t", "prod", "builds", cwd=tmp_path).stderr.startswith("Error: there is no target `prod`")
+
+
+def test_targets_are_listed_without_their_tokens_and_chosen(here: Path) -> None:
+    known = json.loads((here / "targets.json").read_text())
+    known["targets"]["prod"] = {"url": "http://p:1", "token": "pst_y", "team": "ops"}
+    (here / "targets.json").write_text(json.dumps(known))
+    result = penstock("targets", cwd=here)
+    assert result.stdout == "* local  http://127.0.0.1:9  team main\n  prod  http://p:1  team ops\n"
+    assert penstock("targets", "--use", "prod", cwd=here).stdout.splitlines()[1] == "* prod  http://p:1  team ops"
+    listed = json.loads(penstock("targets", "--json", cwd=here).stdout)
+    assert [row["current"] for row in listed] == [False, True]
+    assert penstock("targets", "--use", "none", cwd=here).returncode == 2
+
+
+def test_login_needs_a_url_and_a_token(tmp_path: Path) -> None:
+    assert "--url is missing" in penstock("login", cwd=tmp_path).stderr
+    assert "there is no token" in penstock("login", "--url", "http://127.0.0.1:9", cwd=tmp_path).stderr
+    assert "must start with http" in penstock("login", "--url", "localhost", "--token", "x", cwd=tmp_path).stderr
+    unreachable = penstock("login", "--url", "http://127.0.0.1:9", cwd=tmp_path, stdin="pst_x\n")
+    assert "cannot reach" in unreachable.stderr
+    assert not (tmp_path / "targets.json").exists()
+
+
+@pytest.mark.parametrize(("shell", "sign"), [("bash", "complete"), ("zsh", "#compdef penstock"), ("fish", "function _penstock")])
+def test_completion_is_there_for_three_shells(tmp_path: Path, shell: str, sign: str) -> None:
+    assert sign in penstock("completion", shell, cwd=tmp_path).stdout
+
+
+def test_completion_completes_commands_and_options(tmp_path: Path) -> None:
+    result = penstock("x", cwd=tmp_path, _PENSTOCK_COMPLETE="bash_complete", COMP_WORDS="penstock execute --inc", COMP_CWORD="2")
+    assert result.stdout.split() == ["plain,--include-ignored", "plain,--include-git"]
+
+
+@pytest.mark.parametrize(
+    ("status", "own", "code"),
+    [
+        ("succeeded", 0, 0),
+        ("failed", 3, 3),
+        ("failed", None, 1),
+        ("failed", 0, 1),
+        ("failed", -15, 143),
+        ("failed", 256, 1),
+        ("errored", None, 2),
+        ("aborted", 143, 3),
+        ("aborted", None, 3),
+    ],
+)
+def test_exit_codes_are_flys(status: str, own: int | None, code: int) -> None:
+    assert exit_code_of(Build(id="b", number=1, status=status, exit_code=own)) == code  # type: ignore[arg-type]
+
+
+def test_sizes_are_for_people() -> None:
+    assert [readable_size(size) for size in (0, 999, 1500, 3_000_000)] == ["0 B", "999 B", "1.5 kB", "3.0 MB"]

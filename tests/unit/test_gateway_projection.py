@@ -1,0 +1,225 @@
+"""What people see, folded from the log; every history is delivered once and twice."""
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from proto.api import Positions
+from proto.envelope import Fact
+from proto.events.artifact import ArtifactSealed, LogArchived
+from proto.events.base import ArtifactRef, Event
+from proto.events.build import (
+    BuildCreated,
+    BuildFinished,
+    LogExtent,
+    StageFinished,
+    StageInterrupted,
+    StageQueued,
+    StepFinished,
+    StepProgressed,
+    StepStarted,
+)
+from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
+from proto.events.request import BuildAbortRequested, BuildRequested
+from proto.events.team import TeamCreated, TokenIssued
+from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
+from services.gateway.projection import TABLES, ArtifactRow, AttemptLog, BuildRow, TeamRow, TokenRow, keys, project
+from services.gateway.views import artifact_view, build_view
+
+START = datetime(2026, 11, 22, tzinfo=UTC)
+KEYS = {table.row: table.key for table in TABLES}
+
+
+class Rows:
+    """The projection over rows in memory; `deliveries` of each batch."""
+
+    def __init__(self, deliveries: int) -> None:
+        self.deliveries = deliveries
+        self.rows: dict[tuple[type, str], object] = {}
+        self.position = 0
+
+    def given(self, *events: tuple[str, Event], team: str = "main") -> "Rows":
+        facts = []
+        for stream, event in events:
+            self.position += 1
+            facts.append(
+                Fact(
+                    position=self.position,
+                    stream=stream,
+                    version=1,
+                    event_id=str(self.position),
+                    team=team,
+                    correlation_id="c",
+                    causation_id="c",
+                    actor="token:k1",
+                    recorded_at=START + timedelta(seconds=self.position),
+                    event=event,
+                )
+            )
+        for _ in range(self.deliveries):
+            for fact in facts:
+                allowed = set(keys(fact))
+
+                def get(row: type, key: str, /, allowed: set = allowed) -> object:
+                    assert (row, key) in allowed
+                    return self.rows.get((row, key))
+
+                for row in list(project(fact, get)):  # type: ignore[arg-type]
+                    self.rows[(type(row), getattr(row, KEYS[type(row)]))] = row
+        return self
+
+    def build(self, build: str = "b1") -> BuildRow:
+        row = self.rows[(BuildRow, build)]
+        assert isinstance(row, BuildRow)
+        return row
+
+
+@pytest.fixture(params=[1, 2])
+def rows(request) -> Rows:
+    return Rows(request.param)
+
+
+def plan(*stages: tuple[str, Sequence[str]]) -> Plan:
+    config = TaskConfig(run=Run(path="true"))
+    return Plan(stages=[Stage(name=name, steps=[RunStep(name=step, config=config) for step in steps]) for name, steps in stages])
+
+
+SRC = ArtifactRef(id="a", digest="d", size=1, files=1)
+REQUESTED = BuildRequested(build="b1", plan=plan(("main", ["one", "two"])), inputs={"src": SRC}, name="n")
+QUEUED = StageQueued(stage="main", attempt=1, requirements=Requirements())
+LEASED = StageLeased(stage="main", attempt=1, worker="w1", boot="b", credit="c")
+
+
+def started(step: str = "one", attempt: int = 1) -> StepStarted:
+    return StepStarted(stage="main", attempt=attempt, step=step, worker="w1", sandbox="bwrap")
+
+
+def ended(step: str = "one", status: str = "succeeded", code: int | None = 0, error: str = "", **outputs: ArtifactRef) -> StepFinished:
+    return StepFinished(stage="main", attempt=1, step=step, status=status, exit_code=code, error=error, outputs=outputs)  # type: ignore[arg-type]
+
+
+def of_build(*events: Event) -> list[tuple[str, Event]]:
+    return [("lease-b1" if isinstance(event, StageLeased | StageDeferred | LeaseExpired) else "build-b1", event) for event in events]
+
+
+def test_builds_are_numbered_densely_within_their_team_in_log_order(rows: Rows) -> None:
+    rows.given(("team-main", TeamCreated(name="main")))
+    for number in range(3):
+        rows.given((f"request-{number}", BuildRequested(build=f"b{number}", plan=REQUESTED.plan)))
+        rows.given((f"request-o{number}", BuildRequested(build=f"o{number}", plan=REQUESTED.plan)), team="other")
+    assert [rows.build(f"b{n}").number for n in range(3)] == [1, 2, 3]
+    assert [rows.build(f"o{n}").number for n in range(3)] == [1, 2, 3]
+    team = rows.rows[(TeamRow, "main")]
+    assert isinstance(team, TeamRow)
+    assert team.builds == 3
+
+
+def test_a_requested_build_is_pending_with_its_stages(rows: Rows) -> None:
+    build = rows.given(("request-1", REQUESTED)).build()
+    assert (build.status, build.percent, build.name, build.requested_by) == ("pending", 0, "n", "token:k1")
+    assert build.inputs["src"].digest == "d"
+    assert [(s.name, s.status, [step.name for step in s.steps]) for s in build.stages] == [("main", "pending", ["one", "two"])]
+    assert build.positions == Positions(status=1, percent=1, error=1)
+
+
+def test_a_build_succeeds(rows: Rows) -> None:
+    rows.given(("request-1", REQUESTED), *of_build(BuildCreated(plan=REQUESTED.plan, inputs={}), QUEUED, LEASED, started()))
+    assert (rows.build().status, rows.build().stages[0].worker, rows.build().stages[0].sandbox) == ("started", "w1", "bwrap")
+    at = rows.position
+    rows.given(*of_build(StepProgressed(stage="main", attempt=1, step="one", percent=50)))
+    assert rows.build().percent == 25
+    assert rows.build().positions == Positions(status=at, percent=at + 1, error=1)
+    dist = ArtifactRef(id="o", digest="d2")
+    rows.given(*of_build(ended(dist=dist), started("two"), ended("two")))
+    rows.given(*of_build(StageFinished(stage="main", attempt=1, status="succeeded", worker="w1", log=LogExtent(chunks=2, lines=9))))
+    rows.given(*of_build(BuildFinished(status="succeeded")))
+    build = rows.build()
+    assert (build.status, build.percent, build.error, build.exit_code) == ("succeeded", 100, "", 0)
+    assert build.outputs["dist"].id == "o"
+    assert build.logs == {"main/1": AttemptLog(worker="w1", over=True, chunks=2)}
+    assert build.started_at is not None
+    assert build.finished_at == START + timedelta(seconds=rows.position)
+
+
+def test_a_failure_says_which_step_and_why(rows: Rows) -> None:
+    rows.given(("request-1", REQUESTED), *of_build(QUEUED, LEASED, started(), ended(status="failed", code=7, error="exit 7")))
+    rows.given(*of_build(StageFinished(stage="main", attempt=1, status="failed"), BuildFinished(status="failed")))
+    build = rows.build()
+    assert (build.status, build.exit_code, build.error, build.percent) == ("failed", 7, "exit 7", 0)
+    assert [step.status for step in build.stages[0].steps] == ["failed", "pending"]
+    assert build.logs["main/1"].chunks is None
+
+
+def test_why_a_build_waits_is_said_until_it_is_placed(rows: Rows) -> None:
+    rows.given(("request-1", REQUESTED), *of_build(QUEUED, StageDeferred(stage="main", attempt=1, reason="no worker")))
+    assert rows.build().reason == rows.build().stages[0].reason == "no worker"
+    rows.given(*of_build(LEASED))
+    assert rows.build().reason == ""
+    rows.given(*of_build(LeaseExpired(stage="main", attempt=1, worker="w1", evidence="silent")))
+    rows.given(*of_build(StageQueued(stage="main", attempt=2, requirements=Requirements())))
+    rows.given(*of_build(StageDeferred(stage="main", attempt=1, reason="stale")))
+    assert rows.build().reason == ""
+
+
+def test_another_attempt_starts_afresh_and_an_earlier_one_changes_nothing(rows: Rows) -> None:
+    rows.given(("request-1", REQUESTED), *of_build(QUEUED, LEASED, started(), ended()))
+    assert rows.build().percent == 50
+    rows.given(*of_build(StageQueued(stage="main", attempt=2, requirements=Requirements())))
+    stage = rows.build().stages[0]
+    assert (stage.attempt, stage.worker, stage.status, rows.build().percent) == (2, "", "pending", 0)
+    rows.given(*of_build(started(), ended("two", "failed", 1)))
+    assert rows.build().stages[0] == stage
+
+
+def test_an_interrupted_stage_says_why(rows: Rows) -> None:
+    rows.given(("request-1", REQUESTED), *of_build(QUEUED, LEASED, started()), ("request-abort-b1", BuildAbortRequested(build="b1")))
+    rows.given(*of_build(StageInterrupted(stage="main", attempt=1, reason="timeout", error="longer than 5 s")))
+    rows.given(*of_build(StageFinished(stage="main", attempt=1, status="failed"), BuildFinished(status="failed", error="longer than 5 s")))
+    assert rows.build().stages[0].error == rows.build().error == "longer than 5 s"
+
+
+def test_an_archived_log_is_known(rows: Rows) -> None:
+    rows.given(("request-1", REQUESTED), *of_build(QUEUED, LEASED))
+    archived = LogArchived(build="b1", stage="main", attempt=1, archive=1, digest="d", chunks=2, lines=9, bytes=80)
+    rows.given(("artifact-log-b1-main-1", archived))
+    assert rows.build().logs["main/1"] == AttemptLog(worker="w1", archived=9)
+
+
+def test_artifacts_and_tokens_are_kept(rows: Rows) -> None:
+    rows.given(("artifact-a1", ArtifactSealed(artifact="a1", kind="user", digest="d", size=5, files=2, name="src", expires_at=60)))
+    rows.given(("team-main", TokenIssued(token_id="k", sha256="ff", role="viewer", description="ci")))
+    artifact = rows.rows[(ArtifactRow, "a1")]
+    assert isinstance(artifact, ArtifactRow)
+    assert artifact_view(artifact).expires_at == datetime(1970, 1, 1, 0, 1, tzinfo=UTC)
+    token = rows.rows[(TokenRow, "ff")]
+    assert isinstance(token, TokenRow)
+    assert (token.team, token.role) == ("main", "viewer")
+
+
+def test_what_is_about_an_unknown_build_is_nothing(rows: Rows) -> None:
+    rows.given(*of_build(QUEUED, LEASED, BuildFinished(status="errored")))
+    assert rows.rows == {}
+
+
+def test_a_nul_in_a_workers_words_does_not_stop_the_projection(rows: Rows) -> None:
+    rows.given(("request-1", REQUESTED), *of_build(QUEUED, LEASED, started(), ended(status="errored", code=None, error="a\0b")))
+    assert rows.build().error == "a\ufffdb"
+
+
+def test_a_view_carries_a_url(rows: Rows) -> None:
+    build = rows.given(("request-1", REQUESTED)).build()
+    assert build_view(build, "http://h:1").url == "http://h:1/api/v1/teams/main/builds/1"
+
+
+def test_a_history_read_in_any_batches_gives_the_same_rows() -> None:
+    history = [
+        ("request-1", REQUESTED),
+        *of_build(QUEUED, LEASED, started(), ended(), started("two"), ended("two"), BuildFinished(status="succeeded")),
+    ]
+    make: Callable[[], Rows] = lambda: Rows(1)  # noqa: E731
+    at_once = make().given(*history)
+    one_by_one = make()
+    for event in history:
+        one_by_one.given(event)
+    assert at_once.rows == one_by_one.rows

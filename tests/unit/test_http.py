@@ -1,0 +1,266 @@
+"""libs/runtime/http: strict JSON, problems, bodies, and connections that dawdle."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import ClientSession, web
+
+from libs.eventlog.log import LogUnavailable
+from libs.runtime.commands import Refused
+from libs.runtime.http import TIMEOUTS, Problem, Timeouts, expect_later, problems, read_body, runner, strict_json
+
+
+class Inner(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    extra: Any = None
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True):
+    inner: list[Inner]
+
+
+def refused(body: bytes) -> dict[str, Any]:
+    with pytest.raises(Problem) as caught:
+        strict_json(body, Body)
+    return caught.value.body
+
+
+def test_what_is_right_is_decoded() -> None:
+    assert strict_json(b'{"inner": [{"name": "a"}]}', Body) == Body([Inner("a")])
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"inner": [}', b"", b'{"inner": [{"name": "a"}]} x', b"{'inner': []}"])
+def test_malformed_json_is_answered_with_its_position(body: bytes) -> None:
+    """FAULTS 1"""
+    found = refused(body)
+    assert found["status"] == 400
+    assert "line 1, column" in found["detail"]
+    assert isinstance(found["position"], int)
+
+
+def test_a_key_given_twice_is_refused_by_name() -> None:
+    """FAULTS 2"""
+    found = refused(b'{"inner": [{"name": "a", "name": "b"}]}')
+    assert found["status"] == 400
+    assert "'name'" in found["detail"]
+
+
+@pytest.mark.parametrize("constant", [b"NaN", b"Infinity", b"-Infinity"])
+def test_what_is_no_number_is_refused(constant: bytes) -> None:
+    """FAULTS 2"""
+    assert refused(b'{"inner": [{"name": "a", "extra": ' + constant + b"}]}")["status"] == 400
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_deep_nesting_is_refused(opening: bytes) -> None:
+    """FAULTS 3"""
+    started = time.monotonic()
+    found = refused(b'{"inner": [{"name": "a", "extra": ' + opening * 100_000)
+    assert found["status"] == 400
+    assert "nested" in found["detail"]
+    assert time.monotonic() - started < 1
+
+
+def test_brackets_inside_strings_do_not_nest() -> None:
+    text = '[{\\"' * 1000
+    assert strict_json(b'{"inner": [{"name": "' + text.encode() + b'"}]}', Body).inner[0].name == '[{"' * 1000
+
+
+@pytest.mark.parametrize("body", [b'{"inner": [{"name": "\xff"}]}', b'\xef\xbb\xbf{"inner": []}', b'{"inner": [{"name": "\\ud800"}]}', b"1" * 6000])
+def test_text_that_is_not_unicode_is_refused(body: bytes) -> None:
+    assert refused(body)["status"] == 400
+
+
+def test_a_nul_is_refused_but_not_its_spelling() -> None:
+    assert refused(b'{"inner": [{"name": "a\\u0000"}]}')["status"] == 400
+    assert strict_json(b'{"inner": [{"name": "a\\\\u0000"}]}', Body).inner[0].name == "a\\u0000"
+
+
+def test_an_unknown_field_is_refused_by_name() -> None:
+    """FAULTS 10"""
+    found = refused(b'{"inner": [{"name": "a", "nmae": 1}]}')
+    assert found["status"] == 422
+    assert found["path"] == "inner[0]"
+    assert "nmae" in found["detail"]
+
+
+def test_a_wrong_type_is_refused_with_its_path() -> None:
+    found = refused(b'{"inner": [{"name": 1}]}')
+    assert (found["status"], found["path"]) == (422, "inner[0].name")
+
+
+# --- over real connections -----------------------------------------------------------------------------------------------------------
+
+
+LIMIT = 1000
+
+
+async def echo_length(request: web.Request) -> web.Response:
+    return web.Response(text=str(len(await read_body(request, LIMIT))))
+
+
+async def failing(request: web.Request) -> web.Response:
+    match request.match_info["how"]:
+        case "refused":
+            raise Refused("conflict", "it has ended")
+        case "log":
+            raise LogUnavailable("secret detail")
+        case _:
+            raise RuntimeError("secret detail")
+
+
+@contextlib.asynccontextmanager
+async def serving(timeouts: Timeouts) -> AsyncIterator[int]:
+    app = web.Application(middlewares=[problems])
+    app[TIMEOUTS] = timeouts
+    app.router.add_post("/echo", echo_length, expect_handler=expect_later)
+    app.router.add_get("/fail/{how}", failing)
+    running = runner(app)
+    await running.setup()
+    site = web.TCPSite(running, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield running.addresses[0][1]
+    finally:
+        await running.cleanup()
+
+
+async def talk(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
+    """Send pieces; what came back until the server closed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    received = bytearray()
+
+    async def read() -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                received.extend(data)
+
+    try:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            group.create_task(read())
+            with contextlib.suppress(ConnectionError):
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(pause)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+    return bytes(received)
+
+
+def problem_of(answer: bytes) -> dict[str, Any]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"application/problem+json" in head
+    found: dict[str, Any] = json.loads(body)
+    return found
+
+
+QUICK = Timeouts(head=0.3, keepalive=5.0, body=0.3, least_bytes=100, shutdown=0.2, linger=0.2)
+
+
+async def test_headers_in_drips_do_not_hold_a_connection() -> None:
+    """FAULTS 6"""
+    async with serving(QUICK) as port:
+        started = time.monotonic()
+        assert await talk(port, b"GET / HTTP/1.1\r\nX-Slow: ", *[b"X"] * 40, pause=0.02) == b""
+        assert time.monotonic() - started < 2
+
+
+async def test_headers_in_drips_after_a_request_do_not_hold_a_connection_either() -> None:
+    """FAULTS 6"""
+    async with serving(QUICK) as port:
+        first = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n"
+        started = time.monotonic()
+        answer = await talk(port, first, *[b"X"] * 40, pause=0.02)
+        assert answer.startswith(b"HTTP/1.1 404")
+        assert time.monotonic() - started < 2
+
+
+async def test_a_silent_connection_is_closed() -> None:
+    """FAULTS 8"""
+    async with serving(QUICK) as port:
+        started = time.monotonic()
+        assert await talk(port) == b""
+        assert 0.2 < time.monotonic() - started < 2
+
+
+async def test_an_idle_connection_is_kept_between_requests() -> None:
+    async with serving(QUICK) as port, ClientSession() as client:
+        for _ in range(2):
+            async with client.get(f"http://127.0.0.1:{port}/nothing") as answer:
+                assert answer.status == 404
+                kept = answer.connection
+            await asyncio.sleep(0.4)
+        assert kept is None or kept.transport is not None
+
+
+async def test_a_body_in_drips_is_refused() -> None:
+    """FAULTS 7"""
+    async with serving(QUICK) as port:
+        answer = await talk(port, b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 500\r\n\r\n", *[b"X"] * 20, pause=0.03)
+        assert problem_of(answer)["status"] == 408
+
+
+@pytest.mark.parametrize("order", [0, 1])
+async def test_both_a_length_and_chunks_are_refused(order: int) -> None:
+    """FAULTS 9"""
+    headers = [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"]
+    async with serving(QUICK) as port:
+        answer = await talk(port, b"POST /echo HTTP/1.1\r\nHost: x\r\n" + headers[order] + headers[1 - order] + b"\r\n5\r\nhello\r\n0\r\n\r\n")
+        assert problem_of(answer)["status"] == 400
+
+
+async def test_a_body_over_the_limit_is_refused_before_it_is_sent() -> None:
+    """FAULTS 4"""
+    async with serving(QUICK) as port:
+        head = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\nContent-Length: 10000000\r\n\r\n"
+        answer = await talk(port, head)
+        assert answer.startswith(b"HTTP/1.1 413")
+        assert problem_of(answer)["limit"] == LIMIT
+
+
+async def test_chunks_are_counted() -> None:
+    """FAULTS 5"""
+    async with serving(QUICK) as port:
+        chunk = b"100\r\n" + b"x" * 256 + b"\r\n"
+        answer = await talk(
+            port, b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n", *[chunk] * 5, b"0\r\n\r\n"
+        )
+        assert problem_of(answer)["status"] == 413
+
+
+async def test_a_client_that_asks_is_told_to_continue() -> None:
+    body = b"x" * 900
+    async with serving(QUICK) as port, ClientSession() as client, client.post(f"http://127.0.0.1:{port}/echo", data=body, expect100=True) as answer:
+        assert (answer.status, await answer.text()) == (200, "900")
+
+
+async def test_a_compressed_body_is_not_unpacked() -> None:
+    async with serving(QUICK) as port:
+        head = b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"
+        assert (await talk(port, head)).endswith(b"\r\n\r\n3")
+
+
+@pytest.mark.parametrize(("how", "status"), [("refused", 409), ("log", 503), ("else", 500)])
+async def test_errors_are_problems_that_tell_no_secrets(how: str, status: int) -> None:
+    async with serving(QUICK) as port, ClientSession() as client, client.get(f"http://127.0.0.1:{port}/fail/{how}") as answer:
+        text = await answer.text()
+        assert (answer.status, answer.content_type) == (status, "application/problem+json")
+        assert "secret" not in text
+        assert (answer.headers.get("Retry-After") is not None) == (status == 503)
+
+
+async def test_unknown_paths_and_methods_are_problems() -> None:
+    async with serving(QUICK) as port, ClientSession() as client:
+        async with client.get(f"http://127.0.0.1:{port}/nothing") as answer:
+            assert (answer.status, (await answer.json(content_type=None))["type"]) == (404, "urn:penstock:problem:not-found")
+        async with client.get(f"http://127.0.0.1:{port}/echo") as answer:
+            assert (answer.status, answer.headers["Allow"]) == (405, "POST")

@@ -1,0 +1,203 @@
+"""The worker's decisions: credits, packages, control, leases. No clock but the numbers given here."""
+
+from proto.messages import Attempt, Control, Held, Offers, Package
+from proto.plan import Run, RunStep, Stage, TaskConfig
+from services.worker.session import Action, Forget, ForgetLog, Interrupt, Kill, Recorded, Refuse, Session, Start
+from tests.controls import counter
+
+A, B = Attempt("b1", "main", 1), Attempt("b2", "main", 1)
+STAGE = Stage(name="main", steps=[RunStep(name="step", config=TaskConfig(run=Run(path="true")))])
+
+
+def session(slots: int = 1) -> Session:
+    return Session("w1", "boot1", b"key", slots, Offers(), counter("nonce"))
+
+
+def package(credit: str, attempt: Attempt = A, worker: str = "w1", boot: str = "boot1") -> Package:
+    return Package(
+        attempt=attempt,
+        team="main",
+        worker=worker,
+        boot=boot,
+        credit=credit,
+        lease_seconds=15.0,
+        stage=STAGE,
+        inputs={},
+        token="",
+        artifacts_url="",
+    )
+
+
+def answer(number: int, *held: Held, boot: str = "boot1", archived: list[Attempt] | None = None, challenge: bytes = b"c") -> Control:
+    return Control(boot=boot, number=number, challenge=challenge, lease_seconds=15.0, held=list(held), archived=archived or [])
+
+
+def beat(worker: Session, now: float) -> list[str]:
+    return [credit.nonce for credit in worker.on_heartbeat_due(now, []).credits]
+
+
+def with_running(now: float = 0.0) -> Session:
+    worker = session()
+    (credit,) = beat(worker, now)
+    assert worker.on_package(package(credit), now) == Start(package(credit))
+    return worker
+
+
+def test_a_heartbeat_offers_one_credit_a_free_slot() -> None:
+    worker = session(slots=3)
+    credits = beat(worker, 0)
+    assert len(set(credits)) == 3
+    worker.on_package(package(credits[0]), 0.1)
+    assert beat(worker, 0.2) == credits[1:]
+
+
+def test_a_credit_is_honoured_once() -> None:
+    worker = session(slots=2)
+    first, _ = beat(worker, 0)
+    assert worker.on_package(package(first, A), 1) == Start(package(first, A))
+    assert worker.on_package(package(first, B), 1) == Refuse("no such credit")
+
+
+def test_a_repeated_package_of_a_running_attempt_is_ignored() -> None:
+    worker = session()
+    (credit,) = beat(worker, 0)
+    assert worker.on_package(package(credit), 1) == Start(package(credit))
+    assert worker.on_package(package(credit), 1) is None
+
+
+def test_a_credit_is_honoured_only_while_it_is_young() -> None:
+    worker = session()
+    (credit,) = beat(worker, 0)
+    assert worker.on_package(package(credit), 10.0) == Refuse("credit too old")
+    assert worker.on_package(package(credit), 9.9) == Start(package(credit))
+
+
+def test_an_old_credit_is_replaced_and_both_are_good_for_the_one_slot() -> None:
+    worker = session()
+    (old,) = beat(worker, 0)
+    assert beat(worker, 3.9) == [old]
+    (new,) = beat(worker, 4.0)
+    assert new != old
+    assert worker.on_package(package(old, A), 5.0) == Start(package(old, A))
+    assert worker.on_package(package(new, B), 5.0) == Refuse("no such credit")
+
+
+def test_packages_for_others_are_refused() -> None:
+    """FAULTS 87: another worker; an earlier boot of this one."""
+    worker = session()
+    (credit,) = beat(worker, 0)
+    assert worker.on_package(package(credit, worker="w2"), 0) == Refuse("another worker's")
+    assert worker.on_package(package(credit, boot="boot0"), 0) == Refuse("another boot's")
+
+
+def test_a_draining_worker_offers_and_takes_nothing() -> None:
+    worker = session()
+    (credit,) = beat(worker, 0)
+    worker.draining = True
+    assert beat(worker, 1) == []
+    assert worker.on_package(package(credit), 1) == Refuse("draining")
+
+
+def test_an_attempt_that_the_answer_does_not_hold_is_killed_and_forgotten() -> None:
+    """FAULTS 45: its lease is another's."""
+    worker = with_running()
+    heartbeat = worker.on_heartbeat_due(1, [])
+    assert [r.attempt for r in heartbeat.running] == [A]
+    assert worker.on_control(answer(heartbeat.number)) == [Kill(A, "not ours any more"), Forget(A)]
+    assert worker.active == []
+    assert len(beat(worker, 2)) == 1
+
+
+def test_an_answer_to_a_heartbeat_that_did_not_list_the_attempt_says_nothing_of_it() -> None:
+    worker = with_running()
+    assert worker.on_control(answer(1)) == []
+    assert worker.active == [A]
+
+
+def test_an_early_word_means_only_what_it_lists() -> None:
+    worker = with_running()
+    worker.on_heartbeat_due(1, [])
+    assert worker.on_control(answer(0)) == []
+    assert worker.on_control(answer(0, Held(A, 0, "aborted"))) == [Recorded(A, 0), Interrupt(A, "aborted")]
+    assert worker.active == [A]
+
+
+def test_an_interruption_is_acted_on_once() -> None:
+    worker = with_running()
+    assert Interrupt(A, "timeout") in worker.on_control(answer(0, Held(A, 0, "timeout")))
+    assert worker.on_control(answer(0, Held(A, 0, "timeout"))) == [Recorded(A, 0)]
+
+
+def test_words_for_another_boot_change_nothing() -> None:
+    worker = with_running()
+    number = worker.on_heartbeat_due(1, []).number
+    assert worker.on_control(answer(number, boot="boot0", archived=[A])) == []
+    assert worker.active == [A]
+
+
+def test_the_last_challenge_is_quoted() -> None:
+    worker = session()
+    assert worker.on_heartbeat_due(0, []).challenge == b""
+    worker.on_control(answer(1, challenge=b"one"))
+    assert worker.on_heartbeat_due(1, []).challenge == b"one"
+    worker.on_control(answer(2, challenge=b"two"))
+    worker.on_control(answer(1, challenge=b"late"))
+    assert worker.on_heartbeat_due(2, []).challenge == b"two"
+
+
+def test_an_ended_attempt_frees_its_slot_and_is_listed_until_its_reports_are_recorded() -> None:
+    worker = with_running()
+    worker.on_reported(A, 3)
+    assert worker.on_attempt_ended(A)
+    heartbeat = worker.on_heartbeat_due(1, [])
+    assert len(heartbeat.credits) == 1
+    assert [(r.attempt, r.reported) for r in heartbeat.running] == [(A, 3)]
+    assert worker.on_control(answer(heartbeat.number, Held(A, 2))) == [Recorded(A, 2)]
+    assert worker.on_control(answer(0, Held(A, 3))) == [Recorded(A, 3), Forget(A)]
+    assert worker.on_heartbeat_due(2, []).running == []
+
+
+def test_logs_are_forgotten_when_archived() -> None:
+    assert session().on_control(answer(0, archived=[B])) == [ForgetLog(B)]
+
+
+def test_without_answers_the_worker_kills_its_work_before_its_lease_is_over() -> None:
+    worker = with_running(now=100.0)
+    assert worker.on_time(109.9) == []
+    assert worker.on_time(110.0) == [Kill(A, "no answer for too long"), Forget(A)]
+    assert worker.on_time(111.0) == []
+
+
+def test_an_answer_renews_from_the_time_its_heartbeat_was_sent() -> None:
+    worker = with_running(now=100.0)
+    number = worker.on_heartbeat_due(105.0, []).number
+    assert worker.on_control(answer(number, Held(A, 0))) == [Recorded(A, 0)]
+    assert worker.on_time(114.9) == []
+    assert worker.on_time(115.0) == [Kill(A, "no answer for too long"), Forget(A)]
+
+
+def test_a_lease_counts_from_when_its_credit_was_offered() -> None:
+    """The owner's clock began no earlier than that, and a package may be slow."""
+    worker = session()
+    (credit,) = beat(worker, 0)
+    worker.on_package(package(credit), 9.0)
+    assert worker.on_time(10.0) == [Kill(A, "no answer for too long"), Forget(A)]
+
+
+def test_a_worker_that_slept_kills_all_its_work() -> None:
+    """FAULTS 45."""
+    worker = session(slots=2)
+    first, second = beat(worker, 0)
+    worker.on_package(package(first, A), 0)
+    worker.on_package(package(second, B), 0)
+    expected: list[Action] = [Kill(A, "no answer for too long"), Forget(A), Kill(B, "no answer for too long"), Forget(B)]
+    assert worker.on_time(60) == expected
+
+
+def test_reports_of_an_earlier_boot_are_listed_until_they_are_of_no_use() -> None:
+    worker = session()
+    worker.on_replayed(B, 4)
+    heartbeat = worker.on_heartbeat_due(0, [])
+    assert [(r.attempt, r.reported) for r in heartbeat.running] == [(B, 4)]
+    assert len(heartbeat.credits) == 1
+    assert worker.on_control(answer(heartbeat.number)) == [Forget(B)]

@@ -1,0 +1,334 @@
+"""A worker under test, and the part of a scheduler that it needs: packages, answers to its heartbeats, an eye on what it says."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from nacl.public import PrivateKey, PublicKey, SealedBox
+from prometheus_client import CollectorRegistry
+
+from libs.bus.bus import Bus
+from libs.bus.memory import MemoryBus
+from libs.tokens import new_seed, public_key, sign, verify
+from proto.events.base import ArtifactRef
+from proto.messages import (
+    Attempt,
+    Control,
+    Heartbeat,
+    Held,
+    LogChunk,
+    Offers,
+    Package,
+    ReportBody,
+    Reports,
+    ReportStageFinished,
+    ReportStepFinished,
+    ReportStepStarted,
+    Signed,
+)
+from proto.plan import Run, RunStep, Stage, TaskConfig, TaskInput, TaskOutput
+from proto.topology import CONSUMERS, STREAMS
+from services.worker.artifacts import Artifacts
+from services.worker.executors.commands import Commands
+from services.worker.executors.orphans import Orphans
+from services.worker.executors.processes import everything
+from services.worker.executors.sandboxes import Choice, first_that_works, interpreter_folders
+from services.worker.folders import FolderPool
+from services.worker.outbox import Outbox
+from services.worker.session import Session
+from services.worker.spool import Spool
+from services.worker.stage import Tools
+from services.worker.wiring import Settings
+from services.worker.worker import Metrics, Worker
+from tests.controls import eventually
+
+SERVER = new_seed()
+IDENTITY = new_seed()
+PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+def sandboxes_here() -> list[Choice]:
+    """The sandboxes that this machine allows."""
+    import tempfile
+
+    found: list[Choice] = []
+    choices: tuple[Choice, ...] = ("bwrap", "unshare", "none")
+    for choice in choices:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(RuntimeError):
+            first_that_works(choice, Path(folder), interpreter_folders(PATH))
+            found.append(choice)
+    return found
+
+
+def sh(script: str, name: str = "step", **more: Any) -> RunStep:
+    """A step that runs a shell script."""
+    return step("sh", "-c", script, name=name, **more)
+
+
+def step(
+    path: str,
+    *args: str,
+    name: str = "step",
+    inputs: list[TaskInput] | None = None,
+    outputs: list[str] | None = None,
+    params: dict[str, str] | None = None,
+    timeout: int = 60,
+    dir: str | None = None,
+) -> RunStep:
+    config = TaskConfig(
+        run=Run(path=path, args=list(args), dir=dir),
+        inputs=inputs or [],
+        outputs=[TaskOutput(name=each) for each in outputs or []],
+        params=params or {},
+    )
+    return RunStep(name=name, config=config, timeout=timeout)
+
+
+class Scheduler:
+    """Answers one worker. `silent` stops its answers; `lost` are attempts it does not hold; `interrupted` says which must stop and why."""
+
+    def __init__(self, bus: Bus, worker: str = "w1", lease_seconds: float = 15.0, artifacts_url: str = "") -> None:
+        self.bus = bus
+        self.worker = worker
+        self.lease_seconds = lease_seconds
+        self.artifacts_url = artifacts_url
+        self.silent = False
+        self.records = True
+        self.archives = True
+        self.lost: set[Attempt] = set()
+        self.interrupted: dict[Attempt, str] = {}
+        self.heartbeats: list[Heartbeat] = []
+        self.reports: dict[Attempt, dict[int, ReportBody]] = {}
+        self.messages = 0
+        self.chunks: dict[Attempt, dict[int, LogChunk]] = {}
+        self._fresh: dict[str, Any] = {}
+        self._used: set[str] = set()
+        self._waiting: asyncio.Future[None] | None = None
+        self._numbers = itertools.count(1)
+
+    async def run(self) -> None:
+        async with (
+            self.bus.listen(f"presence.{self.worker}") as presence,
+            self.bus.tail("REPORTS", f"reports.{self.worker}.>") as reports,
+            self.bus.tail("LOGS", f"logs.{self.worker}.>") as logs,
+            asyncio.TaskGroup() as parts,
+        ):
+            parts.create_task(self._answer(presence))
+            parts.create_task(self._note_reports(reports))
+            parts.create_task(self._note_logs(logs))
+
+    async def send(self, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "") -> Attempt:
+        """Lease a new attempt to the worker, on a fresh credit."""
+        attempt = Attempt(f"build{next(self._numbers)}", "main", 1)
+        await self.bus.send(f"packages.{self.worker}", await self.package(attempt, *steps, inputs=inputs, token=token))
+        return attempt
+
+    async def package(self, attempt: Attempt, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "") -> bytes:
+        async with asyncio.timeout(10):
+            while (credit := self._credit()) is None:
+                await self._next()
+        package = Package(
+            attempt=attempt,
+            team="main",
+            worker=self.worker,
+            boot=self.heartbeats[-1].boot,
+            credit=credit.nonce,
+            lease_seconds=self.lease_seconds,
+            stage=Stage(name="main", steps=list(steps)),
+            inputs=inputs or {},
+            token=token,
+            artifacts_url=self.artifacts_url,
+        )
+        sealed = SealedBox(PublicKey(credit.key)).encrypt(msgspec.msgpack.encode(package))
+        return msgspec.msgpack.encode(sign(SERVER, f"packages.{self.worker}", sealed))
+
+    async def finished(self, attempt: Attempt, timeout: float = 20) -> ReportStageFinished:
+        """The stage's end, once it is said."""
+
+        async with asyncio.timeout(timeout):
+            while True:
+                for body in self.reports.get(attempt, {}).values():
+                    if isinstance(body, ReportStageFinished):
+                        return body
+                await self._next()
+
+    async def started(self, attempt: Attempt) -> ReportStepStarted:
+        return await eventually(lambda: next((b for b in self.reports.get(attempt, {}).values() if isinstance(b, ReportStepStarted)), None))
+
+    def step(self, attempt: Attempt, name: str = "step") -> ReportStepFinished:
+        bodies = self.reports[attempt].values()
+        return next(body for body in bodies if isinstance(body, ReportStepFinished) and body.step == name)
+
+    async def log(self, attempt: Attempt, stream: str | None = None) -> str:
+        """The whole log, or one stream of it, of an attempt that has ended."""
+        extent = await self.finished(attempt)
+        await eventually(lambda: len(self.chunks.get(attempt, {})) == extent.chunks)
+        chunks = [chunk for _, chunk in sorted(self.chunks.get(attempt, {}).items())]
+        return b"".join(s.data for c in chunks for s in c.segments if stream in (None, s.stream)).decode(errors="replace")
+
+    def text(self, attempt: Attempt) -> str:
+        """What of the log has arrived so far."""
+        return b"".join(s.data for _, c in sorted(self.chunks.get(attempt, {}).items()) for s in c.segments).decode(errors="replace")
+
+    async def control(self, control: Control) -> None:
+        await self.bus.send(f"control.{self.worker}", msgspec.msgpack.encode(sign(SERVER, f"control.{self.worker}", msgspec.msgpack.encode(control))))
+
+    async def _next(self) -> None:
+        """Something was heard."""
+        self._waiting = self._waiting or asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._waiting)
+
+    def _heard(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+        self._waiting = None
+
+    def _credit(self) -> Any:
+        for nonce, credit in self._fresh.items():
+            if nonce not in self._used:
+                self._used.add(nonce)
+                return credit
+        return None
+
+    async def _answer(self, messages: AsyncIterator[Any]) -> None:
+        async for message in messages:
+            signed = msgspec.msgpack.decode(message.data, type=Signed)
+            heartbeat = msgspec.msgpack.decode(verify(public_key(IDENTITY), "presence", signed), type=Heartbeat)
+            self.heartbeats.append(heartbeat)
+            self._fresh = {credit.nonce: credit for credit in heartbeat.credits}
+            self._heard()
+            if self.silent:
+                continue
+            held = [
+                Held(r.attempt, max(self.reports.get(r.attempt, {0: None})) if self.records else 0, self.interrupted.get(r.attempt, ""))
+                for r in heartbeat.running
+                if r.attempt not in self.lost
+            ]
+            archived = list(heartbeat.logs) if self.archives else []
+            await self.control(
+                Control(
+                    boot=heartbeat.boot,
+                    number=heartbeat.number,
+                    challenge=secrets.token_bytes(8),
+                    lease_seconds=self.lease_seconds,
+                    held=held,
+                    archived=archived,
+                )
+            )
+
+    async def _note_reports(self, batches: AsyncIterator[list[Any]]) -> None:
+        async for batch in batches:
+            for message in batch:
+                self.messages += 1
+                reports = msgspec.msgpack.decode(message.data, type=Reports)
+                self.reports.setdefault(reports.attempt, {}).update(enumerate(reports.bodies, reports.first))
+                self._heard()
+
+    async def _note_logs(self, batches: AsyncIterator[list[Any]]) -> None:
+        async for batch in batches:
+            for message in batch:
+                chunk = msgspec.msgpack.decode(message.data, type=LogChunk)
+                self.chunks.setdefault(chunk.attempt, {})[chunk.number] = chunk
+
+
+class Running(msgspec.Struct, frozen=True):
+    worker: Worker
+    outbox: Outbox
+    tools: Tools
+    folder: Path
+
+
+@contextlib.asynccontextmanager
+async def a_worker(
+    bus: Bus,
+    folder: Path,
+    sandbox: Choice = "none",
+    slots: int = 2,
+    grace: float = 10.0,
+    log_limit: int = 64 << 20,
+    path: str = PATH,
+    patience: float = 5.0,
+) -> AsyncIterator[Running]:
+    """A worker in this process; nothing of it is left afterwards."""
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    orphans = Orphans(folder / "spool" / "processes", work)
+    orphans.start()
+    chosen = first_that_works(sandbox, folder, interpreter_folders(path))
+    box = PrivateKey.generate()
+    session = Session("w1", secrets.token_hex(8), bytes(box.public_key), slots, Offers(sandbox=chosen.name), lambda: secrets.token_urlsafe(12))
+    outbox = Outbox("w1", bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
+    if not chosen.wraps:
+        orphans.adopt()
+    pool = FolderPool(work, session.boot)
+    tools = Tools("w1", chosen, Commands(chosen), orphans, pool, outbox, Artifacts(patience), path, grace, log_limit)
+    worker = Worker(bus, session, tools, IDENTITY, public_key(SERVER), box, Metrics(CollectorRegistry()))
+    task = asyncio.ensure_future(worker.run())
+    try:
+        yield Running(worker, outbox, tools, folder)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        await worker.close()
+        if not task.cancelled() and task.exception() is not None:
+            raise task.exception() or AssertionError
+
+
+@contextlib.asynccontextmanager
+async def a_scheduler(bus: Bus, **more: Any) -> AsyncIterator[Scheduler]:
+    await bus.ensure(STREAMS, CONSUMERS)
+    scheduler = Scheduler(bus, **more)
+    task = asyncio.ensure_future(scheduler.run())
+    try:
+        yield scheduler
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@contextlib.asynccontextmanager
+async def a_system(folder: Path, *, lease_seconds: float = 15.0, artifacts_url: str = "", **more: Any) -> AsyncIterator[tuple[Scheduler, Running]]:
+    """A worker and its scheduler over a bus in memory."""
+    bus = MemoryBus()
+    async with (
+        a_scheduler(bus, lease_seconds=lease_seconds, artifacts_url=artifacts_url) as scheduler,
+        a_worker(bus, folder, **more) as running,
+    ):
+        yield scheduler, running
+
+
+def environment(folder: Path, url: str, sandbox: Choice, **more: str) -> dict[str, str]:
+    """The settings of a worker that runs as a process of its own."""
+    names = {field.name for field in msgspec.structs.fields(Settings)}
+    settings = {
+        "nats_url": url,
+        "nats_user": "w1",
+        "nats_password": "secret",
+        "worker_name": "w1",
+        "worker_key": IDENTITY,
+        "server_public_key": public_key(SERVER),
+        "worker_dir": str(folder),
+        "worker_slots": "2",
+        "worker_sandbox": sandbox,
+        "worker_path": PATH,
+        **more,
+    }
+    assert settings.keys() <= names
+    return {"PATH": os.environ["PATH"], **{f"PENSTOCK_{name.upper()}": value for name, value in settings.items()}}
+
+
+def alive(marker: str) -> list[int]:
+    """Processes whose command line holds `marker`; a zombie counts as gone."""
+    found = []
+    for seen in everything():
+        with contextlib.suppress(OSError):
+            if seen.state != "Z" and marker.encode() in Path(f"/proc/{seen.pid}/cmdline").read_bytes():
+                found.append(seen.pid)
+    return found
