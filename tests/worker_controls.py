@@ -264,7 +264,7 @@ async def a_worker(
     chosen = first_that_works(sandbox, folder, interpreter_folders(path))
     box = PrivateKey.generate()
     session = Session("w1", secrets.token_hex(8), bytes(box.public_key), slots, Offers(sandbox=chosen.name), lambda: secrets.token_urlsafe(12))
-    outbox = Outbox("w1", bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
+    outbox = Outbox("w1", session.boot, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
     if not chosen.wraps:
         orphans.adopt()
     pool = FolderPool(work, session.boot)

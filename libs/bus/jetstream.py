@@ -22,7 +22,6 @@ PATIENCE = 2.0
 
 _STREAM_NOT_FOUND = 10059
 _CONSUMER_NOT_FOUND = 10014
-_NO_SUCH_STREAM = 10059
 _NO_MESSAGE = 10037
 _STORE_FAILED = 10077
 
@@ -241,7 +240,7 @@ class JetStreamBus:
         try:
             return await self._api(f"STREAM.UPDATE.{stream.name}", config, _StreamInfo)
         except _Refusal as refusal:
-            if refusal.number != _NO_SUCH_STREAM:
+            if refusal.number != _STREAM_NOT_FOUND:
                 raise
         try:
             return await self._api(f"STREAM.CREATE.{stream.name}", config, _StreamInfo)

@@ -30,7 +30,7 @@ class Service:
         self.name = name
         self.registry = CollectorRegistry()
         self.draining = asyncio.Event()
-        self.started = False
+        self.starting = False
         self._stack = AsyncExitStack()
         self._checks: dict[str, Callable[[], str | None]] = {}
         self._died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -58,7 +58,7 @@ class Service:
     def problems(self) -> dict[str, str]:
         """Why the service is not ready, by dependency."""
         found = {name: why for name, check in self._checks.items() if (why := check()) is not None}
-        if not self.started:
+        if self.starting:
             found["service"] = "is starting"
         if self.draining.is_set():
             found["service"] = "is draining"
@@ -73,10 +73,8 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.draining.set)
-        told = asyncio.ensure_future(self.draining.wait())
-        await asyncio.wait([told, self._died], return_when=asyncio.FIRST_COMPLETED)
-        self.draining.set()
-        await told
+        self._died.add_done_callback(lambda _: self.draining.set())
+        await self.draining.wait()
         if self._died.done():
             self._died.result()
 
@@ -136,6 +134,7 @@ async def listen(app: web.Application, sock: socket.socket) -> AbstractAsyncCont
 
 async def _serve(name: str, wire: Wire, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> None:
     service = Service(name)
+    service.starting = True
     own = dict(environ)
     status, main = own.pop("PENSTOCK_STATUS_LISTEN", "127.0.0.1:0"), own.pop("PENSTOCK_LISTEN", "127.0.0.1:0")
     try:
@@ -143,7 +142,7 @@ async def _serve(name: str, wire: Wire, environ: Mapping[str, str], sockets: Map
         app = await wire(service, own, sockets)
         if app is not None:
             await service.enter(await listen(app, sockets.get("http") or bind(main)))
-        service.started = True
+        service.starting = False
         logger.info("started")
         await service.until_told()
         logger.info("draining")

@@ -68,6 +68,7 @@ class Board:
                     self.plans.popitem(last=False)
             case StageQueued() as event:
                 attempt = Attempt(build, event.stage, event.attempt)
+                self._forget(attempt)
                 self._forget(Attempt(build, event.stage, event.attempt - 1))
                 self.queue.add(
                     Queued(

@@ -69,8 +69,11 @@ class _Said:
 class Outbox:
     """`clock` gives monotonic seconds; `on_disk_full(attempt, error)` is told when something could not be spooled."""
 
-    def __init__(self, worker: str, bus: Bus, spool: Spool, clock: Callable[[], float], on_disk_full: Callable[[Attempt, OSError], None]) -> None:
+    def __init__(
+        self, worker: str, boot: str, bus: Bus, spool: Spool, clock: Callable[[], float], on_disk_full: Callable[[Attempt, OSError], None]
+    ) -> None:
         self._worker = worker
+        self._boot = boot
         self._bus = bus
         self._spool = spool
         self._clock = clock
@@ -279,6 +282,8 @@ class Outbox:
         self._publish(subject, body, f"{attempt.build}/{attempt.stage}/{attempt.number}/c{number}", repeats).add_done_callback(acked)
 
     def _publish(self, subject: str, body: bytes, msg_id: str, repeats: int) -> asyncio.Future[Ack]:
+        # The boot's name is random: another worker cannot guess the id and use it up first, for a stream's dedup window is everybody's.
+        msg_id = f"{self._boot}/{msg_id}"
         future = self._bus.publish(subject, body, f"{msg_id}#{repeats}" if repeats >= FRESH_AFTER else msg_id)
         self._in_flight.add(future)
         future.add_done_callback(self._published)

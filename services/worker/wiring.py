@@ -77,7 +77,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     box = PrivateKey.generate()
     offers = Offers(tags=tuple(sorted({tag.strip() for tag in settings.worker_tags.split(",") if tag.strip()})), sandbox=sandbox.name)
     session = Session(name, secrets.token_hex(8), bytes(box.public_key), settings.worker_slots, offers, lambda: secrets.token_urlsafe(12))
-    outbox = Outbox(name, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
+    outbox = Outbox(name, session.boot, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
     tools = Tools(
         worker=name,
         sandbox=sandbox,

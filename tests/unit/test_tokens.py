@@ -41,6 +41,10 @@ def test_a_signed_message_is_good_for_its_context_only():
     # FAULTS 87, 88
     signed = sign(SEED, "packages.w1", b"body")
     assert verify(public_key(SEED), "packages.w1", signed) == b"body"
-    for context, message in (("packages.w2", signed), ("packages.w1", Signed(b"other", signed.signature)), ("packages.w1", Signed(b"body", b"short"))):
+    for context, message in (
+        ("packages.w2", signed),
+        ("packages.w1", Signed(b"other", signed.signature)),
+        ("packages.w1", Signed(b"body", b"short")),
+    ):
         with pytest.raises(BadSignature):
             verify(public_key(SEED), context, message)

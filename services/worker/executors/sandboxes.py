@@ -129,9 +129,9 @@ class Bubblewrap:
         flags += ["--proc", "/proc", "--dev", "/dev", "--ro-bind", str(etc), "/etc"]
         for name in _make_etc(etc, self._ETC_FILES, self._ETC_LIVE):
             flags += ["--ro-bind", f"/etc/{name}", f"/etc/{name}"]
-        for path in self._shown:
-            flags += ["--ro-bind", str(path), str(path)]
         self._flags = [_found("bwrap"), *flags]
+        # After the step's own folders, which would otherwise hide an environment below /home or /tmp.
+        self._show = [part for path in self._shown for part in ("--ro-bind", str(path), str(path))]
 
     def command(self, argv: Sequence[str], folders: Folders, directory: str) -> tuple[list[str], str]:
         binds = [
@@ -139,7 +139,7 @@ class Bubblewrap:
             for host, seen in ((folders.workspace, "/workspace"), (folders.home, "/home"), (folders.temp, "/tmp"))  # noqa: S108
             for part in ("--bind", str(host), seen)
         ]
-        return [*self._flags, *binds, "--chdir", f"/workspace/{directory}", "--", *argv], "/"
+        return [*self._flags, *binds, *self._show, "--chdir", f"/workspace/{directory}", "--", *argv], "/"
 
     def inside(self, folders: Folders) -> Folders:
         return self._INSIDE
