@@ -5,6 +5,9 @@ export PENSTOCK_TARGETS := env("PENSTOCK_TARGETS", PENSTOCK_DATA / "targets.json
 export PENSTOCK_COMMAND := "./just penstock"
 export PATH := justfile_directory() / ".venv/bin:" + env("PATH", "/usr/local/bin:/usr/bin:/bin")
 
+# Tests and benchmarks start systems of their own, and must not see the clone's.
+elsewhere := "env -u PENSTOCK_DATA -u PENSTOCK_TARGETS -u PENSTOCK_COMMAND"
+
 # List the recipes
 [private]
 default:
@@ -29,11 +32,11 @@ penstock *args:
 
 # Run the tests, with real servers and processes (PENSTOCK_TEST_WORKERS says how many at once)
 test *args:
-    pytest -n "${PENSTOCK_TEST_WORKERS:-2}" "$@"
+    {{ elsewhere }} pytest -n "${PENSTOCK_TEST_WORKERS:-2}" "$@"
 
 # Kill things while builds run, and feed in what must be refused
 faults *args:
-    pytest tests/faults "$@"
+    {{ elsewhere }} pytest tests/faults "$@"
 
 # Format, lint, types, imports, schemas: quick, and first in CI
 check:
@@ -54,7 +57,7 @@ schemas:
 
 # Measure the running system; prints figures
 bench *args:
-    python -m tests.bench "$@"
+    {{ elsewhere }} python -m tests.bench "$@"
 
 # Pin the dependencies again (requirements.lock)
 lock *args:

@@ -10,7 +10,7 @@ from typing import Any
 
 from penstock.yamlfile import Path, WrittenFloat, WrittenInt, YamlProblem, read_yaml
 
-_REFERENCE = re.compile(r"\(\(\s*([^()\s]+)\s*\)\)")
+_REFERENCE = re.compile(r"\(\(([-/.:@\"\w]+)\)\)")  # as Concourse's: `$((i + 1))` in a script stays what it is
 _PART = re.compile(r'"([^"]+)"|([^."]+)')
 _NAME = re.compile(r'("[^"]+"|[^."]+)(\.("[^"]+"|[^."]+))*')
 

@@ -5,16 +5,18 @@ set -eu
 penstock up --detach
 penstock execute -c deploy/demo/task.yml -i penstock=. -o dist=./out
 
-url=$(python -c 'import json, os; file = json.load(open(os.environ["PENSTOCK_TARGETS"])); print(file["targets"]["local"]["url"])')
+newest() { penstock builds --json | python -c "import json, sys; print(json.load(sys.stdin)[0]['$1'])"; }
+url=$(newest url)
+number=$(newest number)
 printf '\nThe wheel is here:\n'
 ls -l out/*.whl
 cat <<END
 
-Penstock goes on in the background and listens on $url. Next, for instance:
+Penstock goes on in the background and listens on ${url%%/api/*}. Next, for instance:
 
   ./just penstock builds
-  ./just penstock logs 1
-  ./just penstock download 1 -o dist=./again
+  ./just penstock logs $number
+  ./just penstock download $number -o dist=./out/again
   ./just penstock execute -c deploy/demo/task.yml -i penstock=. -o dist=./out
   ./just down
 END

@@ -79,7 +79,10 @@ class BlobStore:
         loop = asyncio.get_running_loop()
 
         def known(digests: list[bytes]) -> Collection[bytes]:
-            return asyncio.run_coroutine_threadsafe(self._index.find(team, digests), loop).result(_LOOKUP)
+            try:
+                return asyncio.run_coroutine_threadsafe(self._index.find(team, digests), loop).result(_LOOKUP)
+            except TimeoutError:
+                raise StoreUnavailable("the index does not answer") from None
 
         return Upload(self._objects, team, self._writer, self._numbers, known)
 

@@ -41,12 +41,13 @@ class Broadcast:
         return len(self._readers)
 
     def place_after(self, token: str | None) -> int | None:
-        """Where a reader goes on that has seen the message of `token` last (None: nothing); None when that is not in the buffer."""
+        """Where a reader goes on that has seen the message of `token` last (None: nothing); None when that is not in the buffer, or nothing
+        follows it."""
         if token is None:
             return 0 if self._first == 0 else None
         for back, (known, _) in enumerate(reversed(self._messages)):
             if known == token:
-                return self._first + len(self._messages) - back
+                return None if back == 0 and self._ended else self._first + len(self._messages) - back
         return None
 
     async def append(self, token: str, message: bytes) -> None:

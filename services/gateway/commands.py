@@ -44,4 +44,4 @@ class IssueToken(msgspec.Struct, frozen=True, kw_only=True):
 
 def request_name(team: str, key: str) -> str:
     """The request that an idempotency key of a team names; opaque, and fit for a NATS subject."""
-    return hashlib.sha256(f"{team}\0{key}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{team}\0{key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]

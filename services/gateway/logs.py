@@ -121,7 +121,8 @@ class LogReader:
             for ready in order.take(chunk):
                 for found in lines_from(first, ready):
                     yield found
-        ended(complete(log, order.next))
+        never_ran = build.finished_at is not None and not log.worker
+        ended(never_ran or complete(log, order.next))
 
     async def _chunks(self, build: BuildRow, stage: str, attempt: int) -> AsyncGenerator[LogChunk, None]:
         subject = f"logs.*.{build.id}.{stage}.{attempt}"

@@ -11,6 +11,7 @@ from services.gateway.routes.endpoint import PREFIX, Endpoint
 
 _REF = "#/components/schemas/{name}"
 _ERRORS = {401: "no known token", 403: "the role is too low", 404: "absent, or another team's", 422: "invalid; `path` names the part"}
+_BODY_ERRORS = {400: "malformed", 408: "the body comes too slowly", 413: "the body is too large"}
 
 
 def document(endpoints: Iterable[Endpoint], version: str, public_url: str) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     }
     if endpoint.body is not None:
         operation["requestBody"] = {"required": True, "content": _content(endpoint.body)}
-    errors = dict(_ERRORS) if endpoint.least is not None else {}
+    errors = (_ERRORS if endpoint.least is not None else {}) | (_BODY_ERRORS if endpoint.body is not None else {})
     for status, about in {**errors, 503: "try again, after Retry-After seconds"}.items():
         if status not in endpoint.answers:
             operation["responses"][str(status)] = {"description": about, "content": {"application/problem+json": {"schema": _schema(ProblemDetails)}}}

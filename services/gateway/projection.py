@@ -26,7 +26,7 @@ from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
 from proto.events.team import Role, TeamCreated, TokenIssued
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Raised when a row's meaning changes: the tables are then rebuilt from the log."""
 
 CATEGORIES = frozenset({"team", "request", "build", "lease", "artifact"})
@@ -53,8 +53,8 @@ class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AttemptLog(msgspec.Struct, frozen=True, kw_only=True):
-    """The log of one attempt: who may write it, whether it is over, how many chunks it then holds in all (None: nobody said), and the lines of its
-    archive (None: there is none yet)."""
+    """The log of one attempt: who may write it, whether it is over, how many chunks it then holds in all (None: its worker was lost, and
+    nobody knows), and the lines of its archive (None: there is none yet)."""
 
     worker: str = ""
     over: bool = False
@@ -269,7 +269,8 @@ def _build_after(build: BuildRow, event: StageEvent, fact: Fact) -> BuildRow:
         case StepFinished():
             return replace(build, outputs=build.outputs | _trees(event.outputs), error=build.error or _text(event.error))
         case StageFinished():
-            build = _log(build, event.stage, event.attempt, over=True, chunks=event.log.chunks if event.log else None)
+            chunks = 0 if event.log is None else event.log.chunks if event.log.chunks >= 0 else None
+            build = _log(build, event.stage, event.attempt, over=True, chunks=chunks)
             return replace(build, error=build.error or _text(event.error))
         case _:
             return build

@@ -40,7 +40,9 @@ class Lookup(Generic[R]):
         self._asking: asyncio.Task[None] | None = None
 
     async def get(self, key: str) -> R | None:
-        """The row as it is now, or later."""
+        """The row as it is now, or later. Our keys are plain ASCII; a key that the database could not even read must not spoil the others' query."""
+        if not key.isascii() or "\0" in key:
+            return None
         future = self._waiting.get(key)
         if future is None:
             future = self._waiting[key] = asyncio.get_running_loop().create_future()

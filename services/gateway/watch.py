@@ -30,12 +30,11 @@ _TOKEN = re.compile(r"(\d{1,18})((?:\.\d{1,4}-\d{1,4}-\d{1,12})*)")
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """`buffer`: bytes of a build's messages kept in memory; `stall`: seconds a reader may take nothing while it is full; `late`: seconds to wait for
-    the rest of a finished attempt's log; `quiet`: the same where nobody said how much there is."""
+    the rest of a finished attempt's log."""
 
     buffer: int = 8 << 20
     stall: float = 15.0
     late: float = 20.0
-    quiet: float = 1.0
 
 
 class Resume(msgspec.Struct, frozen=True):
@@ -252,7 +251,7 @@ class BuildWatch:
         """Whether what is missing of a finished attempt's log has been waited for long enough; then it is marked."""
         if not log.worker and log.archived is None:
             return True  # it was never placed
-        if log.archived is not None or not self._late(attempt, self._limits.quiet if log.chunks is None else self._limits.late):
+        if log.archived is not None or not self._late(attempt, self._limits.late):
             return False
         for chunk in attempt.order.rest():
             for line in lines_from(attempt.lines, chunk):

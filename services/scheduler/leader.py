@@ -292,7 +292,9 @@ class Scheduler:
                 self._granted.pop(lease.attempt, None)
                 continue
             granted, credit = self._granted.setdefault(lease.attempt, (now, None))
-            if now - granted > CREDIT_LIFE + 1:
+            if lease.recorded and now - granted > RESEND:
+                expired.append(self._expiry(lease, f"worker {worker.name} gave it up", term))
+            elif now - granted > CREDIT_LIFE + 1:
                 expired.append(self._expiry(lease, f"worker {worker.name} never took it", term))
             elif credit is not None and now - self._resent.get(lease.attempt, granted) > RESEND:
                 self._resent[lease.attempt] = now

@@ -101,6 +101,7 @@ class Session:
         self._challenge = b""
         self._number = 0
         self._answered = 0
+        self._answered_at = float("-inf")
         self._sent: dict[int, tuple[float, frozenset[Attempt]]] = {}
 
     @property
@@ -148,7 +149,7 @@ class Session:
                     if now - offered >= CREDIT_SECONDS:
                         return Refuse("credit too old")
                     self._free.remove(slot)
-                    self._leases[package.attempt] = _Lease(package.lease_seconds, offered, now)
+                    self._leases[package.attempt] = _Lease(package.lease_seconds, max(offered, self._answered_at), now)
                     self._reported[package.attempt] = 0
                     return Start(package)
         return Refuse("no such credit")
@@ -177,6 +178,7 @@ class Session:
         if control.number and sent is not None:
             at, listed = sent
             self._answered = max(self._answered, control.number)
+            self._answered_at = max(self._answered_at, at)
             for number in [n for n in self._sent if n <= control.number]:
                 del self._sent[number]
             for attempt in listed:

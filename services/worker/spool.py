@@ -50,6 +50,7 @@ class Spool:
         """Everything that was written before, oldest first; a torn end is left out. Each record given counts as wanted until it is released."""
         for number in sorted(self._wanted):
             content = self._path(number).read_bytes()
+            self._wanted[number] += 1  # the file stays while it is read, whatever of it is released meanwhile
             offset = 0
             while offset + _HEAD.size <= len(content):
                 size, check = _HEAD.unpack_from(content, offset)
@@ -60,6 +61,7 @@ class Spool:
                 self._keep(place)
                 yield place, record
                 offset += _HEAD.size + size
+            self._wanted[number] -= 1
 
     def append(self, record: bytes) -> Place:
         """Write a record. Raises OSError (the disk may be full), and then nothing is written."""

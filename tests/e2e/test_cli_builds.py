@@ -138,7 +138,7 @@ def test_login_checks_the_token_and_keeps_it_to_oneself(cli: Cli, team: System) 
 
 
 def test_a_running_build_is_watched_live_by_several(cli: Cli) -> None:
-    number = started(cli, "echo first; while [ ! -e gate ]; do sleep 0.02; i=$((i+1)); [ $i -lt 100 ] || break; done; echo last")
+    number = started(cli, "echo first; for i in $(seq 100); do sleep 0.02; done; echo last")
     watchers = [cli.start("watch", number) for _ in range(2)]
     for watcher in watchers:
         assert watcher.stdout
@@ -191,7 +191,8 @@ async def test_the_client_says_what_is_wrong_by_kind(team: System) -> None:
         with pytest.raises(NotFound):
             await client.download("00000000-0000-0000-0000-000000000000", Path("never"))
         with pytest.raises(Refused) as refused:
-            await client.create_build({"stages": [], "nonsense": 1})
+            step = {"step": "run", "name": "t", "config": {"run": {"path": "true"}}}
+            await client.create_build({"stages": [{"name": "s", "steps": [step]}], "nonsense": 1})
         assert "nonsense" in str(refused.value) + refused.value.path
         with pytest.raises(PenstockError):
             await client.upload(b"this is no archive", "x")

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from proto.events.artifact import ArtifactSealed
 from tests.controls import eventually
@@ -127,3 +128,10 @@ async def test_without_the_artifacts_service_uploads_are_to_be_repeated(database
         with contextlib.suppress(ConnectionError):
             async with gateway.call("POST", "/teams/main/user-artifacts", data=b"x") as answer:
                 assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+
+
+@pytest.mark.parametrize("name", ["%ff", "%F0%9F%98%80", "a%2Fb%20c"])
+async def test_any_name_may_be_given(gateway: Gateway, name: str) -> None:
+    url = URL(f"{gateway.url}/api/v1/teams/main/user-artifacts?name={name}", encoded=True)
+    async with gateway.client.post(url, headers={"Authorization": f"Bearer {TOKEN}"}, data=b"x") as answer:
+        assert answer.status == 201, await answer.text()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+from yarl import URL
 
 from proto.events.base import ArtifactRef
 from proto.events.build import BuildCreated, BuildFinished, LogExtent, StageFinished, StageQueued, StepFinished, StepProgressed, StepStarted
@@ -259,3 +260,20 @@ async def test_a_token_is_shown_only_once_and_kept_only_as_a_hash(gateway: Gatew
     token = await gateway.token("other")
     everything = await gateway.logs["builds"].read(0, 100)
     assert all(token.encode() not in event.data and TOKEN.encode() not in event.data for event in everything)
+
+
+@pytest.mark.parametrize("name", ["%00", "%ff%fe", "1%00", "..%2f..", "%F0%9F%98%80", "9" * 30])
+async def test_a_strange_name_is_only_absent(gateway: Gateway, name: str) -> None:
+    url = URL(f"{gateway.url}/api/v1/teams/main/builds/{name}", encoded=True)
+    async with gateway.client.get(url, headers={"Authorization": f"Bearer {TOKEN}"}) as answer:
+        assert answer.status == 404
+
+
+async def test_a_strange_key_is_a_key(gateway: Gateway) -> None:
+    reader, writer = await asyncio.open_connection(*gateway.address)
+    body = json.dumps({"plan": PLAN}).encode()
+    head = f"POST /api/v1/teams/main/builds HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n".encode()
+    writer.write(head + b"Connection: close\r\nIdempotency-Key: \xff\xfe\r\n\r\n" + body)
+    assert (await reader.read()).startswith(b"HTTP/1.1 202")
+    writer.close()
+    await writer.wait_closed()

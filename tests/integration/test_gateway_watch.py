@@ -101,6 +101,29 @@ async def test_a_log_that_never_comes_is_marked(gateway: Gateway) -> None:
     assert [(line, text.partition(":")[0].strip()) for line, text in texts(rest)] == [(0, "[penstock"), (5, "behind a gap"), (6, "[penstock")]
 
 
+async def test_a_build_without_a_log_ends_at_once(gateway: Gateway) -> None:
+    build = await started(gateway)
+    async with watching(gateway, build) as events:
+        await gateway.record(f"build-{build}", StageFinished(stage="main", attempt=1, status="succeeded"), BuildFinished(status="succeeded"))
+        await events.next("end", timeout=0.8)
+
+
+async def test_the_log_of_a_lost_worker_is_its_archive(gateway: Gateway) -> None:
+    build = await started(gateway)
+    async with watching(gateway, build) as events:
+        await gateway.say(build, 1, 0, b"one\n")
+        lost = StageFinished(stage="main", attempt=1, status="errored", log=LogExtent(chunks=-1))
+        await gateway.record(f"build-{build}", lost, BuildFinished(status="errored"))
+        with pytest.raises(TimeoutError):
+            await events.next("end", timeout=0.3)
+        gateway.artifacts.archives[f"{build}/main/1"] = [(0, Segment("run", "stdout", 1, b"one\ntwo\n"))]
+        archived = LogArchived(build=build, stage="main", attempt=1, archive=1, digest="d", chunks=2, lines=2, bytes=8)
+        await gateway.record(f"artifact-log-{build}-main-1", archived)
+        rest = await events.all()
+    assert rest[-1][1] == "end"
+    assert [text for _, text in texts(rest)][-1] == "two\n"
+
+
 async def test_repeated_and_reordered_chunks_are_delivered_once_in_order(gateway: Gateway) -> None:
     build = await started(gateway)
     for number, line, text in [(1, 0, b"a\n"), (3, 2, b"c\n"), (1, 0, b"a\n"), (2, 1, b"b\n"), (3, 2, b"c\n")]:

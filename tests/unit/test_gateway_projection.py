@@ -148,7 +148,13 @@ def test_a_failure_says_which_step_and_why(rows: Rows) -> None:
     build = rows.build()
     assert (build.status, build.exit_code, build.error, build.percent) == ("failed", 7, "exit 7", 0)
     assert [step.status for step in build.stages[0].steps] == ["failed", "pending"]
-    assert build.logs["main/1"].chunks is None
+    assert build.logs["main/1"].chunks == 0
+
+
+def test_of_a_lost_worker_nobody_knows_how_much_log_there_is(rows: Rows) -> None:
+    rows.given(("request-1", REQUESTED), *of_build(QUEUED, LEASED, started()))
+    rows.given(*of_build(StageFinished(stage="main", attempt=1, status="errored", log=LogExtent(chunks=-1)), BuildFinished(status="errored")))
+    assert rows.build().logs["main/1"] == AttemptLog(worker="w1", over=True, chunks=None)
 
 
 def test_why_a_build_waits_is_said_until_it_is_placed(rows: Rows) -> None:

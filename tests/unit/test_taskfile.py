@@ -200,6 +200,10 @@ def test_a_missing_variable_is_named_with_its_place() -> None:
     )
 
 
+def test_arithmetic_of_a_shell_is_no_variable() -> None:
+    assert task('run: {path: sh, args: [-c, "echo $((i+1)) $(( i ))"]}').run.args[1] == "echo $((i+1)) $(( i ))"
+
+
 def test_a_structure_cannot_stand_inside_text() -> None:
     assert "cannot stand inside other text" in refusal("run: {path: x((l))}", {"l": [1]})
 

@@ -78,7 +78,7 @@ class BuildRoutes:
                     Parameter(name="Prefer", place="header", about=f"`wait=N`: answer at the build's end, or after N seconds (at most {MAX_WAIT})"),
                 ),
                 body=Submission,
-                answers={202: Build, 200: Build, 400: "application/problem+json", 409: "application/problem+json", 413: "application/problem+json"},
+                answers={202: Build, 200: Build, 409: "application/problem+json", 429: "application/problem+json"},
             ),
             Endpoint(
                 method="GET",

@@ -80,6 +80,8 @@ class _Sides:
         self._sandbox = sandbox
 
     def host(self, path: Path) -> Path:
+        if self._sandbox.sees(path):  # also below /home and /tmp, where the rest is the step's own
+            return path
         for inside, host in self._pairs:
             if path.is_relative_to(inside):
                 return host / path.relative_to(inside)
