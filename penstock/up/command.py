@@ -118,9 +118,12 @@ def _await_other(folder: DataDir, timeout: float = 60.0) -> str | None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         run = folder.run()
-        if run is not None and not is_alive(run.supervisor):
-            return None
-        if run is not None and run.url and all(why_unready(status) is None for status in run.status.values()):
+        if run is None or not is_alive(run.supervisor):
+            lock = folder.take()
+            if lock is not None:
+                os.close(lock)
+                return None
+        elif run.url and all(why_unready(status) is None for status in run.status.values()):
             return run.url
         time.sleep(0.05)
     return None

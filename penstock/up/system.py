@@ -69,7 +69,10 @@ class System:
 
     def _locked(self, lock: int, signals: Signals, ready: Say) -> None:
         self._bury_the_last()
-        secrets = self._data.secrets()
+        try:
+            secrets = self._data.secrets()
+        except msgspec.DecodeError as error:
+            raise StartFailed(f"{self._data.path / 'secrets.json'} is spoilt, and the database does not open without it: {error}") from error
         ports, gateway = self._ports()
         url = f"http://127.0.0.1:{ports.gateway}"
         me = identify(os.getpid())
@@ -159,7 +162,10 @@ class System:
         config, listening = self._data.nats / "server.conf", self._data.nats / "ports"
         services = {service: secrets.bus[service] for service in SERVICES}
         workers = {LOCAL_WORKER: secrets.bus[LOCAL_WORKER]}
-        text = server_config(port=ports.nats, store_dir=self._data.nats / "store", services=services, workers=workers, ports_file_dir=listening)
+        try:
+            text = server_config(port=ports.nats, store_dir=self._data.nats / "store", services=services, workers=workers, ports_file_dir=listening)
+        except ValueError as error:
+            raise StartFailed(f"the data folder cannot be used: {error}") from error
         write_private(config, text.encode())
         return EmbeddedNats(config, listening, self._data.log("nats"))
 

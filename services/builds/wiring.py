@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import structlog
 from aiohttp import web
 
 from libs.bus.bus import Bus, BusUnavailable, Message
@@ -31,6 +32,8 @@ from services.builds.decider import BuildDecider, State
 from services.builds.leases import Leases
 from services.builds.projection import timers
 from services.builds.reactions import on_event, on_report
+
+logger = structlog.get_logger()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,5 +96,6 @@ async def _ensured(bus: Bus) -> None:
         try:
             await bus.ensure(STREAMS, CONSUMERS)
             return
-        except BusUnavailable:
-            await asyncio.sleep(0.2)
+        except BusUnavailable as error:
+            logger.warning("the bus does not have its streams yet", why=str(error))
+            await asyncio.sleep(0.5)

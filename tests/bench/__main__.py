@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -58,6 +59,7 @@ def main() -> int:
     if given.builds:
         size = msgspec.structs.replace(size, builds=given.builds)
     figures = Collected()
+    figures.add([Figure(f"load average before, on {os.cpu_count()} CPUs: what else this machine does", os.getloadavg()[0], "")])
     began = time.monotonic()
     measure(parts, size, given.slots, given.profile, figures)
     print(f"\n{table(figures.all)}\n\n{time.monotonic() - began:.0f} s", flush=True)

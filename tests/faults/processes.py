@@ -39,12 +39,20 @@ def processes() -> Iterator[Process]:
 def concerned(words: str) -> list[Process]:
     """Those whose command, environment or working directory holds the words, and everything that descends from them."""
     known = {process.pid: process for process in processes()}
-    found = {pid for pid, process in known.items() if process.mentions(words)}
-    before = -1
+    return [known[pid] for pid in sorted(_family({pid for pid, process in known.items() if process.mentions(words)}, known))]
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that descends from it."""
+    return sorted(_family({pid}, {process.pid: process for process in processes()}))
+
+
+def _family(first: set[int], known: dict[int, Process]) -> set[int]:
+    found, before = set(first), 0
     while before != len(found):
         before = len(found)
         found |= {pid for pid, process in known.items() if process.parent in found}
-    return [known[pid] for pid in sorted(found)]
+    return found
 
 
 def _words(path: Path) -> str:

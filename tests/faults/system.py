@@ -27,7 +27,7 @@ from penstock.up.service import why_unready
 from proto.catalogue import decode
 from proto.envelope import Fact
 from tests.controls import eventually
-from tests.faults.processes import Process, concerned
+from tests.faults.processes import Process, concerned, descendants
 
 SERVICES = ("gateway", "builds", "scheduler", "artifacts", "worker")
 LEASE_SECONDS = 2.0
@@ -115,6 +115,18 @@ class System:
             yield
         finally:
             send(process, signal.SIGCONT)
+
+    @contextmanager
+    def hanging(self, name: str) -> Iterator[None]:
+        """As `stopped`, with everything that descends from it."""
+        family = descendants(self.process(name).pid)
+        for pid in family:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in family:
+                os.kill(pid, signal.SIGCONT)
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:

@@ -75,8 +75,10 @@ async def test_the_supervisors_death_is_everyones_and_up_goes_on_with_what_was_a
         await traffic.verify()
 
 
-async def test_after_the_supervisors_death_nothing_runs(system: System) -> None:
-    """No step either: nobody starts Penstock again to look after it."""
+@pytest.mark.parametrize("sandbox", [None, "none"], ids=["default sandbox", "no sandbox"])
+async def test_after_the_supervisors_death_nothing_runs(start: Start, sandbox: str | None) -> None:
+    """No step either, although nobody comes to look after it."""
+    system = start(sandbox=sandbox)
     async with Traffic(system) as traffic:
         async with traffic.trickle():
             system.kill("supervisor")
