@@ -98,6 +98,7 @@ class StoredProjection:
         self._encoder = msgspec.json.Encoder()
         self._place: _Place | None = None
         self._started = False
+        self._quiet = False
         self._rows: dict[tuple[type[Struct], str], Struct | None] = {}
         for table in projection.tables:
             if table.row.__struct_config__.omit_defaults:
@@ -116,7 +117,8 @@ class StoredProjection:
             async with self._pool.acquire(timeout=1.2) as connection:
                 page = await connection.fetch(_PAGE, place.position, self._batch, list(self._spec.categories), _PAGE_BYTES, timeout=10.0)
                 if not page:
-                    return place.position
+                    return await self._look(connection, place)
+                self._quiet = False
                 facts = [_fact(row) for row in page if category_of(row[1]) in self._spec.categories]
                 await self._fill(connection, facts)
                 changed = self._project(facts)
@@ -138,6 +140,16 @@ class StoredProjection:
         self._rows = rows
         self._place = _Place(place.generation, page[-1][0])
         return self._place.position
+
+    async def _look(self, connection: PoolConnectionProxy, place: _Place) -> int:
+        """When nothing happens for the second time there is leisure to see whether the tables are still there."""
+        if self._quiet:
+            self._place = await self._checkpoint(connection) or await self._rebuild(connection)
+            if self._place != place:
+                self._rows = {}
+            return self._place.position
+        self._quiet = True
+        return place.position
 
     def _project(self, facts: Iterable[Fact]) -> dict[tuple[type[Struct], str], Struct | None]:
         changed: dict[tuple[type[Struct], str], Struct | None] = {}

@@ -30,7 +30,7 @@ class Projector:
         self.position = 0
         self.problem: str | None = "has not read the log yet"
         self.advanced = asyncio.Event()
-        """Set once the read model exists."""
+        """Set when the read model has come to exist, and whenever it has changed; whoever waits for the next change clears it."""
 
     async def run(self) -> None:
         """Advance for ever."""
@@ -48,8 +48,9 @@ class Projector:
                     pause = 5.0
                 else:
                     pause = 0.1
+                    if self.problem is not None or position != self.position:
+                        self.advanced.set()
                     self.problem = None
-                    self.advanced.set()
                     if position == self.position:
                         await wakeup.wait(self.IDLE)
                     self._reached(position)

@@ -40,6 +40,8 @@ def service_specs(
         "LANG": "C.UTF-8",
         **{name: environ[name] for name in ("TMPDIR", "TZ") if name in environ},
     }
+    # The supervisor never runs two of a kind, so a restarted leader need not wait for its own term to end.
+    only = {"PENSTOCK_INSTANCE": "local"}
     artifacts_url = f"http://127.0.0.1:{ports.artifacts}"
 
     def bus(user: str) -> dict[str, str]:
@@ -71,13 +73,14 @@ def service_specs(
             },
             http=gateway,
         ),
-        spec("builds", services.builds.__main__.main, {**bus("builds"), **database("builds")}),
+        spec("builds", services.builds.__main__.main, {**bus("builds"), **database("builds"), **only}),
         spec(
             "scheduler",
             services.scheduler.__main__.main,
             {
                 **bus("scheduler"),
                 **database("scheduler"),
+                **only,
                 "PENSTOCK_ARTIFACTS_URL": artifacts_url,
                 "PENSTOCK_SERVER_KEY": secrets.server_key,
                 "PENSTOCK_WORKER_KEYS": f"{LOCAL_WORKER}={public_key(secrets.worker_key)}",

@@ -1,6 +1,7 @@
 """Timers that are due become commands; the decider ignores those that are stale."""
 
 import asyncio
+from contextlib import suppress
 
 import msgspec
 import structlog
@@ -16,8 +17,9 @@ from services.builds.projection import TimerPayload
 
 logger = structlog.get_logger()
 
-LOOK = 1.0
-"""At most this long (seconds) after it is due, a timer is seen."""
+PRECISION = 0.5
+"""Seconds by which a timer may ring late; changes that come closer together are looked at once."""
+LONGEST = 30.0
 
 _PAYLOAD = msgspec.json.Decoder(TimerPayload)
 
@@ -25,25 +27,32 @@ _PAYLOAD = msgspec.json.Decoder(TimerPayload)
 class Alarm:
     """Whoever leads issues the command for each timer that is due; its projection drops it once the step is over."""
 
-    def __init__(self, timers: Timers, projected: asyncio.Event, leadership: Leadership, commands: CommandLoop[Command, State]) -> None:
-        """`projected` is set once there are timers to look at."""
+    def __init__(self, timers: Timers, changed: asyncio.Event, leadership: Leadership, commands: CommandLoop[Command, State]) -> None:
+        """`changed` is set when there are timers to look at, and when they have changed."""
         self._timers = timers
-        self._projected = projected
+        self._changed = changed
         self._leadership = leadership
         self._commands = commands
 
     async def run(self) -> None:
-        """Look, ring, wait for the next one, for ever."""
-        await self._projected.wait()
+        """Look, ring, wait for the next one or for a change, for ever."""
+        await self._changed.wait()
         while True:
             await self._leadership.wait()
+            self._changed.clear()
+            wait = LONGEST
             try:
                 for timer in await self._timers.due():
                     await self._ring(timer)
                 next_due = await self._timers.next_due()
+                if next_due is not None:
+                    wait = min(max(0.0, next_due), LONGEST)
             except LogUnavailable:
-                next_due = None
-            await asyncio.sleep(min(LOOK, max(0.05, next_due if next_due is not None else LOOK)))
+                wait = 1.0
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            await asyncio.sleep(PRECISION)
 
     async def _ring(self, timer: Timer) -> None:
         payload = _PAYLOAD.decode(timer.payload)

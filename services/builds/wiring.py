@@ -1,7 +1,6 @@
 """What the builds service is made of."""
 
 import asyncio
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,15 +36,16 @@ logger = structlog.get_logger()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the log and the bus are, and who this is to them."""
+    """Where the log and the bus are, and who this is to them. `instance` is for whoever sees to it that no two processes run under one name at
+    a time: a successor of that name then leads at once, rather than after its predecessor's term."""
 
     database_url: str
     nats_url: str
     nats_user: str
     nats_password: str
+    instance: str = ""
 
 
-LEADERSHIP_SECONDS = 2.0
 TABLES = Path(__file__).parent / "tables.sql"
 
 
@@ -56,13 +56,10 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "builds"))
     await _ensured(bus)
     commands: CommandLoop[Command, State] = CommandLoop(log, BuildDecider(), new_id, creates=lambda c: isinstance(c, CreateBuild))
-    holder = f"{os.getpid()}-{new_id()}"
-
-    relaying = Leadership(log.pool, "relay", holder, ttl=LEADERSHIP_SECONDS)
-    relay = Relay(log, bus, RelayCheckpoints(log.pool), relaying)
-    timing = Leadership(log.pool, "timers", holder, ttl=LEADERSHIP_SECONDS)
+    leadership = Leadership(log.pool, "relay-and-timers", settings.instance or new_id())
+    relay = Relay(log, bus, RelayCheckpoints(log.pool), leadership)
     projector = Projector(log, StoredProjection(log.pool, timers(TABLES.read_text())))
-    alarm = Alarm(Timers(log.pool), projector.advanced, timing, commands)
+    alarm = Alarm(Timers(log.pool), projector.advanced, leadership, commands)
 
     leases = Leases(log)
 
@@ -79,9 +76,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.depends("nats", lambda: None if bus.connected else "is not connected")
     service.depends("relay", lambda: relay.problem)
     service.spawn("commands", commands.run())
-    for office in (relaying, timing):
-        service.spawn("leadership", office.run())
-        service.on_drain(office.resign)
+    service.spawn("leadership", leadership.run())
+    service.on_drain(leadership.resign)
     service.spawn("relay", relay.run())
     service.spawn("projector", projector.run())
     service.spawn("alarm", alarm.run())

@@ -96,6 +96,7 @@ class Scheduler:
         self.fleet = Fleet()
         self.problem: str | None = "has not read the log yet"
         self._bell = asyncio.Event()
+        self._unread = True
         self._unanswered: dict[str, Worker] = {}
         self._strangers: dict[str, Heartbeat] = {}
         self._granted: dict[Attempt, tuple[float, Credit | None]] = {}
@@ -113,11 +114,12 @@ class Scheduler:
     # --- what wakes the loop ---------------------------------------------------------------------------------------------------------
 
     async def watch_log(self) -> None:
-        """Ring for every append."""
+        """Ring for every append, and now and then."""
         wakeup = self._log.wakeup()
         try:
             while True:
                 await wakeup.wait(5.0)
+                self._unread = True
                 self._bell.set()
         finally:
             wakeup.close()
@@ -170,9 +172,10 @@ class Scheduler:
             self._evidence_since = now
             self._connections = self._bus.connections
         self._last_turn = now
-        await self._read()
-        self.problem = None
         term = self._leadership.term
+        if self._unread or (term is not None and self._led_since is None):
+            await self._read()
+        self.problem = None
         if term is None:
             self._led_since = None
             self._unanswered.clear()
@@ -191,7 +194,15 @@ class Scheduler:
             await self._snapshots.save("scheduler-board", self.board.position, CODE_VERSION, self.board.snapshot())
 
     async def _read(self) -> None:
-        """Fold everything up to the head of the log."""
+        """Fold everything up to the head of the log. It is unread again when this fails, when somebody appends, and when we do."""
+        self._unread = False
+        try:
+            await self._fold()
+        except BaseException:
+            self._unread = True
+            raise
+
+    async def _fold(self) -> None:
         if self._clock() - self._epoch_checked > 5.0:
             epoch = await self._log.epoch()
             self._epoch_checked = self._clock()
@@ -214,6 +225,8 @@ class Scheduler:
 
     async def _do(self, commands: Sequence[tuple[Command, Cause]]) -> list[bool]:
         """Execute commands together; whether each was accepted. What another instance decided first is no error."""
+        self._unread = True
+        self._bell.set()
         results = await asyncio.gather(*(self._commands.submit(*one) for one in commands), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, Refused):
@@ -378,8 +391,8 @@ class Scheduler:
                 commands.append((LoseWorker(worker=name, boot=boot, reason="silent", term=term), self._own_cause(boot)))
         if commands:
             await self._do(commands)
-            for name in lost:
-                self.fleet.remove(name)
+        for name in lost:
+            self.fleet.remove(name)
         for attempt in [a for a in self._granted if a not in self.board.leases and now - self._granted[a][0] > 60]:
             del self._granted[attempt]
         for attempt in [a for a in self._resent if a not in self._granted]:

@@ -1,6 +1,5 @@
 """What the scheduler is made of."""
 
-import os
 import socket
 import time
 from collections.abc import Mapping
@@ -24,7 +23,9 @@ from services.scheduler.packages import Packer
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`server_key`: the seed it signs with. `worker_keys`: `name=public key`, comma-separated. `artifacts_url`: where workers reach the
-    artifacts service. `lease_seconds`: how long a worker may be silent before its work is given to another."""
+    artifacts service. `lease_seconds`: how long a worker may be silent before its work is given to another. `instance` is for whoever sees
+    to it that no two processes run under one name at a time: a successor of that name then leads at once, rather than after its
+    predecessor's term."""
 
     database_url: str
     nats_url: str
@@ -34,9 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     worker_keys: str
     artifacts_url: str
     lease_seconds: float = 15.0
-
-
-LEADERSHIP_SECONDS = 2.0
+    instance: str = ""
 
 
 def _creates(command: Command) -> bool:
@@ -49,7 +48,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     log = await service.enter(open_postgres_log(settings.database_url))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "scheduler"))
     commands: CommandLoop[Command, State] = CommandLoop(log, SchedulerDecider(), new_id, creates=_creates)
-    leadership = Leadership(log.pool, "placement", f"{os.getpid()}-{new_id()}", ttl=LEADERSHIP_SECONDS)
+    leadership = Leadership(log.pool, "placement", settings.instance or new_id())
     scheduler = Scheduler(
         log=log,
         bus=bus,

@@ -178,7 +178,9 @@ class System:
 
 
 def _fact(row: Mapping[str, Any]) -> Fact:
-    named = {name: row[name] for name in ("position", "stream", "version", "event_id", "team", "correlation_id", "causation_id", "actor", "recorded_at")}
+    named = {
+        name: row[name] for name in ("position", "stream", "version", "event_id", "team", "correlation_id", "causation_id", "actor", "recorded_at")
+    }
     return Fact(**named, event=decode(row["type"], row["data"].encode()))
 
 

@@ -188,5 +188,7 @@ class Traffic:
         for fact in await self._system.log():
             for build in builds:
                 if fact.stream.endswith(build) or getattr(fact.event, "build", "") == build:
-                    said[build].append(f"  {fact.recorded_at:%H:%M:%S.%f} {fact.position} {fact.stream[:20]}@{fact.version} {fact.actor}: {str(fact.event)[:300]}")
+                    said[build].append(
+                        f"  {fact.recorded_at:%H:%M:%S.%f} {fact.position} {fact.stream[:20]}@{fact.version} {fact.actor}: {str(fact.event)[:300]}"
+                    )
         return "\n".join(f"build {build}:\n" + "\n".join(lines) for build, lines in said.items())
