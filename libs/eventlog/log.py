@@ -5,7 +5,8 @@ count from 1 without gaps; an `event_id` is recorded once.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
+from contextlib import suppress
 from datetime import datetime
 from typing import Protocol
 
@@ -70,26 +71,58 @@ class EventTooLarge(Exception):
 
 
 class Wakeup:
-    """One follower's bell: rung by every append, by anyone, and whenever appends may have gone unheard."""
+    """One follower's bell: rung by every append, by anyone, and whenever appends may have gone unheard.
 
-    def __init__(self, on_close: Callable[["Wakeup"], None]) -> None:
+    Events of `urgent` categories (None: all) ring at once, the others `linger` seconds later. Waits that follow one another closely are paced, so
+    that a busy log is read in large batches while an idle one is read at once."""
+
+    PACE = 100.0
+    """Waits that may return in a second, on and on."""
+    BURST = 8.0
+    """Waits that may return at once after a rest: as many as a build has events."""
+
+    def __init__(self, on_close: Callable[["Wakeup"], None], urgent: Set[str] | None = None, linger: float = 0.0) -> None:
+        self._loop = asyncio.get_running_loop()
         self._rung = asyncio.Event()
         self._on_close = on_close
+        self._urgent = urgent
+        self._linger = linger
+        self._later: asyncio.TimerHandle | None = None
+        self._credit = self.BURST
+        self._credited = self._loop.time()
 
-    def ring(self) -> None:
-        self._rung.set()
+    def ring(self, categories: Collection[str] = ()) -> None:
+        """Something was appended to these categories; none: nobody knows to which."""
+        if self._rung.is_set():
+            return
+        if not categories or self._urgent is None or any(category in self._urgent for category in categories):
+            self._rung.set()
+        elif self._later is None:
+            self._later = self._loop.call_later(self._linger, self._rung.set)
 
     async def wait(self, timeout: float) -> None:
         """Return at once if it rang since the last wait returned (or since it was made), else when it rings, or after `timeout` seconds."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._rung.wait()
-        except TimeoutError:
-            pass
-        self._rung.clear()
+        if not self._rung.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._rung.wait()
+        now = self._loop.time()
+        self._credit = min(self.BURST, self._credit + (now - self._credited) * self.PACE)
+        self._credited = now
+        if self._credit < 1:
+            await asyncio.sleep((1 - self._credit) / self.PACE)
+        self._credit -= 1
+        self._quiet()
 
     def close(self) -> None:
+        self._quiet()
         self._on_close(self)
+
+    def _quiet(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        self._rung.clear()
 
 
 class EventLog(Protocol):
@@ -117,8 +150,8 @@ class EventLog(Protocol):
         """Raised when the log has lost a tail (a restore, a failover): what followed it starts over."""
         ...
 
-    def wakeup(self) -> Wakeup:
-        """One for each follower; made before its first read, it misses nothing."""
+    def wakeup(self, urgent: Set[str] | None = None, linger: float = 0.0) -> Wakeup:
+        """One for each follower; made before its first read, it misses nothing. See Wakeup for `urgent` and `linger`."""
         ...
 
 

@@ -1,6 +1,6 @@
 """The event log in memory, for tests of the runtime and of domain code: the same semantics as Postgres, within one process."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from datetime import UTC, datetime
 
 import msgspec
@@ -64,7 +64,7 @@ class MemoryLog:
         outcomes = [self._write(write) for write in writes]
         if len(self._records.events) > before:
             for wakeup in self._records.wakeups:
-                wakeup.ring()
+                wakeup.ring({category_of(write.stream) for write in writes})
         return outcomes
 
     def _write(self, write: Write) -> Appended | Conflict:
@@ -118,8 +118,8 @@ class MemoryLog:
         self._require()
         return self._records.epoch
 
-    def wakeup(self) -> Wakeup:
-        wakeup = Wakeup(self._records.wakeups.discard)
+    def wakeup(self, urgent: Set[str] | None = None, linger: float = 0.0) -> Wakeup:
+        wakeup = Wakeup(self._records.wakeups.discard, urgent, linger)
         self._records.wakeups.add(wakeup)
         return wakeup
 

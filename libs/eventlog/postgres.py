@@ -4,7 +4,7 @@ An append is one call of one function in a transaction of its own: a client that
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import asyncpg
@@ -146,8 +146,8 @@ class PostgresLog:
         epoch: int = (await self._fetch(_EPOCH))[0][0]
         return epoch
 
-    def wakeup(self) -> Wakeup:
-        wakeup = Wakeup(self._wakeups.discard)
+    def wakeup(self, urgent: Set[str] | None = None, linger: float = 0.0) -> Wakeup:
+        wakeup = Wakeup(self._wakeups.discard, urgent, linger)
         self._wakeups.add(wakeup)
         return wakeup
 
@@ -158,9 +158,12 @@ class PostgresLog:
                 rows: list[asyncpg.Record] = await connection.fetch(query, *arguments, timeout=2.4)
                 return rows
 
-    def _wake(self, *_: object) -> None:
+    def _heard(self, *notification: object) -> None:
+        self._wake(str(notification[-1]).split(","))
+
+    def _wake(self, categories: Collection[str] = ()) -> None:
         for wakeup in self._wakeups:
-            wakeup.ring()
+            wakeup.ring(categories)
 
     async def _listen(self, dsn: str) -> None:
         """Keep one connection listening; whatever was appended while there was none is made up for by waking everyone."""
@@ -171,7 +174,7 @@ class PostgresLog:
                 try:
                     lost = asyncio.Event()
                     connection.add_termination_listener(lambda *_, lost=lost: lost.set())
-                    await connection.add_listener(_CHANNEL, self._wake)
+                    await connection.add_listener(_CHANNEL, self._heard)
                     self._wake()
                     self._tried.set()
                     pause = 0.05

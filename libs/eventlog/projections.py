@@ -98,6 +98,8 @@ class StoredProjection:
         self._encoder = msgspec.json.Encoder()
         self._place: _Place | None = None
         self._started = False
+        self.more = True
+        """Whether the last batch was so full that the next one is likely there already."""
         self._quiet = False
         self._rows: dict[tuple[type[Struct], str], Struct | None] = {}
         for table in projection.tables:
@@ -116,6 +118,7 @@ class StoredProjection:
         with unavailable():
             async with self._pool.acquire(timeout=1.2) as connection:
                 page = await connection.fetch(_PAGE, place.position, self._batch, list(self._spec.categories), _PAGE_BYTES, timeout=10.0)
+                self.more = bool(page) and page[-1][0] - place.position >= self._batch // 2
                 if not page:
                     return await self._look(connection, place)
                 self._quiet = False

@@ -6,7 +6,8 @@ batches grow by themselves and an idle system waits for nothing. One command tha
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -45,6 +46,10 @@ class _Waiting(Generic[C]):
         self.stream = stream
         self.future = future
         self.conflicts = 0
+
+
+_Result = tuple[Sequence[Event] | Exception, S, int]
+"""What a decision gave, and the state and version after it."""
 
 
 class CommandLoop(Generic[C, S]):
@@ -95,96 +100,118 @@ class CommandLoop(Generic[C, S]):
                     await self._decide_and_append(batch)
                 except BaseException as error:
                     known = isinstance(error, Exception)
-                    self._fail(batch, error if known else LogUnavailable("the service is stopping"))
+                    self._fail(chain.from_iterable(batch), error if known else LogUnavailable("the service is stopping"))
                     if not isinstance(error, LogUnavailable):
                         raise
         finally:
             self._fail(self._waiting, LogUnavailable("the service is stopping"))
             self._waiting.clear()
 
-    def _take(self) -> list[_Waiting[C]]:
-        """The next batch: at most one command a stream, so that each is decided on recorded state and keeps its own cause."""
-        taken: dict[str, _Waiting[C]] = {}
+    def _take(self) -> list[list[_Waiting[C]]]:
+        """The next batch, by stream in order of arrival. Commands on one stream go together if they have one cause: their events share a write."""
+        taken: dict[str, list[_Waiting[C]]] = {}
+        closed: set[str] = set()
         later: list[_Waiting[C]] = []
         while self._waiting and len(taken) < self._batch:
             waiting = self._waiting.popleft()
-            if waiting.future.cancelled():
-                continue
-            if waiting.stream in taken:
-                later.append(waiting)
+            group = taken.setdefault(waiting.stream, [])
+            if waiting.stream not in closed and (not group or group[0].cause == waiting.cause):
+                group.append(waiting)
             else:
-                taken[waiting.stream] = waiting
+                closed.add(waiting.stream)
+                later.append(waiting)
         self._waiting.extendleft(reversed(later))
         if not self._waiting:
             self._arrived.clear()
         return list(taken.values())
 
-    async def _decide_and_append(self, batch: Sequence[_Waiting[C]]) -> None:
-        unknown = [w for w in batch if w.stream not in self._states]
+    async def _decide_and_append(self, batch: Sequence[list[_Waiting[C]]]) -> None:
+        unknown = [group[0] for group in batch if group[0].stream not in self._states]
         for waiting in unknown:
             if waiting.conflicts == 0 and self._creates(waiting.command):
                 self._states[waiting.stream] = (NO_STREAM, self._decider.initial)
         await self._load([w.stream for w in unknown if w.stream not in self._states])
-        writes: list[Write] = []
-        deciding: list[tuple[_Waiting[C], Sequence[Event]]] = []
-        for waiting in batch:
-            version, state = self._states[waiting.stream]
-            self._states.move_to_end(waiting.stream)
-            try:
-                events = self._decider.decide(waiting.command, state)
-                new = [NewEvent(event_id=self._ids(), type=TAGS[type(event)], data=encode(event)) for event in events]
-                for one in new:
-                    if len(one.data) > MAX_EVENT:
-                        raise Refused("too-large", f"a {one.type} event of {len(one.data)} bytes is over the limit of {MAX_EVENT}")
-            except Exception as error:  # whatever a decision raises is its caller's to know, and nobody else's
-                if version == NO_STREAM:
-                    self._states.pop(waiting.stream, None)
-                self._resolve(waiting, error)
-                continue
-            if not events:
-                if version == NO_STREAM:
-                    self._states.pop(waiting.stream, None)
-                self._resolve(waiting, Outcome(events=(), position=0, version=version, state=state))
-                continue
-            deciding.append((waiting, events))
-            cause = waiting.cause
-            writes.append(
-                Write(
-                    stream=waiting.stream,
-                    expected=version,
-                    events=new,
-                    team=cause.team,
-                    correlation_id=cause.correlation_id,
-                    causation_id=cause.causation_id,
-                    actor=cause.actor,
-                )
-            )
-        if not writes:
+        decided = [(group, *self._decide(group)) for group in batch]
+        writing = [(group, results, write) for group, results, write in decided if write is not None]
+        for group, results, write in decided:
+            if write is None:
+                self._settle(group, results, 0)
+        if not writing:
             return
         try:
-            outcomes = await self._log.append(writes)
+            outcomes = await self._log.append([write for _, _, write in writing])
         except BaseException:
-            for waiting, _ in deciding:
-                self._states.pop(waiting.stream, None)
+            for group, _, _ in writing:
+                self._states.pop(group[0].stream, None)
             raise
-        for (waiting, events), outcome in zip(deciding, outcomes, strict=True):
+        for (group, results, _), outcome in zip(writing, outcomes, strict=True):
+            stream = group[0].stream
             match outcome:
                 case Appended():
-                    state = self._states[waiting.stream][1]
-                    for event in events:
-                        state = self._decider.evolve(state, event)
-                    self._states[waiting.stream] = (outcome.version, state)
-                    self._resolve(waiting, Outcome(events=events, position=outcome.position, version=outcome.version, state=state))
+                    self._states[stream] = (outcome.version, results[-1][1])
+                    self._settle(group, results, outcome.position - outcome.version)
                 case Conflict():
-                    self._states.pop(waiting.stream, None)
-                    waiting.conflicts += 1
-                    if waiting.conflicts > self.MAX_CONFLICTS:
-                        self._resolve(waiting, LogUnavailable(f"{waiting.stream} is written too often by others"))
-                    else:
-                        self._waiting.appendleft(waiting)
-                        self._arrived.set()
+                    self._states.pop(stream, None)
+                    self._again(group)
         while len(self._states) > self._cached:
             self._states.popitem(last=False)
+
+    def _decide(self, group: Sequence[_Waiting[C]]) -> tuple[list[_Result[S]], Write | None]:
+        """What comes of each command, decided one after another on what the earlier ones make of the state, and the one write that records it."""
+        stream, cause = group[0].stream, group[0].cause
+        version, state = self._states[stream]
+        self._states.move_to_end(stream)
+        expected = version
+        new: list[NewEvent] = []
+        results: list[_Result[S]] = []
+        for waiting in group:
+            try:
+                events = self._decider.decide(waiting.command, state)
+                encoded = [NewEvent(event_id=self._ids(), type=TAGS[type(event)], data=encode(event)) for event in events]
+                for one in encoded:
+                    if len(one.data) > MAX_EVENT:
+                        raise Refused("too-large", f"a {one.type} event of {len(one.data)} bytes is over the limit of {MAX_EVENT}")
+                after = state
+                for event in events:
+                    after = self._decider.evolve(after, event)
+            except Exception as error:  # whatever a decision raises is its caller's to know, and nobody else's
+                results.append((error, state, version))
+                continue
+            new += encoded
+            state, version = after, version + len(events)
+            results.append((events, state, version))
+        if not new:
+            if expected == NO_STREAM:
+                del self._states[stream]
+            return results, None
+        return results, Write(
+            stream=stream,
+            expected=expected,
+            events=new,
+            team=cause.team,
+            correlation_id=cause.correlation_id,
+            causation_id=cause.causation_id,
+            actor=cause.actor,
+        )
+
+    def _settle(self, group: Sequence[_Waiting[C]], results: Sequence[_Result[S]], offset: int) -> None:
+        """Tell each caller, now that all that was decided before its command is recorded. A write's positions are as dense as its versions."""
+        for waiting, (result, state, version) in zip(group, results, strict=True):
+            if isinstance(result, Exception):
+                self._resolve(waiting, result)
+            else:
+                position = version + offset if result else 0
+                self._resolve(waiting, Outcome(events=result, position=position, version=version, state=state))
+
+    def _again(self, group: Sequence[_Waiting[C]]) -> None:
+        """Another has written the stream: load it and decide again."""
+        for waiting in reversed(group):
+            waiting.conflicts += 1
+            if waiting.conflicts > self.MAX_CONFLICTS:
+                self._resolve(waiting, LogUnavailable(f"{waiting.stream} is written too often by others"))
+            else:
+                self._waiting.appendleft(waiting)
+        self._arrived.set()
 
     async def _load(self, streams: Sequence[str]) -> None:
         if not streams:
@@ -195,7 +222,7 @@ class CommandLoop(Generic[C, S]):
                 state = self._decider.evolve(state, decode(recorded.type, recorded.data))
             self._states[stream] = (history[-1].version if history else NO_STREAM, state)
 
-    def _fail(self, batch: Sequence[_Waiting[C]] | deque[_Waiting[C]], error: BaseException) -> None:
+    def _fail(self, batch: Iterable[_Waiting[C]], error: BaseException) -> None:
         for waiting in batch:
             self._resolve(waiting, error)
 

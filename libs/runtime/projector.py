@@ -1,6 +1,8 @@
 """Follow the log in order and keep a projection up to date (DESIGN.md §1, projections)."""
 
 import asyncio
+from collections.abc import Set
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -14,6 +16,9 @@ logger = structlog.get_logger()
 class Advancing(Protocol):
     """A projection's storage: one call applies one batch, rows and checkpoint in one transaction, and gives the position reached."""
 
+    @property
+    def more(self) -> bool: ...
+
     async def advance(self) -> int: ...
 
 
@@ -23,8 +28,9 @@ class Projector:
     IDLE = 5.0
     """Seconds after which it looks by itself: a lost wake-up costs at most this."""
 
-    def __init__(self, log: EventLog, projection: Advancing) -> None:
-        self._log = log
+    def __init__(self, log: EventLog, projection: Advancing, urgent: Set[str] | None = None, linger: float = 0.0) -> None:
+        """`urgent` and `linger`: which appends it follows at once, and how many seconds later the others (see Wakeup)."""
+        self._wakeup = partial(log.wakeup, urgent, linger)
         self._projection = projection
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self.position = 0
@@ -34,7 +40,7 @@ class Projector:
 
     async def run(self) -> None:
         """Advance for ever."""
-        wakeup = self._log.wakeup()
+        wakeup = self._wakeup()
         pause = 0.1
         try:
             while True:
@@ -51,9 +57,9 @@ class Projector:
                     if self.problem is not None or position != self.position:
                         self.advanced.set()
                     self.problem = None
-                    if position == self.position:
-                        await wakeup.wait(self.IDLE)
                     self._reached(position)
+                    if not self._projection.more:
+                        await wakeup.wait(self.IDLE)
                     continue
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 5.0)

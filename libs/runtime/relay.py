@@ -22,6 +22,9 @@ from proto.envelope import cloud_event, decode_cloud_event, subject_of
 from proto.topology import STREAMS
 
 BATCH = 500
+URGENT = frozenset({"request"})
+"""What somebody waits for: everything else is published LINGER seconds later, in larger batches."""
+LINGER = 0.02
 WINDOW = 4 * BATCH
 """How many events may wait for their ack."""
 SAVE_EVERY = 0.1
@@ -105,7 +108,7 @@ class Relay:
 
     async def run(self) -> None:
         """Lead whenever this instance is the leader, for ever."""
-        wakeup = self._log.wakeup()
+        wakeup = self._log.wakeup(URGENT, LINGER)
         try:
             while True:
                 if self._leadership.term is None:

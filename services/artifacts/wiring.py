@@ -57,7 +57,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "artifacts"))
     store = await service.enter(open_blob_store(settings.store_url, log.pool, lambda: uuid4().hex[:12]))
     commands: CommandLoop[Command, State] = CommandLoop(log, ArtifactDecider(), new_id, creates=lambda _: True)
-    projector = Projector(log, StoredProjection(log.pool, OVER))
+    projector = Projector(log, StoredProjection(log.pool, OVER), urgent=frozenset(), linger=0.1)
     archivist = Archivist(bus, log, commands, store, service.registry, settings.log_patience)
     queries = Queries(log, log.pool)
     access = Access(settings.grant_public_key, settings.server_public_key, queries, time.time)

@@ -58,7 +58,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     commands: CommandLoop[Command, State] = CommandLoop(log, BuildDecider(), new_id, creates=lambda c: isinstance(c, CreateBuild))
     leadership = Leadership(log.pool, "relay-and-timers", settings.instance or new_id())
     relay = Relay(log, bus, RelayCheckpoints(log.pool), leadership)
-    projector = Projector(log, StoredProjection(log.pool, timers(TABLES.read_text())))
+    projector = Projector(log, StoredProjection(log.pool, timers(TABLES.read_text())), urgent=frozenset(), linger=0.1)
     alarm = Alarm(Timers(log.pool), projector.advanced, leadership, commands)
 
     leases = Leases(log)

@@ -22,6 +22,7 @@ KEPT = 4096
 """Recent events kept in memory; who lags further reads the log."""
 BATCH = 1000
 IDLE = 5.0
+LINGER = 0.005
 """Seconds after which the log is looked at without being woken."""
 
 
@@ -62,7 +63,7 @@ class LogFeed:
 
     async def run(self) -> None:
         """Follow the log whenever anyone watches, for ever."""
-        wakeup = self._log.wakeup()
+        wakeup = self._log.wakeup(frozenset(), LINGER)
         try:
             while True:
                 await self._wanted.wait()
@@ -78,7 +79,9 @@ class LogFeed:
                     continue
                 if batch:
                     self._tell(batch)
-                elif not (self._builds or self._all):
+                if len(batch) == BATCH:
+                    continue
+                if not batch and not (self._builds or self._all):
                     self._wanted.clear()
                     self._started.clear()
                     self._position = None

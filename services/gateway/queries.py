@@ -1,7 +1,6 @@
 """SQL over the gateway's read models. Every call raises LogUnavailable when the database cannot answer within a few seconds."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 import asyncpg
@@ -12,8 +11,6 @@ from libs.eventlog.postgres import unavailable
 from services.gateway.projection import ArtifactRow, BuildRow, TeamRow, TokenRow
 
 R = TypeVar("R", bound=msgspec.Struct)
-
-PATIENCE = 4.0
 
 _BY_KEY = "SELECT key, row_to_json(t) FROM (SELECT {key} AS key, * FROM {table} WHERE {key} = ANY ($1)) t"
 _BUILD_BY_NUMBER = "SELECT row_to_json(b) FROM builds b WHERE team = $1 AND number = $2"
@@ -55,7 +52,7 @@ class Lookup(Generic[R]):
             while self._waiting:
                 asked, self._waiting = self._waiting, {}
                 try:
-                    rows = await _patiently(lambda keys=list(asked): self._pool.fetch(self._query, keys))  # type: ignore[misc]
+                    rows = await _fetch(self._pool, self._query, list(asked))
                 except BaseException as error:
                     for future in asked.values():
                         future.set_exception(error if isinstance(error, Exception) else ConnectionError("stopping"))
@@ -70,13 +67,15 @@ class Lookup(Generic[R]):
             self._asking = None
 
 
-async def _patiently(question: Callable[[], Awaitable[list[asyncpg.Record]]]) -> list[asyncpg.Record]:
+async def _fetch(pool: asyncpg.Pool, query: str, *arguments: object) -> list[asyncpg.Record]:
     with unavailable():
-        async with asyncio.timeout(PATIENCE):
+        # Getting a connection, the answer, and giving up on it in an orderly way each have their limit, also when the database only hangs.
+        async with pool.acquire(timeout=1.2) as connection:
             try:
-                return await question()
+                rows: list[asyncpg.Record] = await connection.fetch(query, *arguments, timeout=2.4)
             except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError) as error:
                 raise LogUnavailable("the read models are being built") from error
+            return rows
 
 
 class Queries:
@@ -106,5 +105,5 @@ class Queries:
         return await self._rows(ArtifactRow, _ARTIFACTS, team, before, limit)
 
     async def _rows(self, row: type[R], query: str, *arguments: object) -> list[R]:
-        records = await _patiently(lambda: self._pool.fetch(query, *arguments))
+        records = await _fetch(self._pool, query, *arguments)
         return [msgspec.json.decode(record[0], type=row) for record in records]

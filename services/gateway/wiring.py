@@ -43,6 +43,9 @@ from services.gateway.views import build_view
 from services.gateway.watch import Hub, Limits, Sources
 
 TABLES = Path(__file__).parent / "tables.sql"
+URGENT = frozenset({"request", "team", "artifact"})
+"""What a caller waits for; everything else is shown LINGER seconds later, in larger batches."""
+LINGER = 0.005
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +84,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
         )
     )
 
-    projector = Projector(log, StoredProjection(log.pool, gateway_projection(TABLES.read_text())))
+    projector = Projector(log, StoredProjection(log.pool, gateway_projection(TABLES.read_text())), urgent=URGENT, linger=LINGER)
     requests: CommandLoop[RequestBuild | AbortBuild, decider.Request] = CommandLoop(
         log, decider.RequestDecider(), new_id, creates=lambda command: isinstance(command, RequestBuild)
     )

@@ -47,6 +47,10 @@ CHALLENGE_LIFE = 30.0
 SNAPSHOT_EVERY = 20_000
 """Facts between two snapshots."""
 BATCH = 5_000
+PRUNE_EVERY = 60.0
+URGENT = frozenset({"build"})
+"""What must be read at once: attempts to place, and their ends. What became of leases and workers is mostly our own doing."""
+LINGER = 0.1
 
 _SIGNED = msgspec.msgpack.Decoder(Signed)
 _HEARTBEAT = msgspec.msgpack.Decoder(Heartbeat)
@@ -108,6 +112,7 @@ class Scheduler:
         self._epoch: int | None = None
         self._epoch_checked = float("-inf")
         self._snapshot_at = 0
+        self._pruned_at = clock()
         self._challenges = (secrets.token_bytes(16), b"")
         self._challenged_at = clock()
 
@@ -115,7 +120,7 @@ class Scheduler:
 
     async def watch_log(self) -> None:
         """Ring for every append, and now and then."""
-        wakeup = self._log.wakeup()
+        wakeup = self._log.wakeup(URGENT, LINGER)
         try:
             while True:
                 await wakeup.wait(5.0)
@@ -311,7 +316,7 @@ class Scheduler:
                 expired.append(self._expiry(lease, f"worker {worker.name} never took it", term))
             elif credit is not None and now - self._resent.get(lease.attempt, granted) > RESEND:
                 self._resent[lease.attempt] = now
-                await self._send_package(lease.queued, lease.worker, lease.boot, credit)
+                await self._bus.send(f"packages.{lease.worker}", await self._package(lease.queued, lease.worker, lease.boot, credit))
         if expired:
             await self._do(expired)
 
@@ -321,12 +326,15 @@ class Scheduler:
             return
         placement = place(self.board.queue, self.fleet.views(), self.board.running)
         if placement.assignments:
-            accepted = await self._do([(self._lease(a, term), self._cause(a.queued)) for a in placement.assignments])
-            for assignment, ok in zip(placement.assignments, accepted, strict=True):
+            leasing = asyncio.ensure_future(self._do([(self._lease(a, term), self._cause(a.queued)) for a in placement.assignments]))
+            await asyncio.sleep(0)
+            # Sealed while the leases are being recorded, sent only when they are.
+            packages = [await self._package(a.queued, a.worker, a.boot, a.credit) for a in placement.assignments]
+            for assignment, package, ok in zip(placement.assignments, packages, await leasing, strict=True):
                 self.fleet.use(assignment.worker, assignment.credit)
                 if ok:
                     self._granted[assignment.queued.attempt] = (now, assignment.credit)
-                    await self._send_package(assignment.queued, assignment.worker, assignment.boot, assignment.credit)
+                    await self._bus.send(f"packages.{assignment.worker}", package)
         deferrals: list[tuple[Command, Cause]] = []
         unix = self._now()
         warm = self._led_since is not None and now - self._led_since > WARM_UP
@@ -349,9 +357,8 @@ class Scheduler:
         if deferrals:
             await self._do(deferrals)
 
-    async def _send_package(self, queued: Queued, worker: str, boot: str, credit: Credit) -> None:
-        stage = await self._stage(queued.attempt)
-        await self._bus.send(f"packages.{worker}", self._packer.package(queued, stage, worker, boot, credit))
+    async def _package(self, queued: Queued, worker: str, boot: str, credit: Credit) -> bytes:
+        return self._packer.package(queued, await self._stage(queued.attempt), worker, boot, credit)
 
     async def _stage(self, attempt: Attempt) -> Stage:
         """What the attempt runs: remembered, or from the build's stream."""
@@ -393,10 +400,12 @@ class Scheduler:
             await self._do(commands)
         for name in lost:
             self.fleet.remove(name)
-        for attempt in [a for a in self._granted if a not in self.board.leases and now - self._granted[a][0] > 60]:
-            del self._granted[attempt]
-        for attempt in [a for a in self._resent if a not in self._granted]:
-            del self._resent[attempt]
+        if now - self._pruned_at > PRUNE_EVERY:
+            self._pruned_at = now
+            for attempt in [a for a in self._granted if a not in self.board.leases]:
+                del self._granted[attempt]
+            for attempt in [a for a in self._resent if a not in self._granted]:
+                del self._resent[attempt]
 
     def _lease(self, assignment: Assignment, term: int) -> LeaseStage:
         attempt = assignment.queued.attempt

@@ -53,12 +53,12 @@ class System:
         }
         self._options = ["--port", "0", "--slots", str(slots), "--lease-seconds", f"{LEASE_SECONDS:g}"]
         self._options += ["--sandbox", sandbox] if sandbox else []
-        self._wrapped = list(wrapped)
+        self.wrapped = list(wrapped)
 
     # --- the system as a whole
 
     def up(self) -> None:
-        said = self._penstock("up", "--detach", *self._options, wrapped=self._wrapped)
+        said = self._penstock("up", "--detach", *self._options, wrapped=self.wrapped)
         assert said.returncode == 0, f"{said.stderr}\n{self.last_words()}"
         target = read_targets(self.home / "targets.json").targets["local"]
         self.url, self.token, self.team = target.url, target.token, target.team

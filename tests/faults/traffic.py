@@ -109,7 +109,7 @@ class Traffic:
         self._verify_requests(facts)
         for build in self.accepted:
             try:
-                self._verify_events(build, facts)
+                self.verify_events(build, facts)
                 self._verify_answer(builds[build], facts)
                 await eventually(lambda build=build: self._verify_log(build), timeout=LOG_SECONDS)  # type: ignore[misc]
                 await self._verify_outputs(builds[build])
@@ -125,7 +125,7 @@ class Traffic:
         assert Counter(asked) == Counter(self.accepted.keys()), "accepted is what was recorded, once"
         assert Counter(created) == Counter(asked), "and each request made one build"
 
-    def _verify_events(self, build: str, facts: Sequence[Fact]) -> None:
+    def verify_events(self, build: str, facts: Sequence[Fact]) -> None:
         work = self.accepted[build]
         stream = [fact for fact in facts if fact.stream == f"build-{build}"]
         events = [fact.event for fact in stream]

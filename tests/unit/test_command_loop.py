@@ -4,6 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+from msgspec import structs
 
 from libs.eventlog.log import LogUnavailable
 from libs.eventlog.memory import MemoryLog
@@ -99,6 +100,33 @@ async def test_commands_on_one_stream_are_decided_one_after_another():
         outcomes = await asyncio.gather(*(loop.execute(("a", "+"), CAUSE) for _ in range(5)))
     assert [outcome.version for outcome in outcomes] == [1, 2, 3, 4, 5]
     assert log.reads == 1
+
+
+async def test_commands_on_one_stream_with_one_cause_share_a_write():
+    log = Flaky()
+    async with running(log, Counting()) as loop:
+        outcomes = await asyncio.gather(*(loop.execute(("a", c), CAUSE) for c in ("+", "3", "3", "!", "+")), return_exceptions=True)
+    assert log.calls == [1]
+    assert [getattr(outcome, "version", None) for outcome in outcomes] == [1, 3, 3, None, 4]
+    assert [getattr(outcome, "position", None) for outcome in outcomes] == [1, 3, 0, None, 4]
+    assert isinstance(outcomes[3], Refused)
+
+
+async def test_events_of_different_causes_are_not_mixed():
+    log = Flaky()
+    async with running(log, Counting()) as loop:
+        other = structs.replace(CAUSE, causation_id="other")
+        await asyncio.gather(loop.execute(("a", "+"), CAUSE), loop.execute(("a", "+"), other), loop.execute(("a", "+"), CAUSE))
+    assert [recorded.causation_id for recorded in (await log.read_streams(["build-a"]))["build-a"]] == ["e", "other", "e"]
+
+
+async def test_what_rests_on_an_append_that_failed_is_not_told():
+    log = Flaky()
+    log.fail = ["before"]
+    async with running(log, Counting()) as loop:
+        results = await asyncio.gather(loop.execute(("a", "1"), CAUSE), loop.execute(("a", "1"), CAUSE), return_exceptions=True)
+    assert [type(result) for result in results] == [LogUnavailable, LogUnavailable]
+    assert await log.head() == 0
 
 
 async def test_a_repeat_decides_nothing_and_appends_nothing():

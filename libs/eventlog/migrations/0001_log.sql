@@ -80,7 +80,7 @@ BEGIN
             INSERT INTO eventlog.event (position, stream, version, event_id, type, data, team, correlation_id, causation_id, actor, recorded_at)
             SELECT head + g.m, streams[1], actual + g.m, g.event_id, g.type, g.data::json, teams[1], correlations[1], causations[1], actors[1], moment
             FROM unnest(event_ids, types, datas) WITH ORDINALITY AS g (event_id, type, data, m);
-            PERFORM pg_notify('eventlog', '');
+            PERFORM pg_notify('eventlog', split_part(streams[1], '-', 1));
             added := cardinality(event_ids);
             RETURN QUERY SELECT true, actual + added, head + added, moment;
             RETURN;
@@ -123,7 +123,7 @@ BEGIN
     ORDER BY n;
 
     IF EXISTS (SELECT FROM eventlog.event e WHERE e.position > head) THEN
-        PERFORM pg_notify('eventlog', '');
+        PERFORM pg_notify('eventlog', (SELECT string_agg(DISTINCT split_part(s.stream, '-', 1), ',') FROM unnest(streams) AS s (stream)));
     END IF;
 END $$;
 
