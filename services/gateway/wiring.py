@@ -45,7 +45,7 @@ from services.gateway.watch import Hub, Limits, Sources
 TABLES = Path(__file__).parent / "tables.sql"
 URGENT = frozenset({"request", "team", "artifact"})
 """What a caller waits for; everything else is shown LINGER seconds later, in larger batches."""
-LINGER = 0.005
+LINGER = 0.002
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

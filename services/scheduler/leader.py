@@ -124,33 +124,41 @@ class Scheduler:
         try:
             while True:
                 await wakeup.wait(5.0)
-                self._unread = True
-                self._bell.set()
+                self.log_grew()
         finally:
             wakeup.close()
+
+    def log_grew(self) -> None:
+        """There may be something to read."""
+        self._unread = True
+        self._bell.set()
 
     async def listen(self) -> None:
         """Hear the workers. A heartbeat that its worker did not sign is nobody's."""
         async with self._bus.listen("presence.*") as messages:
             async for message in messages:
-                name = message.subject.partition(".")[2]
-                key = self._worker_keys.get(name)
-                if key is None:
-                    logger.warning("a heartbeat of an unknown worker", worker=name)
-                    continue
-                try:
-                    heartbeat = _HEARTBEAT.decode(verify(key, "presence", _SIGNED.decode(message.data)))
-                except (BadSignature, msgspec.MsgspecError) as error:
-                    logger.warning("a heartbeat that is not its worker's", worker=name, exc_info=error)
-                    continue
-                trusted = heartbeat.challenge in self._challenges and heartbeat.challenge != b""
-                worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock())
-                if worker is not None:
-                    self._unanswered[name] = worker
-                    self._bell.set()
-                elif (known := self.fleet.get(name)) is not None and known.heartbeat.boot != heartbeat.boot:
-                    self._strangers[name] = heartbeat
-                    self._bell.set()
+                self.hear(message.subject, message.data)
+
+    def hear(self, subject: str, data: bytes) -> None:
+        """Take note of one heartbeat, `presence.<worker>`."""
+        name = subject.partition(".")[2]
+        key = self._worker_keys.get(name)
+        if key is None:
+            logger.warning("a heartbeat of an unknown worker", worker=name)
+            return
+        try:
+            heartbeat = _HEARTBEAT.decode(verify(key, "presence", _SIGNED.decode(data)))
+        except (BadSignature, msgspec.MsgspecError) as error:
+            logger.warning("a heartbeat that is not its worker's", worker=name, exc_info=error)
+            return
+        trusted = heartbeat.challenge in self._challenges and heartbeat.challenge != b""
+        worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock())
+        if worker is not None:
+            self._unanswered[name] = worker
+            self._bell.set()
+        elif (known := self.fleet.get(name)) is not None and known.heartbeat.boot != heartbeat.boot:
+            self._strangers[name] = heartbeat
+            self._bell.set()
 
     async def run(self) -> None:
         """Turn for ever."""
@@ -162,7 +170,7 @@ class Scheduler:
                 pass
             self._bell.clear()
             try:
-                await self._turn()
+                await self.turn()
             except (LogUnavailable, BusUnavailable) as error:
                 self.problem = str(error) or type(error).__name__
                 self._evidence_since = self._clock()
@@ -171,7 +179,8 @@ class Scheduler:
 
     # --- one turn ----------------------------------------------------------------------------------------------------------------------
 
-    async def _turn(self) -> None:
+    async def turn(self) -> None:
+        """Read what is unread, and lead if this instance leads."""
         now = self._clock()
         if now - self._last_turn > STALL or self._connections != self._bus.connections or not self._bus.connected:
             self._evidence_since = now
@@ -230,8 +239,7 @@ class Scheduler:
 
     async def _do(self, commands: Sequence[tuple[Command, Cause]]) -> list[bool]:
         """Execute commands together; whether each was accepted. What another instance decided first is no error."""
-        self._unread = True
-        self._bell.set()
+        self.log_grew()
         results = await asyncio.gather(*(self._commands.submit(*one) for one in commands), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, Refused):
