@@ -17,6 +17,7 @@ SELECT $1, * FROM unnest($2::bytea[], $3::bigint[], $4::text[], $5::bigint[]) ON
 _ARRIVE = "INSERT INTO blob_writer (writer, seen_at) VALUES ($1, now()) ON CONFLICT (writer) DO UPDATE SET seen_at = now()"
 _RENEW = "UPDATE blob_writer SET seen_at = now() WHERE writer = $1"
 _LEAVE = "DELETE FROM blob_writer WHERE writer = $1"
+_SUCCEED = "DELETE FROM blob_writer WHERE starts_with(writer, $1)"
 _BURY = "DELETE FROM blob_writer WHERE seen_at < now() - make_interval(secs => $1)"
 
 
@@ -83,6 +84,11 @@ class BlobIndex:
     async def leave(self, writer: str) -> None:
         with unavailable():
             await self._pool.execute(_LEAVE, writer)
+
+    async def succeed(self, instance: str) -> None:
+        """Whoever wrote under a name that begins so is dead."""
+        with unavailable():
+            await self._pool.execute(_SUCCEED, instance)
 
     async def writers(self, silent_for: float) -> set[str]:
         """Those that live; whoever was silent for that many seconds is one no more."""

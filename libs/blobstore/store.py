@@ -34,13 +34,15 @@ class BlobStore:
     """Blobs of teams: what one team has says nothing about another's.
     Reads and writes run on `threads`; nothing is written before `run` has begun."""
 
-    def __init__(self, objects: Objects, index: BlobIndex, boots: Callable[[], str], threads: ThreadPoolExecutor) -> None:
-        """`boots` gives names to write under: a new one each time, without a dot or slash."""
+    def __init__(self, objects: Objects, index: BlobIndex, boots: Callable[[], str], threads: ThreadPoolExecutor, instance: str = "") -> None:
+        """`boots` gives names to write under: a new one each time, without a dot or slash. They are put after `instance`, which no two processes
+        have at a time: what its earlier life left unfinished is collected at once ("": nobody sees to that, so it has to be silent for long)."""
         self._objects = objects
         self._index = index
-        self._boots = boots
+        self._instance = instance
+        self._boots = lambda: instance + boots()
         self._numbers = itertools.count(1)
-        self._writer = boots()
+        self._writer = self._boots()
         self._puts: dict[str, list[tuple[bytes, asyncio.Future[bytes]]]] = {}
         self._putting: dict[str, asyncio.Task[None]] = {}
         self.threads = threads
@@ -168,6 +170,8 @@ class BlobStore:
 
     async def _begin(self) -> None:
         await self._index.create()
+        if self._instance:
+            await self._index.succeed(self._instance)
         await self._index.arrive(self._writer)
         if await self._index.is_empty():
             listed, _ = await in_thread(self._list, self.threads)
@@ -197,11 +201,11 @@ def _writer_of(pack: str) -> str:
 
 
 @asynccontextmanager
-async def open_blob_store(url: str, pool: Pool, boots: Callable[[], str], threads: int = 8) -> AsyncIterator[BlobStore]:
-    """A store by URL, with its index in the pool's schema. Somebody must `run` it."""
+async def open_blob_store(url: str, pool: Pool, boots: Callable[[], str], threads: int = 8, instance: str = "") -> AsyncIterator[BlobStore]:
+    """A store by URL, with its index in the pool's schema. Somebody must `run` it. `boots`, `instance`: as for BlobStore."""
     executor = ThreadPoolExecutor(threads, "blobs")
     try:
-        store = BlobStore(await in_thread(lambda: Objects(url), executor), BlobIndex(pool), boots, executor)
+        store = BlobStore(await in_thread(lambda: Objects(url), executor), BlobIndex(pool), boots, executor, instance)
         yield store
         await store.leave()
     finally:

@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,14 +68,14 @@ class Client:
             return await self._upload(_told(selection, progress), name, "application/octet-stream")
         if isinstance(selection, bytes):
             data = selection
-            return await self._http.repeated(lambda: self._upload(data, name, "application/octet-stream"))
+            return await self._http.repeated(lambda: self._upload(BytesIO(data), name, "application/octet-stream"))
         return await self._http.repeated(lambda: self._upload_folder(selection, name, progress))
 
     async def _upload_folder(self, selection: Selection, name: str, progress: Progress | None) -> Artifact:
         async with aclosing(pack(selection, progress)) as stream:
             return await self._upload(stream, name, "application/zstd")
 
-    async def _upload(self, data: bytes | AsyncIterable[bytes], name: str, kind: str) -> Artifact:
+    async def _upload(self, data: BytesIO | AsyncIterable[bytes], name: str, kind: str) -> Artifact:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)  # the answer comes when all is stored
         request: dict[str, Any] = {"data": data, "headers": {"Content-Type": kind}, "timeout": timeout, "params": {"name": name} if name else None}
         async with self._http.open("POST", f"{self._base}/user-artifacts", **request) as response:

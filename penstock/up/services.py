@@ -40,7 +40,7 @@ def service_specs(
         "LANG": "C.UTF-8",
         **{name: environ[name] for name in ("TMPDIR", "TZ") if name in environ},
     }
-    # The supervisor never runs two of a kind, so a restarted leader need not wait for its own term to end.
+    # The supervisor never runs two of a kind, so whoever is started again may take its predecessor for dead.
     only = {"PENSTOCK_INSTANCE": "local"}
     artifacts_url = f"http://127.0.0.1:{ports.artifacts}"
 
@@ -93,6 +93,7 @@ def service_specs(
             {
                 **bus("artifacts"),
                 **database("artifacts"),
+                **only,
                 "PENSTOCK_STORE_URL": data.blobs.as_uri(),
                 "PENSTOCK_GRANT_PUBLIC_KEY": public_key(secrets.grant_key),
                 "PENSTOCK_SERVER_PUBLIC_KEY": public_key(secrets.server_key),

@@ -35,7 +35,8 @@ from services.artifacts.trees import Trees
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`store_url`: where blobs are kept (`file:///folder`, `s3://bucket/prefix`, …). `grant_public_key` is the gateway's, `server_public_key` the
-    scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact; `log_patience` is in seconds."""
+    scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact; `log_patience` is in seconds. `instance` is for whoever sees to it that no two
+    processes run under one name at a time: what a killed predecessor of that name left unfinished in the store is then collected at once."""
 
     database_url: str
     nats_url: str
@@ -47,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_artifact_bytes: int = Limits().max_bytes
     max_artifact_files: int = Limits().max_members
     log_patience: float = PATIENCE
+    instance: str = ""
 
 
 async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> web.Application | None:
@@ -55,7 +57,9 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     self_test()
     log = await service.enter(open_postgres_log(settings.database_url))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "artifacts"))
-    store = await service.enter(open_blob_store(settings.store_url, log.pool, lambda: uuid4().hex[:12]))
+    store = await service.enter(
+        open_blob_store(settings.store_url, log.pool, lambda: uuid4().hex[:12], instance=f"{settings.instance}-" if settings.instance else "")
+    )
     commands: CommandLoop[Command, State] = CommandLoop(log, ArtifactDecider(), new_id, creates=lambda _: True)
     projector = Projector(log, StoredProjection(log.pool, OVER), urgent=frozenset(), linger=0.1)
     archivist = Archivist(bus, log, commands, store, service.registry, settings.log_patience)

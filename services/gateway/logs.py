@@ -1,7 +1,7 @@
 """Where the lines of a build are: on JetStream before the archive, in the archive after, by the same numbers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 
@@ -100,29 +100,37 @@ def complete(log: AttemptLog, seen: int) -> bool:
 
 
 class LogReader:
-    """Reads one attempt's log as it is now."""
+    """Reads one attempt's log as it is now. `row` is the build as it is now."""
 
-    def __init__(self, bus: Bus, artifacts: ArtifactsClient) -> None:
+    def __init__(self, bus: Bus, artifacts: ArtifactsClient, row: Callable[[str], Awaitable[BuildRow | None]]) -> None:
         self._bus = bus
         self._artifacts = artifacts
+        self._row = row
 
     async def lines(self, build: BuildRow, stage: str, attempt: int, first: int, ended: Callable[[bool], None]) -> AsyncGenerator[Line, None]:
         """The lines from `first` on. Before it ends it tells `ended` whether the log is complete. Raises BusUnavailable, ArchiveUnavailable."""
         log = build.logs.get(attempt_key(stage, attempt), AttemptLog())
-        if log.archived is not None:
-            async for line, segment in self._artifacts.archive(build.team, build.id, stage, attempt, first):
-                kept = cut(line, segment, first)
-                if kept is not None:
-                    yield kept
-            ended(True)
-            return
-        order = ChunkOrder()
-        async for chunk in self._chunks(build, stage, attempt):
-            for ready in order.take(chunk):
-                for found in lines_from(first, ready):
-                    yield found
-        never_ran = build.finished_at is not None and not log.worker
-        ended(never_ran or complete(log, order.next))
+        if log.archived is None:
+            order = ChunkOrder()
+            async for chunk in self._chunks(build, stage, attempt):
+                for ready in order.take(chunk):
+                    for line, segment in lines_from(first, ready):
+                        yield line, segment
+                        first = line + count_lines(segment.data)
+            if complete(log, order.next):
+                ended(True)
+                return
+            # It may have been archived meanwhile, and so have gone from the bus.
+            now = await self._row(build.id) or build
+            log = now.logs.get(attempt_key(stage, attempt), log)
+            if log.archived is None:
+                ended(False)
+                return
+        async for line, segment in self._artifacts.archive(build.team, build.id, stage, attempt, first):
+            kept = cut(line, segment, first)
+            if kept is not None:
+                yield kept
+        ended(True)
 
     async def _chunks(self, build: BuildRow, stage: str, attempt: int) -> AsyncGenerator[LogChunk, None]:
         subject = f"logs.*.{build.id}.{stage}.{attempt}"

@@ -119,7 +119,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     )
     known = [
         *builds.endpoints(),
-        *LogRoutes(builds=builds, hub=hub, streams=streams, reader=LogReader(bus, artifacts)).endpoints(),
+        *LogRoutes(builds=builds, hub=hub, streams=streams, reader=LogReader(bus, artifacts, queries.build)).endpoints(),
         *ArtifactRoutes(queries=queries, artifacts=artifacts, log=log, passed=projector.passed, public_url=public_url).endpoints(),
         *TeamRoutes(teams=teams, passed=projector.passed, first=settings.bootstrap_team, ids=new_id, secret=new_token).endpoints(),
         *EventRoutes(feed=feed, streams=streams).endpoints(),

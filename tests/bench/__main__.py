@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a little of everything, in under a minute: the figures mean nothing")
     parser.add_argument("--profile", action="store_true", help="say where each process's time goes during a throughput run")
     parser.add_argument("--only", default=",".join(PARTS), metavar="PART,…", help=f"some of {', '.join(PARTS)}")
-    parser.add_argument("--slots", type=int, default=8, help="what the worker runs at once")
+    parser.add_argument("--slots", type=int, default=32, help="what the worker runs at once")
     parser.add_argument("--builds", type=int, help="no-op builds of the throughput runs")
     given = parser.parse_args()
     parts = {part for part in given.only.split(",") if part}
