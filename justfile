@@ -27,6 +27,7 @@ down:
 
 # The command line on this clone's system: ./just penstock builds
 [no-cd]
+[no-exit-message]
 penstock *args:
     @penstock "$@"
 

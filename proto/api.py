@@ -15,7 +15,7 @@ BuildStatus = Literal["pending", "started", "succeeded", "failed", "errored", "a
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "errored", "aborted"})
 
 TeamName = Annotated[
-    str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="lower-case letters, digits and `-`; at most 63, the first no `-`")
+    str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$(?!\n)", description="lower-case letters, digits and `-`; at most 63, the first no `-`")
 ]
 
 

@@ -1,4 +1,4 @@
-"""What travels beside the log, and may be lost at any moment: then whoever still holds it sends it again (DESIGN.md §1).
+"""What travels beside the log, and may be lost at any moment: then whoever still holds it sends it again.
 
 subject                              from → to               delivery
 `reports.<worker>.<build>`           worker → builds         JetStream REPORTS; the spool keeps it until a receipt
@@ -10,12 +10,15 @@ subject                              from → to               delivery
 All of them are msgpack. The worker's identity is read from the subject, never from the body.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from proto.events.base import ArtifactRef, Status
 from proto.plan import Stage
+
+Id = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
+"""What a worker names must be fit to be a part of a stream's name, whoever sent it."""
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -25,8 +28,8 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Attempt(msgspec.Struct, frozen=True, order=True, array_like=True):
     """One try of a stage; the key of everything a worker does."""
 
-    build: str
-    stage: str
+    build: Id
+    stage: Id
     number: int
 
 
@@ -119,7 +122,7 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
     """A single-use offer of one free slot. `key` is the boot's X25519 public key to seal to."""
 
     nonce: str
-    key: bytes
+    key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 
 class Running(msgspec.Struct, frozen=True, array_like=True):
@@ -133,7 +136,7 @@ class Heartbeat(_Message, frozen=True, kw_only=True):
     """Sent every second, and whenever a slot becomes free. `challenge` quotes the last one the scheduler gave (b"" at first).
     `credits` are all the open ones. `logs` are attempts whose log still waits in the spool for LogArchived. `goodbye`: the worker leaves."""
 
-    boot: str
+    boot: Id
     number: int
     challenge: bytes
     slots: int

@@ -1,4 +1,4 @@
-"""What a build runs: a DAG of stages, each a list of steps placed together on one worker (DESIGN.md §2).
+"""What a build runs: a DAG of stages, each a list of steps placed together on one worker.
 
 The task config is Concourse's, field for field, so that existing task files run here.
 """
@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import msgspec
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$", description="letters, digits, `_`, `-`, `.`; at most 64")]
-StageName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_`, `-`; at most 64")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$(?!\n)", description="letters, digits, `_`, `-`, `.`; at most 64")]
+StageName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)", description="letters, digits, `_`, `-`; at most 64")]
 Seconds = Annotated[int, msgspec.Meta(ge=1, le=30 * 24 * 3600)]
 
 DEFAULT_STEP_TIMEOUT: int = 24 * 3600
+_NOT_THE_STEPS = ("LD_", "PENSTOCK_")
+"""Variables that the loader obeys in every program, a sandbox's too (FAULTS 41), and our own."""
 
 
 class _Closed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -173,6 +175,8 @@ def _task_problem(config: TaskConfig) -> tuple[str, str] | None:
     for key, value in config.params.items():
         if not key or "=" in key or "\0" in key or "\0" in value:
             return f"params.{key}", "is no environment variable: a name has no `=`, and neither part a NUL"
+        if key.startswith(_NOT_THE_STEPS):
+            return f"params.{key}", "would reach past the step, to what runs it: set it in the command itself"
     return None
 
 

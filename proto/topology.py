@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 MAX_EVENT = 1 << 20
-"""An event, and so a plan, is at most 1 MiB (DESIGN.md §4)."""
+"""An event, and so a plan, is at most 1 MiB."""
 MAX_PAYLOAD = MAX_EVENT + (64 << 10)
 """The server's max_payload: an event and its envelope."""
 MAX_CHUNK = 64 << 10

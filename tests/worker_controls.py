@@ -77,7 +77,7 @@ def step(
     *args: str,
     name: str = "step",
     inputs: list[TaskInput] | None = None,
-    outputs: list[str] | None = None,
+    outputs: list[str | TaskOutput] | None = None,
     params: dict[str, str] | None = None,
     timeout: int = 60,
     dir: str | None = None,
@@ -85,7 +85,7 @@ def step(
     config = TaskConfig(
         run=Run(path=path, args=list(args), dir=dir),
         inputs=inputs or [],
-        outputs=[TaskOutput(name=each) for each in outputs or []],
+        outputs=[TaskOutput(name=each) if isinstance(each, str) else each for each in outputs or []],
         params=params or {},
     )
     return RunStep(name=name, config=config, timeout=timeout)

@@ -17,6 +17,8 @@ Format = Literal["tar", "tgz", "tzst"]
 _PIECE = 1 << 20
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_FREE_STREAMS, _STREAM_BYTES = 1000, 64
+"""An archive may be many compressed streams one after another, but beyond the first few each costs more than its bytes."""
 _WINDOW_LOG = 25
 """The largest window a zstd stream may ask for: 32 MiB of memory for each upload."""
 
@@ -31,6 +33,7 @@ class Decompressor:
         self._gzip: zlib._Decompress | None = None
         self._zstd: zstd.ZstdDecompressor | None = None
         self._between = False
+        self._streams = 0
         self._came_in = 0
         self._went_out = 0
 
@@ -58,6 +61,11 @@ class Decompressor:
         if self._gzip is not None or self._zstd is not None or self._format is None:
             raise ArchiveRefused(b"", "is cut short")
 
+    def _count_stream(self) -> None:
+        self._streams += 1
+        if self._streams > _FREE_STREAMS + self._came_in // _STREAM_BYTES:
+            raise LimitExceeded(b"", f"is cut into compressed streams of less than {_STREAM_BYTES} bytes")
+
     def _from_gzip(self, data: bytes) -> Iterator[bytes]:
         while data:
             if self._gzip is None:
@@ -65,6 +73,7 @@ class Decompressor:
                 data = data.lstrip(b"\0") if self._between else data
                 if not data:
                     return
+                self._count_stream()
                 self._gzip = zlib.decompressobj(31)
             try:
                 piece = self._gzip.decompress(data, _PIECE)
@@ -83,6 +92,7 @@ class Decompressor:
             if self._zstd is None:
                 if not data:
                     return
+                self._count_stream()
                 self._zstd = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG})
             try:
                 piece = self._zstd.decompress(data, _PIECE)

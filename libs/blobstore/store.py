@@ -40,9 +40,9 @@ class BlobStore:
         self._objects = objects
         self._index = index
         self._instance = instance
-        self._boots = lambda: instance + boots()
+        self._boots = boots
         self._numbers = itertools.count(1)
-        self._writer = self._boots()
+        self._writer = instance + boots()
         self._puts: dict[str, list[tuple[bytes, asyncio.Future[bytes]]]] = {}
         self._putting: dict[str, asyncio.Task[None]] = {}
         self.threads = threads
@@ -58,7 +58,7 @@ class BlobStore:
                     await self._begin()
                     begun, self.problem = True, None
                 elif not await self._index.renew(self._writer):
-                    self._writer = self._boots()
+                    self._writer = self._instance + self._boots()
                     await self._index.arrive(self._writer)
                 if renewals % _RENEWALS_A_COLLECTION == 0:
                     await self.collect()

@@ -1,6 +1,6 @@
 """The bus as the rest of Penstock sees it: JetStream for what must arrive at least once, core NATS for what may be lost.
 
-The bus is never the only holder of anything (DESIGN.md §1): all that is on it may vanish at any moment, and whoever holds the fact sends it again.
+The bus is never the only holder of anything: all that is on it may vanish at any moment, and whoever holds the fact sends it again.
 """
 
 import asyncio

@@ -25,7 +25,8 @@ _RESIGN = "UPDATE leadership SET until = clock_timestamp() WHERE name = $1 AND h
 
 
 class Leadership:
-    """One candidate for one office (`name`). `holder` must be unique to this process's life; `ttl` is in seconds."""
+    """One candidate for one office (`name`). No two that live at a time may have one `holder`; a successor of that name takes over the term too.
+    `ttl` is in seconds."""
 
     def __init__(self, pool: Pool, name: str, holder: str, ttl: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._pool = pool

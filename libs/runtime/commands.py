@@ -1,4 +1,4 @@
-"""Decide and record: the command loop with group commit (DESIGN.md §4).
+"""Decide and record: the command loop with group commit.
 
 Everything that waits is decided together and appended in one round trip; while that is under way the next batch gathers, so under load the
 batches grow by themselves and an idle system waits for nothing. One command that is refused or conflicts fails (or tries again) alone.
@@ -6,7 +6,7 @@ batches grow by themselves and an idle system waits for nothing. One command tha
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
@@ -55,7 +55,8 @@ _Result = tuple[Sequence[Event] | Exception, S, int]
 class CommandLoop(Generic[C, S]):
     """Runs one decider over a log. One `run()` at a time; any number of callers.
 
-    Keeps states in an LRU by (stream, version): the expected version of the append is what makes a stale one harmless."""
+    Keeps states in an LRU by (stream, version). A stale one is harmless: an append expects its version, and what appends nothing is decided on a
+    state that was loaded for it."""
 
     MAX_CONFLICTS = 20
 
@@ -130,8 +131,13 @@ class CommandLoop(Generic[C, S]):
         for waiting in unknown:
             if waiting.conflicts == 0 and self._creates(waiting.command):
                 self._states[waiting.stream] = (NO_STREAM, self._decider.initial)
-        await self._load([w.stream for w in unknown if w.stream not in self._states])
+        loaded = {w.stream for w in unknown if w.stream not in self._states}
+        await self._load(loaded)
         decided = [(group, *self._decide(group)) for group in batch]
+        # An append checks the state that it rests on. Where there is none, another may have written since: the log is asked before anybody is told.
+        doubtful = {group[0].stream for group, _, write in decided if write is None} - loaded
+        await self._load(doubtful)
+        decided = [(one[0], *self._decide(one[0])) if one[0][0].stream in doubtful else one for one in decided]
         writing = [(group, results, write) for group, results, write in decided if write is not None]
         for group, results, write in decided:
             if write is None:
@@ -213,10 +219,10 @@ class CommandLoop(Generic[C, S]):
                 self._waiting.appendleft(waiting)
         self._arrived.set()
 
-    async def _load(self, streams: Sequence[str]) -> None:
+    async def _load(self, streams: Collection[str]) -> None:
         if not streams:
             return
-        for stream, history in (await self._log.read_streams(streams)).items():
+        for stream, history in (await self._log.read_streams(list(streams))).items():
             state = self._decider.initial
             for recorded in history:
                 state = self._decider.evolve(state, decode(recorded.type, recorded.data))

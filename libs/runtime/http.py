@@ -25,8 +25,11 @@ T = TypeVar("T")
 
 MAX_DEPTH = 64
 """How deep JSON may nest."""
+MAX_HEADERS, MAX_HEADER = 64, 64 << 10
+"""How many headers a request may have, and how long each: a build token names all inputs and outputs of its stage."""
 
-_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
+"""A string without an end matches too: looking for one again at each of its quotes would take time with the square of its length."""
 _STATUS_OF_REFUSAL = {"conflict": 409, "invalid": 422, "too-large": 413, "forbidden": 403, "missing": 404}
 
 
@@ -117,10 +120,11 @@ def _check_depth(body: bytes) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for i, key in enumerate(keys) if key in keys[:i])!r} is given twice in one object")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is given twice in one object")
+        found[key] = value
     return found
 
 
@@ -292,6 +296,8 @@ class _PunctualServer(Server):
             keepalive_timeout=self._timeouts.keepalive,
             lingering_time=self._timeouts.linger,
             access_log=None,
+            max_headers=MAX_HEADERS,
+            max_field_size=MAX_HEADER,
             auto_decompress=False,  # bytes are passed on as they come, and a small body cannot become a large one
         )
 

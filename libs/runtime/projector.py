@@ -1,4 +1,4 @@
-"""Follow the log in order and keep a projection up to date (DESIGN.md §1, projections)."""
+"""Follow the log in order and keep a projection up to date (ARCHITECTURE.md: projections)."""
 
 import asyncio
 from collections.abc import Set

@@ -1,4 +1,4 @@
-"""Message in, commands out: the consumer that drives a command loop from the bus (DESIGN.md §1, reactions).
+"""Message in, commands out: the consumer that drives a command loop from the bus (ARCHITECTURE.md: reactions).
 
 At least once, in any order: the decision is made on the stream's recorded state, so a repeat decides nothing. A message is acked once what came of
 it is recorded. Only a deterministic failure counts towards parking; an outage parks nothing.
@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter
 from libs.bus.bus import Bus, Message
 from libs.eventlog.log import LogUnavailable
 from libs.runtime.commands import Cause, CommandLoop, Early, Outcome, Refused
+from proto.catalogue import UnknownEvent
 from proto.topology import Consumer
 
 logger = structlog.get_logger()
@@ -23,6 +24,7 @@ C = TypeVar("C")
 
 PARK_AFTER = 5
 """Deliveries after which a message that fails by itself is parked."""
+UNKNOWN_AGAIN = 5.0
 
 
 class ReactionConsumer(Generic[C]):
@@ -63,6 +65,11 @@ class ReactionConsumer(Generic[C]):
     def _handle(self, message: Message) -> None:
         try:
             commands = self._react(message)
+        except UnknownEvent as error:  # not poison, but newer than this code
+            self._count("unknown")
+            logger.error("an event that this version does not know waits for one that does", subject=message.subject, tag=str(error))
+            message.nak(UNKNOWN_AGAIN)
+            return
         except Exception as error:  # a poison message must not stop the others
             self._failed(message, error)
             return

@@ -1,4 +1,4 @@
-"""The relay: the only publisher of log events (DESIGN.md §4). The log is the outbox; EVENTS is a copy of it that may vanish.
+"""The relay: the only publisher of log events. The log is the outbox; EVENTS is a copy of it that may vanish.
 
 Invariants: it publishes in position order; the checkpoint covers only what JetStream acknowledged, without a gap; so whatever is after the checkpoint
 may be published twice, and nothing is left out. Two relays at once are harmless: a message id is an event's, and followers skip what they know.

@@ -66,7 +66,7 @@ class Service:
         return found
 
     def on_drain(self, callback: Callable[[], Awaitable[None]]) -> None:
-        """Await `callback` first of all when the service ends (last registered, first called)."""
+        """Await `callback` when the service ends, in its turn: after what was started later has ended."""
         self._stack.push_async_callback(callback)
 
     async def until_told(self) -> None:

@@ -5,9 +5,9 @@ from datetime import datetime
 
 import click
 
-from penstock.cli.running import BuildRef, connect, json_option, print_json, run, team_option
+from penstock.cli.running import BuildRef, Failure, connect, json_option, print_json, run, team_option
 from penstock.cli.terminal import STATUS_COLOURS, Terminal
-from penstock.client import Build, Client
+from penstock.client import Build, Client, Conflict
 
 
 @click.command(short_help="List builds.")
@@ -69,4 +69,7 @@ def abort(ctx: click.Context, build: str, as_json: bool, team: str | None) -> No
 
 async def _aborted(client: Client, ref: str) -> Build:
     async with client:
-        return await client.abort(ref)
+        try:
+            return await client.abort(ref)
+        except Conflict as error:
+            raise Failure(f"nothing to abort: {error}") from error

@@ -52,6 +52,6 @@ def _found(build: Build, wanted: dict[str, Path]) -> dict[str, Artifact]:
         if artifact is None:
             if not build.ended:
                 raise Failure(f"build {build.number} is {build.status} and has no output `{name}` yet: wait with `penstock watch {build.number}`")
-            raise Failure(f"build {build.number} has no output `{name}` ({', '.join(build.outputs) or 'it has none'})")
+            raise Failure(f"build {build.number} has no output `{name}` (it has {', '.join(build.outputs) or 'none'})")
         found[name] = artifact
     return found

@@ -170,7 +170,7 @@ def _folders(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Path]:
 def _known(option: str, named: dict[str, Any], names: Sequence[str], kind: str, task_file: Path) -> None:
     for name in named:
         if name not in names:
-            raise Mistake(f"{option} {name}=…: {task_file} has no {kind} `{name}` ({', '.join(dict.fromkeys(names)) or 'it has none'})")
+            raise Mistake(f"{option} {name}=…: {task_file} has no {kind} `{name}` (it has {', '.join(dict.fromkeys(names)) or 'none'})")
 
 
 def _read(path: Path) -> bytes:

@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from penstock.cli.running import Failure, Mistake, json_option, print_json, run
-from penstock.client import Client, Info, NoTarget, Target
+from penstock.client import Client, Info, NoTarget, Target, Unauthorized
 from penstock.client.targets import Targets, read_targets, targets_path, write_targets
 
 
@@ -50,7 +50,10 @@ def _asked() -> str:
 
 async def _checked(url: str, token: str) -> Info:
     async with Client(url, token) as client:
-        return await client.info()
+        try:
+            return await client.info()
+        except Unauthorized as error:
+            raise Failure(f"{url}: {error}") from error
 
 
 @click.command(short_help="List or choose targets.")

@@ -50,6 +50,7 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("-t", "--target", metavar="NAME", help="Which of the known Penstocks to talk to (see `penstock targets`).")
+@click.version_option(package_name="penstock", message="penstock %(version)s", help="Show this program's version and exit.")
 @click.pass_context
 def cli(ctx: click.Context, target: str | None) -> None:
     """Penstock runs builds: upload a folder, run a task on a worker, watch it live, take the outputs.

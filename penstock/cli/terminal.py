@@ -24,18 +24,24 @@ class Terminal:
         self._fancy = sys.stderr.isatty() and environ.get("TERM", "") not in ("", "dumb")
         self._colour = self._fancy and not environ.get("NO_COLOR")
         self.coloured = not environ.get("NO_COLOR") and environ.get("TERM", "") not in ("", "dumb")
-        self._shared = log_to_stderr or (sys.stdout.isatty() and sys.stderr.isatty())
+        self._shared = log_to_stderr or _same_file(sys.stdout.fileno(), sys.stderr.fileno())
         self._open = {"stdout": False, "stderr": False}  # whether the last line that was written there lacks its end
         self.reader_gone = False
 
     def say(self, text: str, colour: str | None = None) -> None:
         """A line of our own."""
-        if self._open["stderr"] or (self._shared and self._open["stdout"]):
-            text = "\n" + text
-            self._open = {"stdout": self._open["stdout"] and not self._shared, "stderr": False}
+        self._end_line()
         with contextlib.suppress(OSError):
             self._err.write((click.style(text, fg=colour) if colour and self._colour else text).encode("utf-8", "replace") + b"\n")
             self._err.flush()
+
+    def _end_line(self) -> None:
+        """End what a task left unended where our lines and bars go."""
+        if self._open["stderr"] or (self._shared and self._open["stdout"]):
+            self._open = {"stdout": self._open["stdout"] and not self._shared, "stderr": False}
+            with contextlib.suppress(OSError):
+                self._err.write(b"\n")
+                self._err.flush()
 
     def log(self, stream: str, text: str) -> None:
         """What a task wrote, on the stream that it wrote it to."""
@@ -70,9 +76,18 @@ class Terminal:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+        self._end_line()  # a bar would be drawn over it
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, console=Console(stderr=True), auto_refresh=True) as progress:
             yield Bars(verb, self, progress)
+
+
+def _same_file(one: int, other: int) -> bool:
+    """Whether both lead to one place: a terminal, or `2>&1`."""
+    try:
+        return os.path.sameopenfile(one, other)
+    except OSError:
+        return False
 
 
 class Bars:

@@ -34,11 +34,14 @@ async def _watched(client: Client, ref: str, terminal: Terminal) -> Build:
     with Interruption("left") as interruption:
         interruption.cancels()
         async with client:
+            build: Build | None = None
             try:
                 build = await client.build(ref)
                 terminal.say(f"build {build.number}: {build.url}")
                 build = await follow(client, build, terminal, until_reader_goes=True)
             except asyncio.CancelledError:
+                if build and not build.ended:
+                    terminal.say(f"left: build {build.number} goes on (`penstock abort {build.number}` ends it)")
                 raise click.Abort from None
             if not terminal.reader_gone:
                 say_why(build, terminal)

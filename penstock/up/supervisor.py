@@ -95,7 +95,10 @@ class Supervisor:
         """Start everything; returns when every service is ready. Raises StartFailed, or Interrupted when asked to stop; then `shut_down` is due."""
         for name, server in self._servers.items():
             self._start(name, server)
-        services = self._prepare()
+        try:
+            services = self._prepare()
+        except OSError as error:  # a port that another has taken meanwhile, above all
+            raise StartFailed(f"the services cannot be prepared: {error}") from error
         gc.collect()
         gc.freeze()  # what is in memory by now stays shared with the children instead of being copied by their collectors
         for service in services:

@@ -10,7 +10,7 @@ Status = Literal["succeeded", "failed", "errored", "aborted"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A fact. Added fields need defaults; a breaking change is a new tag and an upcast (DESIGN.md §4)."""
+    """A fact. Added fields need defaults; a breaking change is a new tag and an upcast."""
 
 
 class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,4 +1,4 @@
-"""`build-<build>`: the life of a build, and the only stream that decides the life of an attempt (DESIGN.md §6). Owned by builds.
+"""`build-<build>`: the life of a build, and the only stream that decides the life of an attempt. Owned by builds.
 
 `report` is the number of the worker's report that led to the event, within its attempt: the receipt the worker's spool waits for.
 """

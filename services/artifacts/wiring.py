@@ -35,8 +35,8 @@ from services.artifacts.trees import Trees
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`store_url`: where blobs are kept (`file:///folder`, `s3://bucket/prefix`, …). `grant_public_key` is the gateway's, `server_public_key` the
-    scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact; `log_patience` is in seconds. `instance` is for whoever sees to it that no two
-    processes run under one name at a time: what a killed predecessor of that name left unfinished in the store is then collected at once."""
+    scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact; `log_patience` is in seconds. `instance` is for
+    whoever sees to it that no two processes run under one name at a time: what a predecessor of that name left unfinished is collected at once."""
 
     database_url: str
     nats_url: str

@@ -1,4 +1,4 @@
-"""The build aggregate: what a build is, what may happen to it, and what follows (DESIGN.md §6: the life of an attempt is decided here alone).
+"""The build aggregate: what a build is, what may happen to it, and what follows (the life of an attempt is decided here alone).
 
            StageQueued                 StepStarted               StageFinished
 (needed) ──────────────▶ queued ──────────────────▶ running ──────────────────▶ over
@@ -37,11 +37,13 @@ _WORST: tuple[Status, ...] = ("aborted", "errored", "failed", "succeeded")
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """The latest attempt of a stage. `reported` is the number of the last report recorded, `percents` each step's progress."""
+    """The latest attempt of a stage. `step` is the one that runs, `reported` the number of the last report recorded, `percents` each step's
+    progress."""
 
     number: int
     phase: Literal["queued", "running", "interrupted", "over"] = "queued"
     worker: str = ""
+    step: str = ""
     reported: int = 0
     interruption: StageInterrupted | None = None
     percents: Mapping[str, int] = {}
@@ -121,14 +123,14 @@ def evolve(state: State, event: Event) -> State:
         case StepStarted():
             attempt = _attempt(state, event.stage)
             phase: Literal["running", "interrupted"] = "interrupted" if attempt.phase == "interrupted" else "running"
-            return _with_stage(state, event.stage, attempt=replace(attempt, phase=phase, worker=event.worker, reported=event.report))
+            return _with_stage(state, event.stage, attempt=replace(attempt, phase=phase, worker=event.worker, step=event.step, reported=event.report))
         case StepProgressed():
             attempt = _attempt(state, event.stage)
             percents = {**attempt.percents, event.step: event.percent}
             return _with_stage(state, event.stage, attempt=replace(attempt, percents=percents, reported=event.report))
         case StepFinished():
             stage = state.stages[event.stage]
-            attempt = replace(_attempt(state, event.stage), reported=event.report)
+            attempt = replace(_attempt(state, event.stage), step="", reported=event.report)
             return _with_stage(state, event.stage, attempt=attempt, outputs={**stage.outputs, **event.outputs})
         case StageInterrupted():
             attempt = replace(_attempt(state, event.stage), phase="interrupted", interruption=event)
@@ -175,7 +177,8 @@ def _abort(build: Build) -> list[Event]:
 
 def _time_out(command: TimeOutStep, build: Build) -> list[Event]:
     stage = build.stages.get(command.stage)
-    if stage is None or stage.attempt is None or stage.attempt.number != command.attempt or stage.attempt.phase != "running":
+    attempt = stage.attempt if stage else None
+    if stage is None or attempt is None or attempt.phase != "running" or (attempt.number, attempt.step) != (command.attempt, command.step):
         return []
     seconds = next((step.timeout for step in stage.plan.steps if step.name == command.step), 0)
     error = f"step `{command.step}` was interrupted: its timeout of {seconds} s is up"

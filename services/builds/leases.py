@@ -1,4 +1,4 @@
-"""Whom attempts were leased to, read from the lease streams when a report is the first of its attempt (DESIGN.md §6)."""
+"""Whom attempts were leased to, read from the lease streams when a report is the first of its attempt."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

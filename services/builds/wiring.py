@@ -76,8 +76,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.depends("nats", lambda: None if bus.connected else "is not connected")
     service.depends("relay", lambda: relay.problem)
     service.spawn("commands", commands.run())
+    service.on_drain(leadership.resign)  # once it campaigns no more
     service.spawn("leadership", leadership.run())
-    service.on_drain(leadership.resign)
     service.spawn("relay", relay.run())
     service.spawn("projector", projector.run())
     service.spawn("alarm", alarm.run())

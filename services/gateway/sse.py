@@ -8,6 +8,8 @@ from aiohttp_sse import EventSourceResponse
 
 from libs.runtime.http import Problem
 
+TAKE_SECONDS = 60.0
+
 
 def message(event: str, token: str, data: bytes) -> bytes:
     """One message; `data` is JSON, which holds no raw newline."""
@@ -45,6 +47,16 @@ class Streams:
         finally:
             self._open.discard(task)
         return response
+
+
+async def send(request: web.Request, response: web.StreamResponse, piece: bytes) -> None:
+    """Write a piece of a long answer; a client that takes nothing for TAKE_SECONDS is cut off."""
+    try:
+        async with asyncio.timeout(TAKE_SECONDS):
+            await response.write(piece)
+    except TimeoutError:
+        cut(request)
+        raise ConnectionResetError("the client takes nothing") from None
 
 
 def cut(request: web.Request) -> None:

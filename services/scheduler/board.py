@@ -53,7 +53,7 @@ class Board:
         self.archived: OrderedDict[Attempt, None] = OrderedDict()
         self.plans: OrderedDict[str, dict[str, Stage]] = OrderedDict()
         self.news: deque[tuple[str, Attempt]] = deque(maxlen=REMEMBERED)
-        """(worker, attempt): interrupted, or (worker "", attempt): archived."""
+        """(worker, attempt): interrupted."""
 
     def apply(self, fact: Fact) -> None:
         """Fold one fact; those at or before `position` are known already."""
@@ -123,9 +123,7 @@ class Board:
                 if self.boots.get(event.worker) == event.boot:
                     del self.boots[event.worker]
             case LogArchived() as event:
-                attempt = Attempt(event.build, event.stage, event.attempt)
-                self.archived[attempt] = None
-                self.news.append(("", attempt))
+                self.archived[Attempt(event.build, event.stage, event.attempt)] = None
                 while len(self.archived) > REMEMBERED:
                     self.archived.popitem(last=False)
             case _:

@@ -11,12 +11,12 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from libs.bus.bus import Bus, BusUnavailable
+from libs.bus.bus import Bus, BusUnavailable, TooLarge
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
 from libs.tokens import BadSignature, verify
-from proto.catalogue import decode
+from proto.catalogue import UnknownEvent, decode
 from proto.envelope import fact
 from proto.events.build import BuildCreated, StageFinished, StageQueued
 from proto.messages import Attempt, Control, Credit, Heartbeat, Held, Signed
@@ -106,7 +106,8 @@ class Scheduler:
         self._granted: dict[Attempt, tuple[float, Credit | None]] = {}
         self._resent: dict[Attempt, float] = {}
         self._evidence_since = clock()
-        self._led_since: float | None = None
+        self._term: int | None = None
+        self._led_since = float("-inf")
         self._last_turn = clock()
         self._connections = -1
         self._epoch: int | None = None
@@ -171,8 +172,8 @@ class Scheduler:
             self._bell.clear()
             try:
                 await self.turn()
-            except (LogUnavailable, BusUnavailable) as error:
-                self.problem = str(error) or type(error).__name__
+            except (LogUnavailable, BusUnavailable, UnknownEvent) as error:
+                self.problem = f"{type(error).__name__}: {error}"
                 self._evidence_since = self._clock()
                 await asyncio.sleep(0.1)
                 self._bell.set()
@@ -187,16 +188,17 @@ class Scheduler:
             self._connections = self._bus.connections
         self._last_turn = now
         term = self._leadership.term
-        if self._unread or (term is not None and self._led_since is None):
+        if self._unread or term not in (None, self._term):
             await self._read()
         self.problem = None
         if term is None:
-            self._led_since = None
+            self._term = None
             self._unanswered.clear()
             self._strangers.clear()
             self.board.news.clear()
             return
-        if self._led_since is None:
+        if term != self._term:  # another may have led since
+            self._term = term
             self._led_since = self._evidence_since = now
         self._rotate_challenge(now)
         await self._boot(term)
@@ -289,7 +291,7 @@ class Scheduler:
         while self.board.news:
             name, attempt = self.board.news.popleft()
             interrupted = self.board.leases.get(attempt)
-            if name and interrupted is not None and attempt not in told:
+            if interrupted is not None and attempt not in told:
                 told.add(attempt)
                 early = Held(attempt, interrupted.recorded, interrupted.interrupted)
                 control = Control(boot=interrupted.boot, number=0, challenge=self._challenges[0], lease_seconds=self._lease_seconds, held=[early])
@@ -324,7 +326,7 @@ class Scheduler:
                 expired.append(self._expiry(lease, f"worker {worker.name} never took it", term))
             elif credit is not None and now - self._resent.get(lease.attempt, granted) > RESEND:
                 self._resent[lease.attempt] = now
-                await self._bus.send(f"packages.{lease.worker}", await self._package(lease.queued, lease.worker, lease.boot, credit))
+                await self._send_package(lease.worker, await self._package(lease.queued, lease.worker, lease.boot, credit))
         if expired:
             await self._do(expired)
 
@@ -334,18 +336,10 @@ class Scheduler:
             return
         placement = place(self.board.queue, self.fleet.views(), self.board.running)
         if placement.assignments:
-            leasing = asyncio.ensure_future(self._do([(self._lease(a, term), self._cause(a.queued)) for a in placement.assignments]))
-            await asyncio.sleep(0)
-            # Sealed while the leases are being recorded, sent only when they are.
-            packages = [await self._package(a.queued, a.worker, a.boot, a.credit) for a in placement.assignments]
-            for assignment, package, ok in zip(placement.assignments, packages, await leasing, strict=True):
-                self.fleet.use(assignment.worker, assignment.credit)
-                if ok:
-                    self._granted[assignment.queued.attempt] = (now, assignment.credit)
-                    await self._bus.send(f"packages.{assignment.worker}", package)
+            await self._grant(placement.assignments, term, now)
         deferrals: list[tuple[Command, Cause]] = []
         unix = self._now()
-        warm = self._led_since is not None and now - self._led_since > WARM_UP
+        warm = now - self._led_since > WARM_UP
         for deferral in placement.deferrals if warm else ():
             for queued in self.board.queue.newest_first(deferral.group):
                 if queued.deferred == deferral.reason or len(deferrals) >= BATCH:
@@ -364,6 +358,32 @@ class Scheduler:
                 deferrals.append((command, self._cause(queued)))
         if deferrals:
             await self._do(deferrals)
+
+    async def _grant(self, assignments: Sequence[Assignment], term: int, now: float) -> None:
+        """All that is leased is noted before anything is sent: what cannot be made or sent now is sent by `_chase`."""
+        leasing = asyncio.ensure_future(self._do([(self._lease(a, term), self._cause(a.queued)) for a in assignments]))
+        packages: list[bytes] = []
+        try:
+            for a in assignments:
+                # Sealed while the leases are being recorded (which gets on at each of these), sent only when they are.
+                await asyncio.sleep(0)
+                packages.append(await self._package(a.queued, a.worker, a.boot, a.credit))
+        finally:
+            accepted = await leasing
+            for assignment, ok in zip(assignments, accepted, strict=True):
+                self.fleet.use(assignment.worker, assignment.credit)
+                if ok:
+                    self._granted[assignment.queued.attempt] = (now, assignment.credit)
+        for assignment, package, ok in zip(assignments, packages, accepted, strict=True):
+            if ok:
+                await self._send_package(assignment.worker, package)
+
+    async def _send_package(self, worker: str, package: bytes) -> None:
+        """One that the bus does not carry never arrives: its lease expires, and builds gives the stage up in the end."""
+        try:
+            await self._bus.send(f"packages.{worker}", package)
+        except TooLarge as error:
+            logger.error("a package is too large for the bus", worker=worker, why=str(error))
 
     async def _package(self, queued: Queued, worker: str, boot: str, credit: Credit) -> bytes:
         return self._packer.package(queued, await self._stage(queued.attempt), worker, boot, credit)

@@ -1,4 +1,4 @@
-"""Packages: an attempt made ready for one credit, sealed to its key and signed (DESIGN.md §6)."""
+"""Packages: an attempt made ready for one credit, sealed to its key and signed."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Placement: one pure function of queue and fleet (DESIGN.md §6). Requirements first, then load; fair between teams; the oldest first."""
+"""Placement: one pure function of queue and fleet. Requirements first, then load; fair between teams; the oldest first."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -63,8 +63,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     )
     service.depends("database", lambda: scheduler.problem)
     service.depends("nats", lambda: None if bus.connected else "is not connected")
+    service.on_drain(leadership.resign)  # once it campaigns no more
     service.spawn("leadership", leadership.run())
-    service.on_drain(leadership.resign)
     service.spawn("commands", commands.run())
     service.spawn("watch-log", scheduler.watch_log())
     service.spawn("listen", scheduler.listen())

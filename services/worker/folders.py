@@ -4,8 +4,11 @@ Making and removing four folders costs a journalling file system more than runni
 """
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from typing import Any
 from services.worker.executors.sandboxes import Folders
 
 _MODES = (0o700, 0o755, 0o700, 0o700)
+_DEEP = 8
 
 
 class FolderPool:
@@ -56,7 +60,7 @@ def _is_clean(folders: Folders) -> bool:
     try:
         for path, mode in zip(_all(folders), _MODES, strict=True):
             found = os.lstat(path)
-            if found.st_mode != stat.S_IFDIR | mode:
+            if found.st_mode != stat.S_IFDIR | mode or _is_marked(path):
                 return False
             with os.scandir(path) as entries:
                 if sum(1 for _ in entries) != (3 if path is folders.root else 0):
@@ -66,13 +70,40 @@ def _is_clean(folders: Folders) -> bool:
     return True
 
 
+def _is_marked(folder: Path) -> bool:
+    """Whether a step left attributes on it: a default ACL would reach into what the next step makes."""
+    try:
+        return any(not name.startswith("security.") for name in os.listxattr(folder, follow_symlinks=False))
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return False
+        raise
+
+
 def remove_tree(root: Path) -> None:
-    """Everything below, folders without permissions too; what cannot be removed stays."""
+    """Everything below, folders without permissions and at any depth too; what cannot be removed stays."""
     for _ in range(3):
         # A process that has just been killed may still have written.
-        shutil.rmtree(root, onerror=_once_more)
+        with contextlib.suppress(RecursionError):
+            shutil.rmtree(root, onerror=_once_more)
         if not root.exists():
             return
+        with contextlib.suppress(OSError):
+            _flatten(root)
+
+
+def _flatten(root: Path) -> None:
+    """Bring what lies deep up to the top: the way to it may be longer than a path, a stack or the number of open files may be."""
+    waiting = [(root, 0)]
+    while waiting:
+        folder, depth = waiting.pop()
+        folder.chmod(0o700)
+        for found in folder.iterdir():
+            if stat.S_ISDIR(found.lstat().st_mode):
+                if depth == _DEEP:
+                    found.chmod(0o700)
+                    found = found.rename(root / secrets.token_hex(8))
+                waiting.append((found, depth % _DEEP + 1))
 
 
 def _once_more(remove_it: Callable[..., Any], path: str, _: Any) -> None:

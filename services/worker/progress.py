@@ -1,4 +1,4 @@
-"""A step's own word on how far it is: a stdout line that is exactly `::progress N::` (DESIGN.md; FAULTS 105)."""
+"""A step's own word on how far it is: a stdout line that is exactly `::progress N::` (FAULTS 105)."""
 
 import asyncio
 import re

@@ -88,6 +88,9 @@ class StageRun:
                 ended, error = await self._steps()
             except OSError as failure:
                 ended, error = [], _words(failure)
+            except Exception as failure:  # unsaid, the attempt would count as running for as long as the worker lives
+                logger.error("an attempt broke the worker's own code", attempt=self.package.attempt, exc_info=failure)
+                ended, error = [], f"worker: {type(failure).__name__}"
             status: Status = ended[-1].status if ended else self._stop.status if self._stop else "errored"
             self._log.close(self.package.stage.steps[-1].name)
             log = self._log
@@ -154,6 +157,8 @@ class StageRun:
         config = step.config
         await self._place_inputs(config)
         for path in [*(output.path or output.name for output in config.outputs), *(cache.path for cache in config.caches)]:
+            if link := self._link_in(path):
+                raise _Errored(f"the folder `{path}` leads through a link, `{link}`")
             (self._folders.workspace / path).mkdir(parents=True, exist_ok=True)
         if self._stop is not None:
             raise _Stopped
@@ -202,7 +207,7 @@ class StageRun:
         except OSError as error:
             raise _Errored(f"run.path: `{step.config.run.path}` cannot be run: {error.strerror}") from error
         self._report(ReportStepStarted(step=step.name, sandbox=self._tools.sandbox.name))
-        stop = Stop("failed", f"step `{step.name}` was interrupted: its timeout of {step.timeout} s is up")
+        stop = Stop("failed", f"interrupted: its timeout of {step.timeout} s is up")
         timeout = asyncio.get_running_loop().call_later(step.timeout, self.stop, stop)
         try:
             return await asyncio.shield(process.ended)
@@ -233,10 +238,13 @@ class StageRun:
             held = self._placed.get(each.name)
             if held == into:
                 continue
+            for path in (into, held or into):
+                if link := self._link_in(path):
+                    raise _Errored(f"input `{each.name}`: its folder `{path.relative_to(workspace)}` leads through a link, `{link}`")
             into.parent.mkdir(parents=True, exist_ok=True)
             try:
                 if held is not None:
-                    await asyncio.to_thread(shutil.copytree, held, into, symlinks=True, dirs_exist_ok=True)
+                    await asyncio.to_thread(shutil.copytree, held, into, symlinks=True, dirs_exist_ok=True, ignore=_refusing_links(held, into))
                 elif each.name in self.package.inputs:
                     await self._or_stopped(self._tools.artifacts.fetch(self.package, each.name, into))
                 elif not each.optional:
@@ -257,8 +265,8 @@ class StageRun:
         for output in step.config.outputs:
             path = output.path or output.name
             folder = self._folders.workspace / path
-            if folder.is_symlink() or not folder.is_dir():
-                what = "is not a folder" if folder.is_symlink() or folder.exists() else "is gone"
+            if (link := self._link_in(path)) or not folder.is_dir():
+                what = f"leads through a link, `{link}`" if link else "is not a folder" if folder.exists() else "is gone"
                 problem = problem or ("failed", f"output `{output.name}`: the folder `{path}` {what}")
                 continue
             try:
@@ -268,6 +276,16 @@ class StageRun:
             except OSError as error:
                 problem = problem or ("errored", f"output `{output.name}` could not be read: {_words(error)}")
         return outputs, problem
+
+    def _link_in(self, path: str | Path) -> Path | None:
+        """The first link on the way to a folder of the workspace. A step makes it for its own side of the sandbox; followed by the worker, it would
+        lead to what the step may not see. Nothing of a step runs any more when the worker looks."""
+        here = workspace = self._folders.workspace
+        for part in (workspace / path).relative_to(workspace).parts:
+            here /= part
+            if here.is_symlink():
+                return here.relative_to(workspace)
+        return None
 
     async def _or_stopped(self, work: Awaitable[T]) -> T:
         """Await it, unless a stop comes first: then it is cancelled."""
@@ -285,6 +303,19 @@ class StageRun:
 
     def _report(self, *bodies: ReportBody) -> None:
         self._on_reported(self._tools.outbox.report(self.package.attempt, list(bodies)))
+
+
+def _refusing_links(source: Path, target: Path) -> Callable[[str, list[str]], list[str]]:
+    """For `copytree`, which asks before it copies a folder's entries and would write through links that are where they go."""
+
+    def refuse(folder: str, names: list[str]) -> list[str]:
+        there = target / Path(folder).relative_to(source)
+        for name in names:
+            if (there / name).is_symlink():
+                raise _Errored(f"a link is in the way of the input `{target.name}`: `{(there / name).relative_to(target)}`")
+        return []
+
+    return refuse
 
 
 def _exit_code(code: int) -> int:

@@ -35,7 +35,7 @@ def test_detach_prints_only_the_number_and_the_rest_can_be_had_later(cli: Cli, t
     assert elsewhere("download", number).returncode == 0
     assert (elsewhere.folder / "dist/x").read_text() == "kept\n"
     wrong = elsewhere("download", number, "-o", "dits=out")
-    assert (wrong.returncode, wrong.stderr) == (1, f"Error: build {number} has no output `dits` (dist)\n")
+    assert (wrong.returncode, wrong.stderr) == (1, f"Error: build {number} has no output `dits` (it has dist)\n")
 
 
 def test_a_detached_build_with_outputs_says_how_to_get_them(cli: Cli) -> None:

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,14 @@ class System:
             await connection.close()
         return [_fact(row) for row in rows]
 
-    async def bus(self) -> NatsClient:
+    @asynccontextmanager
+    async def bus(self) -> AsyncIterator[NatsClient]:
         """A connection with the rights of the builds service."""
-        return await nats.connect(f"nats://127.0.0.1:{self._ports().nats}", user="builds", password=self.data.secrets().bus["builds"])
+        connection = await nats.connect(self.bus_url(), user="builds", password=self.data.secrets().bus["builds"])
+        try:
+            yield connection
+        finally:
+            await connection.close()
 
     def bus_url(self) -> str:
         return f"nats://127.0.0.1:{self._ports().nats}"

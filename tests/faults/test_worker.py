@@ -24,7 +24,7 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing_any_more(start
     """FAULTS 45: attempt 1 of one build ends while its worker is stopped, that of the other goes on; both are lost, attempt 2 counts, and what ran
     of attempt 1 is killed."""
     system = start(sandbox=sandbox)
-    short, long = sleeping(LEASE_SECONDS), talking(120, 0.05)
+    short, long = sleeping(LEASE_SECONDS), Work("endless", "sleep 60", "aborted", None)
     async with Traffic(system) as traffic:
         builds = [await traffic.submit(work) for work in (short, long)]
         await eventually(lambda: both_started(traffic, [build.id for build in builds]))
@@ -32,12 +32,19 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing_any_more(start
         with system.stopped("worker"):
             await eventually(lambda: expired(system), timeout=4 * LEASE_SECONDS + 10)
         await eventually(lambda: not first & {step.pid for step in system.steps()})
+        await eventually(lambda: attempts(traffic, builds[1].id, 2))
+        await traffic.client.abort(builds[1].id)
         await traffic.verify()
         assert [(await traffic.client.build(build.id)).stages[0].attempt for build in builds] == [2, 2]
 
 
 async def both_started(traffic: Traffic, builds: list[str]) -> bool:
     return all([(await traffic.client.build(build)).status == "started" for build in builds])
+
+
+async def attempts(traffic: Traffic, build: str, number: int) -> bool:
+    found = await traffic.client.build(build)
+    return found.stages[0].attempt == number and found.stages[0].steps[0].status == "started"
 
 
 async def expired(system: System) -> bool:

@@ -14,7 +14,7 @@ class Work(NamedTuple):
     name: str
     script: str
     status: str = "succeeded"
-    exit_code: int = 0
+    exit_code: int | None = 0
     lines: tuple[str, ...] = ()
     outputs: Mapping[str, Mapping[str, bytes]] = {}
 

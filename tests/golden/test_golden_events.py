@@ -1,4 +1,4 @@
-"""One stored example of every event, decoded for ever (DESIGN.md §4). They begin to bind with the first tagged version."""
+"""One stored example of every event, decoded for ever. They begin to bind with the first tagged version."""
 
 from datetime import UTC, datetime
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Packs on a real folder with their index in a real Postgres: all or nothing, whatever dies or fills up."""
 
 import asyncio
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import asyncpg
 import pytest
 
 from libs.archives.pump import in_thread
+from libs.blobstore.index import BlobIndex
 from libs.blobstore.objects import Objects
 from libs.blobstore.packs import PART, Upload
 from libs.blobstore.reading import BlobDamaged
@@ -24,8 +26,9 @@ from tests.postgres_fixture import Database
 
 
 @asynccontextmanager
-async def running(database: Database, folder: Path, boot: str = "boot") -> AsyncIterator[BlobStore]:
-    async with open_pool(database.url("artifacts")) as pool, open_blob_store(folder.as_uri(), pool, counter(boot)) as store:
+async def running(database: Database, folder: Path, boot: str = "boot", instance: str = "") -> AsyncIterator[BlobStore]:
+    opened = open_pool(database.url("artifacts"))
+    async with opened as pool, open_blob_store(folder.as_uri(), pool, counter(boot), instance=instance) as store:
         task = asyncio.create_task(store.run())
         try:
             await eventually(lambda: store.problem is None)
@@ -165,6 +168,21 @@ async def test_what_a_crash_leaves_is_invisible_and_collected(database: Database
         assert await survivor.collect() == 1
         assert objects_in(tmp_path) == before
         assert await survivor.get("main", kept) == b"kept"
+
+
+async def test_a_successor_of_the_same_name_collects_what_its_predecessor_left_at_once(database: Database, tmp_path: Path) -> None:
+    """FAULTS 32: and what another instance is writing stays."""
+    async with running(database, tmp_path, "a", "other-") as other:
+        started = other.begin("main")
+        await in_thread(lambda: started.add(os.urandom(9 << 20)), other.threads)
+        before = objects_in(tmp_path)
+        async with open_pool(database.url("artifacts")) as pool:
+            await BlobIndex(pool).arrive("local-1")
+            Upload(Objects(tmp_path.as_uri()), "main", "local-1", itertools.count(), lambda digests: ()).add(os.urandom(9 << 20))
+        assert objects_in(tmp_path) != before
+        async with running(database, tmp_path, "b", "local-"):
+            await eventually(lambda: objects_in(tmp_path) == before)
+        await in_thread(started.undo, other.threads)
 
 
 async def test_a_writer_taken_for_dead_cannot_publish_what_was_collected(database: Database, tmp_path: Path) -> None:

@@ -181,6 +181,22 @@ async def test_a_dropped_projection_is_rebuilt_identically(database: Database, l
         assert await contents(database) == expected
 
 
+async def test_a_projection_dropped_under_a_running_instance_is_rebuilt_without_a_new_event(
+    database: Database, log: PostgresLog, service: PostgresLog
+) -> None:
+    """FAULTS 78: when nothing happens, it sees to its tables."""
+    await history(log, builds=10)
+    projection = StoredProjection(service.pool, BUILDS)
+    await finish(projection, log)
+    expected = await contents(database)
+    async with service.pool.acquire() as connection:
+        await connection.execute("DROP TABLE team_row")
+    assert await projection.advance() == await log.head(), "the first time it could be between two events"
+    assert await projection.advance() == 0
+    await finish(projection, log)
+    assert await contents(database) == expected
+
+
 async def test_two_deliveries_are_one(database: Database, log: PostgresLog, service: PostgresLog) -> None:
     await history(log, builds=3)
     first, second = StoredProjection(service.pool, BUILDS), StoredProjection(service.pool, BUILDS)

@@ -65,6 +65,27 @@ async def test_home_and_temp_are_the_attempts_own_and_empty(tmp_path: Path, sand
         await eventually(lambda: not list((running.folder / "work").iterdir()))
 
 
+async def test_folders_with_a_steps_marks_are_not_used_again(tmp_path: Path) -> None:
+    try:
+        os.setxattr(tmp_path, "user.here", b"")
+    except OSError:
+        pytest.skip("no extended attributes here")
+    async with a_system(tmp_path, slots=1) as (scheduler, _):
+        program = "import os; print(os.listxattr('.')); os.setxattr('.', 'user.mark', b'x')"
+        for _ in range(2):
+            attempt = await scheduler.send(step("python3", "-c", program))
+            assert await scheduler.log(attempt, "stdout") == "[]\n"
+
+
+async def test_folders_of_any_depth_are_removed(tmp_path: Path) -> None:
+    """What a step leaves must neither stay nor keep a worker from starting."""
+    program = "import os\nfor _ in range(3000):\n os.mkdir('d' * 99)\n os.chdir('d' * 99)\n os.mkdir('e'); os.chmod('e', 0)"
+    async with a_system(tmp_path) as (scheduler, running):
+        attempt = await scheduler.send(step("python3", "-c", program))
+        assert (await scheduler.finished(attempt)).status == "succeeded"
+        await eventually(lambda: not list((running.folder / "work").iterdir()))
+
+
 @in_each_sandbox
 @pytest.mark.parametrize(
     ("path", "error"),

@@ -12,7 +12,7 @@ from libs.archives.extract import extract
 from libs.archives.rules import Limits
 from libs.archives.writer import pack
 from proto.events.base import ArtifactRef
-from proto.plan import TaskInput
+from proto.plan import TaskInput, TaskOutput
 from services.worker.executors.sandboxes import Choice
 from tests.worker_controls import a_system, sandboxes_here, sh
 
@@ -116,7 +116,7 @@ async def test_outputs_are_taken_after_a_failure_too(tmp_path: Path) -> None:
     [
         ("rmdir dist", "output `dist`: the folder `dist` is gone"),
         ("rmdir dist; touch dist", "output `dist`: the folder `dist` is not a folder"),
-        ("rmdir dist; ln -s / dist", "output `dist`: the folder `dist` is not a folder"),
+        ("rmdir dist; ln -s / dist", "output `dist`: the folder `dist` leads through a link, `dist`"),
     ],
 )
 async def test_an_output_folder_that_is_none_at_the_end_fails_the_step(tmp_path: Path, script: str, error: str) -> None:
@@ -125,6 +125,48 @@ async def test_an_output_folder_that_is_none_at_the_end_fails_the_step(tmp_path:
         assert (await scheduler.finished(attempt)).status == "failed"
         assert scheduler.step(attempt).error == error
         assert list(scheduler.step(attempt).outputs) == ["other"]
+
+
+async def test_no_link_of_a_step_leads_the_worker_out_of_the_workspace(tmp_path: Path) -> None:
+    """The worker places and takes folders from outside of the sandbox: a path that is nothing to the step is the machine's own to the worker."""
+    secret = tmp_path / "host" / "secret"
+    secret.mkdir(parents=True)
+    (secret / "key").write_text("the key")
+    (tmp_path / "in" / "src").mkdir(parents=True)
+    (tmp_path / "in" / "src" / "file").touch()
+    lead = f"ln -s {tmp_path}/host"
+    one, two = TaskInput(name="src", path="a/new"), TaskInput(name="dist", path="copy")
+    cases = {
+        "taken": [sh(f"rmdir a/secret a; {lead} a", outputs=[TaskOutput(name="dist", path="a/secret")])],
+        "made": [sh(f"{lead} a", name="first"), sh("true", outputs=[TaskOutput(name="dist", path="a/new/dist")])],
+        "placed": [sh(f"{lead} a", name="first"), sh("true", inputs=[one])],
+        "copied": [
+            sh("true", name="first", outputs=["dist"]),
+            sh(f"rmdir dist; {lead} dist", name="second"),
+            sh("cat copy/secret/key", inputs=[two]),
+        ],
+        "written": [
+            sh("mkdir dist/secret; echo x > dist/secret/key", name="first", outputs=["dist"]),
+            sh(f"mkdir copy; {lead}/secret copy/secret", name="second"),
+            sh("true", inputs=[two]),
+        ],
+    }
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        for what, steps in cases.items():
+            attempt = await scheduler.send(*steps, inputs={"src": REF}, token=TOKEN)
+            extent = await scheduler.finished(attempt)
+            assert extent.status in ("failed", "errored"), what
+            assert "link" in extent.error, what
+            assert "the key" not in scheduler.text(attempt), what
+            assert not (tmp_path / "out" / "step").exists(), what
+            assert [path.name for path in (tmp_path / "host").iterdir()] == ["secret"], what
+            assert (secret / "key").read_text() == "the key", what
+
+
+async def test_what_no_archive_can_hold_is_told_at_once(tmp_path: Path) -> None:
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        attempt = await scheduler.send(sh("mkfifo dist/pipe", outputs=["dist"]), token=TOKEN)
+        assert "`pipe` is neither a file, a folder nor a link" in (await scheduler.finished(attempt, timeout=5)).error
 
 
 async def test_an_artifacts_service_that_restarts_is_waited_for(tmp_path: Path) -> None:

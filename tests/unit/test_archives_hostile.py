@@ -1,5 +1,6 @@
 """Hostile archives are refused whole, naming member and rule, and leave nothing behind (FAULTS 19–29). Each one is extracted for real."""
 
+import gzip
 import io
 import os
 import stat
@@ -128,6 +129,12 @@ async def test_a_bomb_is_stopped_at_the_limit(refused: Callable) -> None:
     # all of the stream is bounded, not only what belongs to members
     endless = zstd.compress(END + bytes(64 << 20))
     await refused(endless, "", "holds more than", Limits(max_members=10, max_bytes=10, max_names=10))
+
+
+@pytest.mark.parametrize("nothing", [gzip.compress(b"", mtime=0), zstd.compress(b"")], ids=["gzip", "zstd"])
+async def test_streams_of_nothing_are_stopped(refused: Callable, nothing: bytes) -> None:
+    """FAULTS 25: they hold no byte, and each costs as much as a real one."""
+    await refused(nothing * 5000, "", "compressed streams of less than 64 bytes")
 
 
 async def test_hard_links_cannot_multiply_a_file_past_the_limit(refused: Callable) -> None:

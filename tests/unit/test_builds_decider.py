@@ -71,7 +71,7 @@ def test_a_repeated_request_decides_nothing():
 
 
 def test_a_no_op_build_costs_six_events_on_its_stream():
-    # with BuildRequested and StageLeased: the eight of DESIGN.md §4
+    # with BuildRequested and StageLeased: the eight that ARCHITECTURE.md names
     scenario = running().when(reports(STEP_OK, STAGE_OK, first=2))
     assert [TAGS[type(event)] for event in scenario.events] == [
         "build.created",
@@ -212,6 +212,12 @@ def test_a_stale_timeout_decides_nothing():
     running().when(reports(STEP_OK, STAGE_OK, first=2), timeout).then()
     running().when(LoseAttempt(build=BUILD, stage="main", attempt=1, evidence=""), timeout).then()
     Scenario(BuildDecider()).is_early_for(timeout)
+
+
+def test_a_timer_of_a_step_that_has_ended_does_not_interrupt_the_next_one():
+    two = Stage(name="main", steps=[RunStep(name=name, config=TaskConfig(run=Run(path="true")), timeout=5) for name in ("run", "next")])
+    timeout = TimeOutStep(build=BUILD, stage="main", attempt=1, step="run")
+    running(plan(two)).when(reports(STEP_OK, ReportStepStarted(step="next"), first=2), timeout).then()
 
 
 def test_progress_never_falls():

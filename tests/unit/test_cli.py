@@ -2,8 +2,10 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -54,12 +56,12 @@ def test_every_command_has_help(tmp_path: Path, command: str) -> None:
     [
         (["-c", "none.yml"], "Error: cannot read none.yml: No such file or directory"),
         (["-c", "task.yml"], "Error: the task's input `src` is not given: add -i src=PATH"),
-        (["-c", "task.yml", "-i", "src=in", "-o", "dits=out"], "Error: -o dits=…: task.yml has no output `dits` (dist)"),
-        (["-c", "task.yml", "-i", "scr=in"], "Error: -i scr=…: task.yml has no input `scr` (src, extra)"),
+        (["-c", "task.yml", "-i", "src=in", "-o", "dits=out"], "Error: -o dits=…: task.yml has no output `dits` (it has dist)"),
+        (["-c", "task.yml", "-i", "scr=in"], "Error: -i scr=…: task.yml has no input `scr` (it has src, extra)"),
         (["-c", "task.yml", "-i", "src=gone"], "Error: -i src=gone: gone does not exist"),
         (["-c", "task.yml", "-i", "src=task.yml"], "Error: -i src=task.yml: task.yml is not a folder"),
         (["-c", "task.yml", "-i", "src=in", "-i", "src=in"], "Error: -i src=…: given twice"),
-        (["-c", "task.yml", "-i", "src=in", "-m", "foo=src"], "Error: -m foo=…: task.yml has no input `foo` (src, extra)"),
+        (["-c", "task.yml", "-i", "src=in", "-m", "foo=src"], "Error: -m foo=…: task.yml has no input `foo` (it has src, extra)"),
         (["-c", "task.yml", "-i", "src=in", "-o", "dist=task.yml"], "Error: -o dist=task.yml: task.yml is there and is not a folder"),
         (["-c", "task.yml", "-i", "src"], "`src` must be NAME=VALUE"),
         (["-c", "task.yml", "-i", "src=in", "--timeout", "soon"], "`soon` must be a time like 90s, 10m or 1h30m, 30 days at most"),
@@ -140,6 +142,40 @@ def test_completion_completes_commands_and_options(tmp_path: Path) -> None:
 )
 def test_exit_codes_are_flys(status: str, own: int | None, code: int) -> None:
     assert exit_code_of(Build(id="b", number=1, status=status, exit_code=own)) == code  # type: ignore[arg-type]
+
+
+UNENDED = """
+from penstock.cli.terminal import Terminal
+terminal = Terminal()
+terminal.log("stdout", "no newline")
+with terminal.bars("downloaded") as bars:
+    bars.add("dist", 1)(1)
+    bars.done("dist", 1, 1)
+"""
+
+
+def test_a_line_that_a_task_leaves_unended_is_not_drawn_over_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-c", UNENDED], stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm-256color"}, check=True, timeout=60
+    )
+    os.close(theirs)
+    seen = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert seen.startswith("no newline\r\n")
+    assert "downloaded dist" in seen
+
+
+def test_a_line_that_a_task_leaves_unended_is_ended_where_both_streams_go_to_one_place() -> None:
+    together = subprocess.run([sys.executable, "-c", UNENDED], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, timeout=60)
+    assert together.stdout == "no newline\ndownloaded dist: 1 file, 1 B\n"
+    apart = subprocess.run([sys.executable, "-c", UNENDED], capture_output=True, text=True, check=True, timeout=60)
+    assert (apart.stdout, apart.stderr) == ("no newline", "downloaded dist: 1 file, 1 B\n")
+
+
+def test_the_version_is_an_option_too(tmp_path: Path) -> None:
+    result = penstock("--version", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, f"penstock {version('penstock')}\n")
 
 
 def test_sizes_are_for_people() -> None:

@@ -45,6 +45,21 @@ class Counting:
         return state + 1
 
 
+class Overtaken(Counting):
+    """`only-at-n` does nothing elsewhere, `refused-below-n` is refused there."""
+
+    def decide(self, command, state):
+        rule, _, number = command[1].rpartition("-")
+        match rule:
+            case "only-at":
+                return [progressed()] if state == int(number) else []
+            case "refused-below" if state < int(number):
+                raise Refused("no", "too early")
+            case "refused-below":
+                return [progressed()]
+        return super().decide(command, state)
+
+
 def progressed():
     return StepProgressed(stage="s", attempt=1, step="s", percent=1)
 
@@ -159,6 +174,19 @@ async def test_a_stream_that_another_wrote_is_loaded_and_decided_again():
         outcome = await loop.execute(("a", "3"), CAUSE)
     assert (outcome.version, outcome.state) == (3, 3)
     assert decider.decided[-2:] == [(("a", "3"), 1), (("a", "3"), 2)]
+
+
+async def test_what_decides_nothing_on_a_state_that_another_has_overtaken_is_decided_again():
+    # Two instances: what seems done, or refused, may be neither by now.
+    log = Flaky()
+    decider = Overtaken()
+    async with running(log, decider) as loop:
+        assert list((await loop.execute(("a", "only-at-1"), CAUSE)).events) == []
+        await loop.execute(("a", "+"), CAUSE)
+        await log.append([write("build-a", progressed(), expected=1)])
+        assert (await loop.execute(("a", "only-at-2"), CAUSE)).version == 3
+        await log.append([write("build-a", progressed(), expected=3)])
+        assert (await loop.execute(("a", "refused-below-4"), CAUSE)).version == 5
 
 
 async def test_a_stream_presumed_new_costs_no_read_and_a_wrong_presumption_is_corrected():

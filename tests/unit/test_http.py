@@ -51,6 +51,21 @@ def test_a_key_given_twice_is_refused_by_name() -> None:
     assert "'name'" in found["detail"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]" * 65 + b'"' + b'\\"' * 400_000,
+        b"{" + b",".join(b'"%d":0' % i for i in range(80_000)) + b',"79999":1}',
+    ],
+    ids=["a string without an end", "many keys and one twice"],
+)
+def test_refusing_takes_no_longer_than_reading(body: bytes) -> None:
+    """It is done on the event loop, for whoever has a token."""
+    began = time.perf_counter()
+    assert refused(body)["status"] == 400
+    assert time.perf_counter() - began < 2
+
+
 @pytest.mark.parametrize("constant", [b"NaN", b"Infinity", b"-Infinity"])
 def test_what_is_no_number_is_refused(constant: bytes) -> None:
     """FAULTS 2"""
@@ -164,6 +179,15 @@ def problem_of(answer: bytes) -> dict[str, Any]:
 
 
 QUICK = Timeouts(head=0.3, keepalive=5.0, body=0.3, least_bytes=100, shutdown=0.2, linger=0.2)
+
+
+async def test_a_token_of_many_words_is_taken_and_endless_headers_are_not() -> None:
+    async with serving(QUICK) as port, ClientSession() as session:
+        for name, size, status in (("Authorization", 60_000, 404), ("Authorization", 70_000, 400)):
+            async with session.get(f"http://127.0.0.1:{port}/", headers={name: "x" * size}) as answer:
+                assert answer.status == status
+        async with session.get(f"http://127.0.0.1:{port}/", headers={f"X-{i}": "x" for i in range(100)}) as answer:
+            assert answer.status == 400
 
 
 async def test_headers_in_drips_do_not_hold_a_connection() -> None:

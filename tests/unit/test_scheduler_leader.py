@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from nacl.public import PrivateKey, SealedBox
 
+from libs.bus.bus import BusUnavailable
 from libs.bus.memory import MemoryBus
 from libs.eventlog.memory import MemoryLog
 from libs.runtime.commands import CommandLoop
@@ -17,6 +18,7 @@ from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.worker import WorkerBooted, WorkerLost
 from proto.messages import Attempt, Control, Credit, Heartbeat, Held, Offers, Package, Running, Signed
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
+from proto.topology import MAX_PAYLOAD
 from services.scheduler.decider import SchedulerDecider
 from services.scheduler.leader import Scheduler
 from services.scheduler.packages import Packer
@@ -309,6 +311,48 @@ async def test_a_package_that_no_heartbeat_shows_is_sent_again_and_in_the_end_it
     await world.turn()
     [expired] = await world.events(LeaseExpired)
     assert "never took it" in expired.evidence
+
+
+async def test_what_was_leased_while_the_bus_went_away_is_sent_when_it_is_back(world):
+    await world.introduced()
+    world.beat(free=2)
+    await world.queue("x1")
+    await world.queue("x2")
+    appended = world.log.append
+
+    async def append_and_lose_the_bus(writes):
+        world.bus.connected = False
+        return await appended(writes)
+
+    world.log.append = append_and_lose_the_bus
+    with pytest.raises(BusUnavailable):
+        await world.turn()
+    world.log.append, world.bus.connected = appended, True
+    for _ in range(2):
+        await world.turn(1.1)
+        world.beat(free=0)
+    await world.turn()
+    assert {package.attempt for package in world.packages} == {A1, Attempt("x2", "main", 1)}
+
+
+async def test_a_package_that_the_bus_cannot_carry_stops_nothing_else(world, monkeypatch):
+    monkeypatch.setattr(world.scheduler._packer, "package", lambda *_: b"x" * (MAX_PAYLOAD + 1))
+    await world.introduced()
+    await world.queue()
+    await world.turn()
+    world.beat()
+    await world.turn()
+    assert world.controls[-1].number == world.number and not world.packages
+
+
+async def test_an_attempt_that_its_worker_had_and_lists_no_more_is_given_to_another_soon(world):
+    await leased(world)
+    for _ in range(2):
+        await world.turn(1.1)
+        world.beat(free=0)
+    await world.turn()
+    [expired] = await world.events(LeaseExpired)
+    assert "gave it up" in expired.evidence
 
 
 async def test_why_nothing_can_be_placed_is_recorded_once(world):

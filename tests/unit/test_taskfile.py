@@ -63,6 +63,15 @@ def test_a_whole_task_file_becomes_a_plan_that_the_server_takes() -> None:
     assert [(i.name, i.path, i.optional) for i in config.inputs] == [("src", None, False), ("extra", "in/extra", True)]
 
 
+@pytest.mark.parametrize("name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "LD_DEBUG_OUTPUT", "PENSTOCK_WORKER_KEY"])
+def test_what_would_reach_what_runs_the_step_is_refused(name: str) -> None:
+    """FAULTS 41: a sandbox's own program would load it, outside of the sandbox."""
+    plan = plan_of(task(WHOLE), arguments=[], tags=[], timeout=90)
+    plan["stages"][0]["steps"][0]["config"]["params"] = {name: "x"}
+    problem = plan_problem(msgspec.convert(plan, Plan))
+    assert problem is not None and problem[0] == f"stages[0].steps[0].config.params.{name}"
+
+
 def test_params_become_text_as_they_were_written() -> None:  # FAULTS 43
     params = task(WHOLE).params
     assert params == {"TEXT": "hello", "NUMBER": "010", "FLOAT": "1.50", "YES": "true", "NORWAY": "NO"}

@@ -184,6 +184,17 @@ def test_a_lease_counts_from_when_its_credit_was_offered() -> None:
     assert worker.on_time(10.0) == [Kill(A, "no answer for too long"), Forget(A)]
 
 
+def test_an_old_credit_gives_a_whole_lease_to_a_worker_whose_heartbeats_are_answered() -> None:
+    """The owner's clock began again with each heartbeat that it heard."""
+    worker = session()
+    (credit,) = beat(worker, 0)
+    number = worker.on_heartbeat_due(8.0, []).number
+    worker.on_control(answer(number))
+    worker.on_package(package(credit), 9.0)
+    assert worker.on_time(17.9) == []
+    assert worker.on_time(18.0) == [Kill(A, "no answer for too long"), Forget(A)]
+
+
 def test_a_worker_that_slept_kills_all_its_work() -> None:
     """FAULTS 45."""
     worker = session(slots=2)

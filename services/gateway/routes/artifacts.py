@@ -13,7 +13,7 @@ from services.gateway.artifacts import ArtifactsClient
 from services.gateway.auth import Principal, absent
 from services.gateway.queries import Queries
 from services.gateway.routes.endpoint import PAGE, PREFIX, Endpoint, Parameter, answer, page
-from services.gateway.sse import cut
+from services.gateway.sse import cut, send
 from services.gateway.views import artifact_view
 
 PIECE = 256 << 10
@@ -115,7 +115,7 @@ class ArtifactRoutes:
             await response.prepare(request)
             try:
                 async for piece in inner.content.iter_chunked(PIECE):
-                    await response.write(piece)
+                    await send(request, response, piece)
             except aiohttp.ClientError:
                 cut(request)
                 raise ConnectionResetError("the artifacts service stopped in the middle") from None

@@ -17,10 +17,11 @@ from services.gateway.logs import Line, LogReader
 from services.gateway.projection import BuildRow
 from services.gateway.routes.builds import BuildRoutes
 from services.gateway.routes.endpoint import Endpoint, Parameter, answer, number
-from services.gateway.sse import Streams, cut, last_event_id
+from services.gateway.sse import Streams, cut, last_event_id, send
 from services.gateway.watch import Hub, resume
 
 MAX_LINES = 10_000
+MAX_PAGE_BYTES = 4 << 20
 PIECE = 64 << 10
 
 
@@ -52,7 +53,7 @@ class LogRoutes:
                     Parameter(name="stage", about="left away: the one that there is, or as text all, one after another"),
                     Parameter(name="attempt", about="left away: the last", schema=int),
                     Parameter(name="from", about="first line, from 0", schema=int),
-                    Parameter(name="limit", about=f"at most this many lines (as JSON at most {MAX_LINES})", schema=int),
+                    Parameter(name="limit", about=f"at most this many lines (as JSON at most {MAX_LINES} or some 4 MiB, then ask on)", schema=int),
                 ),
                 answers={200: (LogPage, "text/plain")},
             ),
@@ -82,14 +83,18 @@ class LogRoutes:
     async def _page(self, row: BuildRow, stage: str, attempt: int, first: int, limit: int) -> LogPage:
         ended: list[bool] = []
         lines: list[LogLine] = []
+        size = 0
         async with aclosing(self._reader.lines(row, stage, attempt, first, ended.append)) as found:
             async for start, segment in found:
                 for offset, text in enumerate(_split(segment.data)):
                     lines.append(
                         LogLine(line=start + offset, step=segment.step, stream=segment.stream, at=segment.at, text=text.decode("utf-8", "replace"))
                     )
+                size += len(segment.data)
                 if len(lines) > limit:
                     return LogPage(stage=stage, attempt=attempt, lines=lines[:limit], next=lines[limit].line)
+                if size >= MAX_PAGE_BYTES:
+                    break
         complete = ended == [True]
         following = None if complete else (lines[-1].line + 1 if lines else first)
         return LogPage(stage=stage, attempt=attempt, lines=lines, next=following, complete=complete)
@@ -106,7 +111,7 @@ class LogRoutes:
                     if len(buffered) >= PIECE:
                         if not response.prepared:
                             await response.prepare(request)
-                        await response.write(bytes(buffered))
+                        await send(request, response, bytes(buffered))
                         buffered.clear()
             if left == 0:
                 break

@@ -1,0 +1,52 @@
+"""What becomes of a message that a reaction cannot handle."""
+
+import asyncio
+from contextlib import suppress
+
+from prometheus_client import CollectorRegistry
+
+from libs.bus.memory import MemoryBus
+from libs.eventlog.memory import MemoryLog
+from libs.runtime.commands import CommandLoop
+from libs.runtime.reactions import PARK_AFTER, ReactionConsumer
+from proto.catalogue import UnknownEvent
+from proto.topology import Consumer, Stream
+from services.scheduler.decider import SchedulerDecider
+from tests.controls import counter
+
+STREAM = Stream("S", ("s.>",), max_age=60.0, max_bytes=1 << 20, full="old")
+CONSUMER = Consumer("tests-s", "S", ("s.>",))
+
+
+async def outcomes(error):
+    """How often a message that `react` fails on with `error` had each outcome, and its deliveries."""
+    bus, registry, seen = MemoryBus(), CollectorRegistry(), []
+    await bus.ensure([STREAM], [CONSUMER])
+
+    def react(message):
+        seen.append(message.deliveries)
+        message.nak = lambda _: type(message).nak(message, 0.001)
+        raise error
+
+    consumer = ReactionConsumer(bus, CONSUMER, react, CommandLoop(MemoryLog(), SchedulerDecider(), counter()), registry)
+    running = asyncio.create_task(consumer.run())
+    await bus.publish("s.1", b"")
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.2):
+            while len(seen) <= 2 * PARK_AFTER:
+                await asyncio.sleep(0.001)
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+    return {outcome: registry.get_sample_value("penstock_tests_s_messages_total", {"outcome": outcome}) for outcome in ("parked", "unknown")}, seen
+
+
+async def test_a_message_that_fails_by_itself_is_parked():
+    # FAULTS 62
+    found, seen = await outcomes(ValueError("poison"))
+    assert found["parked"] == 1 and seen == [1, 2, 3, 4, 5]
+
+
+async def test_an_event_that_is_not_known_yet_is_never_parked():
+    found, seen = await outcomes(UnknownEvent("request.unheard_of"))
+    assert found["parked"] is None and len(seen) > PARK_AFTER
