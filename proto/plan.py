@@ -13,6 +13,8 @@ StageName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)", 
 Seconds = Annotated[int, msgspec.Meta(ge=1, le=30 * 24 * 3600)]
 
 DEFAULT_STEP_TIMEOUT: int = 24 * 3600
+MAX_FOLDERS: int = 256
+"""Inputs, outputs and caches that a task may name, each: a package names them all, and the bus carries it."""
 _NOT_THE_STEPS = ("LD_", "PENSTOCK_")
 """Variables that the loader obeys in every program, a sandbox's too (FAULTS 41), and our own."""
 
@@ -74,9 +76,9 @@ class TaskConfig(_Closed, frozen=True, kw_only=True):
     platform: str = "linux"
     image_resource: ImageResource | None = None
     rootfs_uri: str | None = None
-    inputs: list[TaskInput] = []
-    outputs: list[TaskOutput] = []
-    caches: list[TaskCache] = []
+    inputs: Annotated[list[TaskInput], msgspec.Meta(max_length=MAX_FOLDERS)] = []
+    outputs: Annotated[list[TaskOutput], msgspec.Meta(max_length=MAX_FOLDERS)] = []
+    caches: Annotated[list[TaskCache], msgspec.Meta(max_length=MAX_FOLDERS)] = []
     params: dict[str, str] = {}
     container_limits: ContainerLimits | None = None
 

@@ -138,8 +138,12 @@ class EventLog(Protocol):
         ...
 
     async def read(self, after: int, limit: int, categories: Collection[str] | None = None) -> list[Recorded]:
-        """The first `limit` events after a position, in position order. A follower of few categories that gets nothing
-        may go on after the head it asked for before."""
+        """The first `limit` events after a position, in position order, or fewer if they are large (see `is_full`).
+        A follower of few categories that gets nothing may go on after the head it asked for before."""
+        ...
+
+    async def absent(self, streams: Collection[str]) -> set[str]:
+        """Those of the streams that have no event."""
         ...
 
     async def head(self) -> int:
@@ -153,6 +157,15 @@ class EventLog(Protocol):
     def wakeup(self, urgent: Set[str] | None = None, linger: float = 0.0) -> Wakeup:
         """One for each follower; made before its first read, it misses nothing. See Wakeup for `urgent` and `linger`."""
         ...
+
+
+PAGE_BYTES = 4 << 20
+"""A read ends early, after the event that brings what is stored to this size."""
+
+
+def is_full(rows: Sequence[Recorded], limit: int) -> bool:
+    """Whether a read of `limit` was cut off, by the limit or by its size: there is likely more."""
+    return len(rows) >= limit or sum(len(row.data) for row in rows) >= PAGE_BYTES * 0.9
 
 
 def check_writes(writes: Sequence[Write]) -> None:

@@ -110,6 +110,10 @@ class MemoryLog:
                 found.append(recorded)
         return found
 
+    async def absent(self, streams: Collection[str]) -> set[str]:
+        self._require()
+        return {stream for stream in streams if stream not in self._records.streams}
+
     async def head(self) -> int:
         self._require()
         return len(self._records.events)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 import asyncpg
 
-from libs.eventlog.log import Appended, Conflict, EventTooLarge, LogUnavailable, NotOwner, Wakeup, Write, check_writes
+from libs.eventlog.log import PAGE_BYTES, Appended, Conflict, EventTooLarge, LogUnavailable, NotOwner, Wakeup, Write, check_writes
 from proto.envelope import Recorded
 
 Pool = asyncpg.Pool
@@ -17,11 +17,14 @@ Pool = asyncpg.Pool
 _APPEND = "SELECT recorded, version, position, recorded_at FROM eventlog.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
 _COLUMNS = "position, stream, version, event_id, type, data, team, correlation_id, causation_id, actor, recorded_at"
 _STREAMS = f"SELECT {_COLUMNS} FROM eventlog.event WHERE stream = ANY ($1) ORDER BY stream, version"  # noqa: S608  constants
-_READ = f"SELECT {_COLUMNS} FROM eventlog.event WHERE position > $1 ORDER BY position LIMIT $2"  # noqa: S608
-_READ_SOME = (
-    f"SELECT {_COLUMNS} FROM eventlog.event WHERE position > $1 AND split_part(stream, '-', 1) = ANY ($3) "  # noqa: S608
-    "ORDER BY position LIMIT $2"
+_WINDOW = (
+    f"SELECT {_COLUMNS} FROM (SELECT *, sum(pg_column_size(data)) OVER (ORDER BY position ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) "  # noqa: S608
+    f"AS size_before FROM (SELECT {_COLUMNS} FROM eventlog.event WHERE position > $1 %s ORDER BY position LIMIT $2) next) page "
+    f"WHERE coalesce(size_before, 0) < {PAGE_BYTES} ORDER BY position"
 )
+_READ = _WINDOW % ""
+_READ_SOME = _WINDOW % "AND split_part(stream, '-', 1) = ANY ($3)"
+_ABSENT = "SELECT s.stream FROM unnest($1::text[]) AS s (stream) WHERE NOT EXISTS (SELECT FROM eventlog.event e WHERE e.stream = s.stream)"
 _HEAD = "SELECT coalesce((SELECT position FROM eventlog.event ORDER BY position DESC LIMIT 1), 0)"
 _EPOCH = "SELECT number FROM eventlog.epoch"
 _CHANNEL = "eventlog"
@@ -138,6 +141,9 @@ class PostgresLog:
         else:
             rows = await self._fetch(_READ_SOME, after, limit, list(categories))
         return [recorded(row) for row in rows]
+
+    async def absent(self, streams: Collection[str]) -> set[str]:
+        return {row[0] for row in await self._fetch(_ABSENT, list(streams))}
 
     async def head(self) -> int:
         head: int = (await self._fetch(_HEAD))[0][0]

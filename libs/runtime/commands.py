@@ -48,6 +48,9 @@ class _Waiting(Generic[C]):
         self.conflicts = 0
 
 
+APPEND_BYTES = 8 << 20
+"""Data in one append, a single write aside: what is over waits for the next."""
+
 _Result = tuple[Sequence[Event] | Exception, S, int]
 """What a decision gave, and the state and version after it."""
 
@@ -99,14 +102,24 @@ class CommandLoop(Generic[C, S]):
                 batch = self._take()
                 try:
                     await self._decide_and_append(batch)
-                except BaseException as error:
-                    known = isinstance(error, Exception)
-                    self._fail(chain.from_iterable(batch), error if known else LogUnavailable("the service is stopping"))
-                    if not isinstance(error, LogUnavailable):
-                        raise
+                except LogUnavailable as error:
+                    self._fail(chain.from_iterable(batch), error)
+                except Exception as error:  # one of them is to blame, and must not take the others with it
+                    logger.warning("a batch failed and is tried one by one", size=len(batch), exc_info=error)
+                    await self._one_by_one(batch)
+                except BaseException:
+                    self._fail(chain.from_iterable(batch), LogUnavailable("the service is stopping"))
+                    raise
         finally:
             self._fail(self._waiting, LogUnavailable("the service is stopping"))
             self._waiting.clear()
+
+    async def _one_by_one(self, batch: Sequence[list[_Waiting[C]]]) -> None:
+        for group in batch:
+            try:
+                await self._decide_and_append([group])
+            except Exception as error:  # its caller's to know
+                self._fail(group, error)
 
     def _take(self) -> list[list[_Waiting[C]]]:
         """The next batch, by stream in order of arrival. Commands on one stream go together if they have one cause: their events share a write."""
@@ -138,10 +151,18 @@ class CommandLoop(Generic[C, S]):
         doubtful = {group[0].stream for group, _, write in decided if write is None} - loaded
         await self._load(doubtful)
         decided = [(one[0], *self._decide(one[0])) if one[0][0].stream in doubtful else one for one in decided]
-        writing = [(group, results, write) for group, results, write in decided if write is not None]
+        writing: list[tuple[list[_Waiting[C]], list[_Result[S]], Write]] = []
+        size = 0
         for group, results, write in decided:
             if write is None:
                 self._settle(group, results, 0)
+                continue
+            size += sum(len(event.data) for event in write.events)
+            if size > APPEND_BYTES and writing:
+                self._states.pop(write.stream, None)
+                self._put_back(group)
+            else:
+                writing.append((group, results, write))
         if not writing:
             return
         try:
@@ -211,12 +232,14 @@ class CommandLoop(Generic[C, S]):
 
     def _again(self, group: Sequence[_Waiting[C]]) -> None:
         """Another has written the stream: load it and decide again."""
-        for waiting in reversed(group):
+        for waiting in group:
             waiting.conflicts += 1
             if waiting.conflicts > self.MAX_CONFLICTS:
                 self._resolve(waiting, LogUnavailable(f"{waiting.stream} is written too often by others"))
-            else:
-                self._waiting.appendleft(waiting)
+        self._put_back([waiting for waiting in group if waiting.conflicts <= self.MAX_CONFLICTS])
+
+    def _put_back(self, group: Sequence[_Waiting[C]]) -> None:
+        self._waiting.extendleft(reversed(group))
         self._arrived.set()
 
     async def _load(self, streams: Collection[str]) -> None:

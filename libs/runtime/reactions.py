@@ -23,7 +23,8 @@ logger = structlog.get_logger()
 C = TypeVar("C")
 
 PARK_AFTER = 5
-"""Deliveries after which a message that fails by itself is parked."""
+"""Failures after which a message that fails by itself is parked; deliveries during an outage are none."""
+REMEMBERED = 1000
 UNKNOWN_AGAIN = 5.0
 
 
@@ -45,6 +46,7 @@ class ReactionConsumer(Generic[C]):
         self._consumer = consumer
         self._react = react
         self._loop = loop
+        self._failures: dict[int, int] = {}
         name = consumer.name.replace("-", "_")
         self._handled = Counter(f"penstock_{name}_messages", "Messages handled, by what came of them", ["outcome"], registry=registry)
 
@@ -105,11 +107,15 @@ class ReactionConsumer(Generic[C]):
                 self._failed(message, error)
 
     def _failed(self, message: Message, error: BaseException) -> None:
-        if message.deliveries < PARK_AFTER:
+        failures = self._failures[message.sequence] = self._failures.pop(message.sequence, 0) + 1
+        if failures < PARK_AFTER:
+            while len(self._failures) > REMEMBERED:
+                del self._failures[next(iter(self._failures))]
             self._count("failed")
-            logger.warning("a message failed", consumer=self._consumer.name, subject=message.subject, deliveries=message.deliveries, exc_info=error)
-            message.nak(0.2 * 2**message.deliveries)
+            logger.warning("a message failed", consumer=self._consumer.name, subject=message.subject, failures=failures, exc_info=error)
+            message.nak(0.2 * 2**failures)
             return
+        del self._failures[message.sequence]
         self._count("parked")
         logger.error("a message is parked", consumer=self._consumer.name, subject=message.subject, sequence=message.sequence, exc_info=error)
         message.term()

@@ -17,7 +17,7 @@ import structlog
 
 from libs.bus.bus import Ack, Bus, BusUnavailable, StreamState, TooLarge
 from libs.eventlog.checkpoints import RelayCheckpoint
-from libs.eventlog.log import EventLog, LogUnavailable, Wakeup
+from libs.eventlog.log import EventLog, LogUnavailable, Wakeup, is_full
 from proto.envelope import cloud_event, decode_cloud_event, subject_of
 from proto.topology import STREAMS
 
@@ -164,7 +164,7 @@ class Relay:
             acknowledgement = self._bus.publish(subject_of(recorded), cloud_event(recorded, self._epoch), message_id)
             self._in_flight.append((recorded.position, acknowledgement))
             self._published = recorded.position
-        return len(batch) == BATCH
+        return is_full(batch, BATCH)
 
     async def _acknowledged(self, at_most: int) -> None:
         """Until no more than so many wait for their ack."""

@@ -18,7 +18,11 @@ _REPORTS = msgspec.msgpack.Decoder(Reports)
 
 def on_event(data: bytes) -> list[tuple[Command, Cause]]:
     """A message of EVENTS."""
-    happened = fact(decode_cloud_event(data).recorded())
+    return on_fact(fact(decode_cloud_event(data).recorded()))
+
+
+def on_fact(happened: Fact) -> list[tuple[Command, Cause]]:
+    """The event itself, from wherever it came."""
     command = _command(happened)
     return [(command, _cause(happened))] if command is not None else []
 

@@ -24,13 +24,14 @@ from libs.runtime.reactions import ReactionConsumer
 from libs.runtime.relay import Relay
 from libs.runtime.service import Service
 from libs.runtime.settings import decode
+from libs.runtime.sweep import Sweep
 from proto.topology import BUILDS_REACTIONS, BUILDS_REPORTS, CONSUMERS, STREAMS
 from services.builds.alarm import Alarm
 from services.builds.commands import Command, CreateBuild
 from services.builds.decider import BuildDecider, State
 from services.builds.leases import Leases
 from services.builds.projection import timers
-from services.builds.reactions import on_event, on_report
+from services.builds.reactions import on_event, on_fact, on_report
 
 logger = structlog.get_logger()
 
@@ -55,7 +56,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     log = await service.enter(open_postgres_log(settings.database_url))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "builds"))
     await _ensured(bus)
-    commands: CommandLoop[Command, State] = CommandLoop(log, BuildDecider(), new_id, creates=lambda c: isinstance(c, CreateBuild))
+    decider = BuildDecider()
+    commands: CommandLoop[Command, State] = CommandLoop(log, decider, new_id, creates=_creates)
     leadership = Leadership(log.pool, "relay-and-timers", settings.instance or new_id())
     relay = Relay(log, bus, RelayCheckpoints(log.pool), leadership)
     projector = Projector(log, StoredProjection(log.pool, timers(TABLES.read_text())), urgent=frozenset(), linger=0.1)
@@ -72,6 +74,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     reactions = ReactionConsumer(bus, BUILDS_REACTIONS, react, commands, service.registry)
     reports = ReactionConsumer(bus, BUILDS_REPORTS, record, commands, service.registry, prepare=leases.load)
 
+    sweep = Sweep(log, frozenset({"request", "lease"}), on_fact, decider, _creates, commands)
+
     service.depends("database", lambda: projector.problem)
     service.depends("nats", lambda: None if bus.connected else "is not connected")
     service.depends("relay", lambda: relay.problem)
@@ -83,7 +87,12 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.spawn("alarm", alarm.run())
     service.spawn("reactions", reactions.run())
     service.spawn("reports", reports.run())
+    service.spawn("sweep", sweep.run())
     return None
+
+
+def _creates(command: Command) -> bool:
+    return isinstance(command, CreateBuild)
 
 
 async def _ensured(bus: Bus) -> None:

@@ -12,7 +12,7 @@ from itertools import takewhile
 import msgspec
 import structlog
 
-from libs.eventlog.log import EventLog, LogUnavailable
+from libs.eventlog.log import EventLog, LogUnavailable, is_full
 from proto.catalogue import category_of
 from proto.envelope import Recorded, cloud_event
 
@@ -79,7 +79,7 @@ class LogFeed:
                     continue
                 if batch:
                     self._tell(batch)
-                if len(batch) == BATCH:
+                if is_full(batch, BATCH):
                     continue
                 if not batch and not (self._builds or self._all):
                     self._wanted.clear()

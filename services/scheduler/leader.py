@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from libs.bus.bus import Bus, BusUnavailable, TooLarge
-from libs.eventlog.log import EventLog, LogUnavailable
+from libs.eventlog.log import EventLog, LogUnavailable, is_full
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
 from libs.tokens import BadSignature, verify
@@ -231,7 +231,7 @@ class Scheduler:
             rows = await self._log.read(self.board.position, BATCH, CATEGORIES)
             for row in rows:
                 self.board.apply(fact(row))
-            if len(rows) < BATCH:
+            if not is_full(rows, BATCH):
                 return
 
     def _rotate_challenge(self, now: float) -> None:
