@@ -4,7 +4,6 @@ Every instance reads and listens, so that a takeover starts warm. One loop does 
 """
 
 import asyncio
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -18,16 +17,18 @@ from libs.runtime.decisions import Cause, Refused
 from libs.tokens import BadSignature, verify
 from proto.catalogue import UnknownEvent, decode
 from proto.envelope import fact
-from proto.events.build import BuildCreated, StageFinished, StageQueued
+from proto.events.build import BuildCreated
 from proto.messages import Attempt, Control, Credit, Heartbeat, Held, Signed
 from proto.plan import Stage
 from services.scheduler.board import CATEGORIES, CODE_VERSION, Board, Lease
+from services.scheduler.challenges import Challenges
 from services.scheduler.commands import BootWorker, Command, DeferStage, ExpireLease, LeaseStage, LoseWorker
 from services.scheduler.decider import State
 from services.scheduler.fleet import Fleet, Worker, unlisted
 from services.scheduler.packages import Packer
 from services.scheduler.placement import Assignment, place
 from services.scheduler.queue import Queued
+from services.scheduler.spooled import forgettable
 
 logger = structlog.get_logger()
 
@@ -43,7 +44,6 @@ PATIENCE = 1.0
 """Seconds that an attempt waits before it is said why."""
 WARM_UP = 2.5
 """Seconds of leading before "no worker" means anything."""
-CHALLENGE_LIFE = 30.0
 SNAPSHOT_EVERY = 20_000
 """Facts between two snapshots."""
 BATCH = 5_000
@@ -114,8 +114,7 @@ class Scheduler:
         self._epoch_checked = float("-inf")
         self._snapshot_at = 0
         self._pruned_at = clock()
-        self._challenges = (secrets.token_bytes(16), b"")
-        self._challenged_at = clock()
+        self._challenges = Challenges(clock())
 
     # --- what wakes the loop ---------------------------------------------------------------------------------------------------------
 
@@ -152,7 +151,7 @@ class Scheduler:
         except (BadSignature, msgspec.MsgspecError) as error:
             logger.warning("a heartbeat that is not its worker's", worker=name, exc_info=error)
             return
-        trusted = heartbeat.challenge in self._challenges and heartbeat.challenge != b""
+        trusted = self._challenges.knows(heartbeat.challenge)
         worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock())
         if worker is not None:
             self._unanswered[name] = worker
@@ -200,7 +199,6 @@ class Scheduler:
         if term != self._term:  # another may have led since
             self._term = term
             self._led_since = self._evidence_since = now
-        self._rotate_challenge(now)
         await self._boot(term)
         await self._answer(term, now)
         await self._place(term, now)
@@ -233,11 +231,6 @@ class Scheduler:
                 self.board.apply(fact(row))
             if not is_full(rows, BATCH):
                 return
-
-    def _rotate_challenge(self, now: float) -> None:
-        if now - self._challenged_at > CHALLENGE_LIFE:
-            self._challenges = (secrets.token_bytes(16), self._challenges[0])
-            self._challenged_at = now
 
     async def _do(self, commands: Sequence[tuple[Command, Cause]]) -> list[bool]:
         """Execute commands together; whether each was accepted. What another instance decided first is no error."""
@@ -280,10 +273,10 @@ class Scheduler:
             control = Control(
                 boot=heartbeat.boot,
                 number=heartbeat.number,
-                challenge=self._challenges[0],
+                challenge=self._challenges.current(now),
                 lease_seconds=self._lease_seconds,
                 held=held,
-                archived=await self._archived(heartbeat.logs),
+                archived=await forgettable(self._log, heartbeat.logs, self.board.archived, self.board.leases),
             )
             await self._send_control(name, control)
             await self._chase(worker, leases.values(), term, now)
@@ -294,23 +287,13 @@ class Scheduler:
             if interrupted is not None and attempt not in told:
                 told.add(attempt)
                 early = Held(attempt, interrupted.recorded, interrupted.interrupted)
-                control = Control(boot=interrupted.boot, number=0, challenge=self._challenges[0], lease_seconds=self._lease_seconds, held=[early])
+                control = Control(
+                    boot=interrupted.boot, number=0, challenge=self._challenges.current(now), lease_seconds=self._lease_seconds, held=[early]
+                )
                 await self._send_control(name, control)
 
     async def _send_control(self, worker: str, control: Control) -> None:
         await self._bus.send(f"control.{worker}", self._packer.control(worker, control))
-
-    async def _archived(self, waiting: Sequence[Attempt]) -> list[Attempt]:
-        """Which of the logs that a worker still holds it may forget: archived, or of an attempt whose log nobody will archive."""
-        known = [attempt for attempt in waiting if attempt in self.board.archived]
-        asked = [a for a in waiting if a not in self.board.archived and a not in self.board.leases][:50]
-        if asked:
-            names = {a: f"artifact-log-{a.build}-{a.stage}-{a.number}" for a in asked}
-            streams = await self._log.read_streams([*names.values(), *{f"build-{a.build}" for a in asked}])
-            for attempt, name in names.items():
-                if streams[name] or _unarchived_for_ever(attempt, [decode(r.type, r.data) for r in streams[f"build-{attempt.build}"]]):
-                    known.append(attempt)
-        return known
 
     async def _chase(self, worker: Worker, leases: Iterable[Lease], term: int, now: float) -> None:
         """Send again the packages that a worker does not show, and end the leases that it cannot take any more."""
@@ -462,13 +445,3 @@ class Scheduler:
     @staticmethod
     def _own_cause(boot: str) -> Cause:
         return Cause(team="system", correlation_id=boot, causation_id=boot, actor="scheduler")
-
-
-def _unarchived_for_ever(attempt: Attempt, history: Sequence[object]) -> bool:
-    """Whether a build's events say that no archive of the attempt's log will come: it was superseded, or ended without a log."""
-    for event in history:
-        if isinstance(event, StageQueued) and event.stage == attempt.stage and event.attempt > attempt.number:
-            return True
-        if isinstance(event, StageFinished) and event.stage == attempt.stage and event.attempt == attempt.number and event.log is None:
-            return True
-    return False
