@@ -18,6 +18,8 @@ from libs.bus.bus import Bus, BusUnavailable, Message
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
+from libs.runtime.reactions import PARK_AFTER, UNKNOWN_AGAIN
+from proto.catalogue import UnknownEvent
 from proto.events.artifact import LogGap
 from proto.messages import LogChunk
 from proto.topology import ARTIFACTS_ARCHIVE, MAX_CHUNK
@@ -37,7 +39,6 @@ _LARGEST = 128 << 20
 _UNKNOWN = 8 << 20
 """What a log is taken to hold when nobody knows."""
 _IN_FLIGHT = 128 << 20
-_PARK_AFTER = 5
 _CHUNK = msgspec.msgpack.Decoder(LogChunk)
 
 
@@ -124,6 +125,10 @@ class Archivist:
                 for message in batch:
                     try:
                         ended = on_event(message.data)
+                    except UnknownEvent as error:  # not poison, but newer than this code
+                        logger.error("an event that this version does not know waits for one that does", subject=message.subject, tag=str(error))
+                        message.nak(UNKNOWN_AGAIN)
+                        continue
                     except Exception as error:  # a poison message must not stop the others
                         self._failed(message, error)
                         continue
@@ -188,7 +193,7 @@ class Archivist:
                     chunks.offer(message.subject, message.data)
 
     def _failed(self, message: Message, error: Exception) -> None:
-        park = message.deliveries >= _PARK_AFTER
+        park = message.deliveries >= PARK_AFTER
         logger.error("a log cannot be archived", subject=message.subject, deliveries=message.deliveries, parked=park, exc_info=error)
         self._handled.labels("parked" if park else "failed").inc()
         if park:
