@@ -35,7 +35,13 @@ async def started(gateway: Gateway) -> str:
     await gateway.record(f"build-{build}", StageQueued(stage="main", attempt=1, requirements=Requirements()))
     await gateway.record(f"lease-{build}", StageLeased(stage="main", attempt=1, worker="w1", boot="b", credit="c"))
     await gateway.record(f"build-{build}", StepStarted(stage="main", attempt=1, step="run", worker="w1"))
+    # The read models follow a moment later; a log is only its lease holder's.
+    await eventually(lambda: _is_started(gateway, build))
     return build
+
+
+async def _is_started(gateway: Gateway, build: str) -> bool:
+    return (await gateway.json("GET", f"/teams/main/builds/{build}", 200))["status"] == "started"
 
 
 async def finish(gateway: Gateway, build: str, chunks: int, lines: int) -> None:
