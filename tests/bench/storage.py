@@ -18,6 +18,7 @@ from libs.eventlog.migrate import migrate, role_of
 from libs.eventlog.postgres import PostgresLog, open_pool, open_postgres_log
 from libs.eventlog.projections import StoredProjection
 from libs.runtime.relay import Relay
+from libs.runtime.service import collect_seldom
 from proto.catalogue import SERVICES
 from proto.topology import CONSUMERS, STREAMS
 from services.gateway import projection as gateway
@@ -29,7 +30,10 @@ SINGLE = b'{"stage":"main","attempt":1,"step":"task","worker":"local","sandbox":
 
 
 async def storage(builds: int, singles: int) -> list[Figure]:
-    """`builds` make the history that is appended in groups, projected and relayed; `singles` are appended one at a time."""
+    """`builds` make the history that is appended in groups, projected and relayed; `singles` are appended one at a time.
+
+    Garbage is collected as in the services. The goal of single appends is what was measured with 8 connections."""
+    collect_seldom()
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
         folder = Path(name)
         postgres = EmbeddedPostgres(folder / "pg", 0, folder / "postgres.log", "secret")
@@ -120,7 +124,7 @@ async def _single(postgres: EmbeddedPostgres, count: int) -> list[Figure]:
             await asyncio.gather(*(_append_singly(log, numbers, f"single{tasks}") for _ in range(tasks)))
             rate = count / (time.monotonic() - began)
         who = "one connection" if tasks == 1 else f"{tasks} connections"
-        figures.append(Figure(f"append, one guarded event at a time, {who}", rate, "rows/s", at_least(2300) if tasks == 1 else None))
+        figures.append(Figure(f"append, one guarded event at a time, {who}", rate, "rows/s", at_least(2300) if tasks == 8 else None))
     return figures
 
 
