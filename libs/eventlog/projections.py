@@ -4,6 +4,7 @@ A batch is one statement: it moves the checkpoint from where the rows were compu
 locked while a client thinks, instances take turns by themselves, and one that lost its turn has only computed in vain.
 """
 
+import asyncio
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -98,6 +99,8 @@ class StoredProjection:
         self._encoder = msgspec.json.Encoder()
         self._place: _Place | None = None
         self._started = False
+        self._ahead: tuple[int, asyncio.Task[list[asyncpg.Record]]] | None = None
+        """A page that is being read, and the position it comes after."""
         self.more = True
         """Whether the last batch was so full that the next one is likely there already."""
         self._quiet = False
@@ -114,11 +117,22 @@ class StoredProjection:
         """Apply the next batch, at most `batch` events; the position reached, unchanged when there was nothing to do or it was another's turn.
 
         Raises UnknownEvent when it meets a tag it does not know (and stays before it), Superseded, or whatever `project` raises."""
+        try:
+            return await self._advance()
+        except BaseException:
+            self._drop_ahead()
+            raise
+
+    async def _advance(self) -> int:
         place = await self._at()
         with unavailable():
+            page = await self._page_after(place.position)
+            self.more = bool(page) and page[-1][0] - place.position >= self._batch // 2
+            if self.more:
+                # The database reads the next page while this one is folded and stored.
+                self._ahead = page[-1][0], asyncio.create_task(self._fetch_page(page[-1][0]))
+                self._ahead[1].add_done_callback(lambda task: task.cancelled() or task.exception())
             async with self._pool.acquire(timeout=1.2) as connection:
-                page = await connection.fetch(_PAGE, place.position, self._batch, list(self._spec.categories), _PAGE_BYTES, timeout=10.0)
-                self.more = bool(page) and page[-1][0] - place.position >= self._batch // 2
                 if not page:
                     return await self._look(connection, place)
                 self._quiet = False
@@ -143,6 +157,24 @@ class StoredProjection:
         self._rows = rows
         self._place = _Place(place.generation, page[-1][0])
         return self._place.position
+
+    async def _fetch_page(self, after: int) -> list[asyncpg.Record]:
+        async with self._pool.acquire(timeout=1.2) as connection:
+            page: list[asyncpg.Record] = await connection.fetch(_PAGE, after, self._batch, list(self._spec.categories), _PAGE_BYTES, timeout=10.0)
+            return page
+
+    async def _page_after(self, position: int) -> list[asyncpg.Record]:
+        if self._ahead is not None and self._ahead[0] == position:
+            (_, reading), self._ahead = self._ahead, None
+            if page := await reading:
+                return page  # an empty one may be old by now
+        self._drop_ahead()
+        return await self._fetch_page(position)
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            self._ahead = None
 
     async def _look(self, connection: PoolConnectionProxy, place: _Place) -> int:
         """When nothing happens for the second time there is leisure to see whether the tables are still there."""

@@ -205,12 +205,13 @@ def change(build: BuildRow, fact: Fact) -> BuildRow:
     changed = _apply(build, fact)
     percent = 100 if changed.status == "succeeded" else _percent(changed.stages)
     reason = next((stage.reason for stage in changed.stages if stage.reason), "") if changed.finished_at is None else ""
-    before, at = build.positions, fact.position
-    positions = Positions(
-        status=before.status if changed.status == build.status else at,
-        percent=before.percent if percent == build.percent else at,
-        error=before.error if changed.error == build.error else at,
-    )
+    positions, at = build.positions, fact.position
+    if (changed.status, percent, changed.error) != (build.status, build.percent, build.error):
+        positions = Positions(
+            status=positions.status if changed.status == build.status else at,
+            percent=positions.percent if percent == build.percent else at,
+            error=positions.error if changed.error == build.error else at,
+        )
     return replace(changed, percent=percent, reason=reason, positions=positions, position=at)
 
 
