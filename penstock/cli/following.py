@@ -37,16 +37,16 @@ class _Teller:
         self._attempts: dict[str, int] = {}
 
     def tell(self, build: Build) -> None:
-        """Why it waits while it does; where each attempt runs."""
+        """Why it waits while it does; where each attempt runs, and in which sandbox."""
         if build.status == "pending" and build.reason and build.reason != self._reason:
             self._reason = build.reason
             self._terminal.say(f"waiting: {build.reason}", "yellow")
         for stage in build.stages:
-            if stage.worker and stage.attempt and (stage.name, stage.attempt) not in self._placed:
+            if stage.sandbox and stage.attempt and (stage.name, stage.attempt) not in self._placed:
                 self._placed.add((stage.name, stage.attempt))
                 named = f"{stage.name}: " if len(build.stages) > 1 else ""
                 again = f", attempt {stage.attempt}" if stage.attempt > 1 else ""
-                self._terminal.say(f"{named}running on {stage.worker}{again}", "cyan")
+                self._terminal.say(f"{named}running on {stage.worker}, sandbox {stage.sandbox}{again}", "cyan")
 
     def attempt(self, stage: str, number: int) -> None:
         """The log starts again when a stage does."""
