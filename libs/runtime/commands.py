@@ -14,10 +14,7 @@ import msgspec
 import structlog
 
 from libs.eventlog.log import NO_STREAM, Appended, Conflict, EventLog, LogUnavailable, NewEvent, Write
-from libs.runtime.decisions import Cause as Cause
-from libs.runtime.decisions import Decider as Decider
-from libs.runtime.decisions import Early as Early
-from libs.runtime.decisions import Refused as Refused
+from libs.runtime.decisions import Cause, Decider, Refused
 from proto.catalogue import TAGS, decode, encode
 from proto.events.base import Event
 from proto.topology import MAX_EVENT

@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, Counter
 
 from libs.bus.bus import Bus, Message
 from libs.eventlog.log import LogUnavailable
-from libs.runtime.commands import Cause, CommandLoop, Early, Outcome, Refused
+from libs.runtime.commands import CommandLoop, Outcome
+from libs.runtime.decisions import Cause, Early, Refused
 from proto.catalogue import UnknownEvent
 from proto.topology import Consumer
 

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import ClientSession, web
 
 from libs.eventlog.log import LogUnavailable
-from libs.runtime.commands import Refused
+from libs.runtime.decisions import Refused
 from libs.runtime.http import TIMEOUTS, Problem, Timeouts, expect_later, problems, read_body, runner, strict_json
 
 

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from aiohttp import web
 
 from libs.eventlog.log import EventLog, LogUnavailable
-from libs.runtime.commands import Cause, CommandLoop
+from libs.runtime.commands import CommandLoop
+from libs.runtime.decisions import Cause
 from libs.runtime.http import Problem, read_body, strict_json
 from proto.api import ENDED, Build, BuildPage, BuildStatus, Submission
 from proto.events.base import ArtifactRef

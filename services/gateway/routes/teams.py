@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from libs.runtime.commands import Cause, CommandLoop, Outcome
+from libs.runtime.commands import CommandLoop, Outcome
+from libs.runtime.decisions import Cause
 from libs.runtime.http import Problem, read_body, strict_json
 from proto.api import NewToken, Team, Token
 from services.gateway import decider
