@@ -50,8 +50,18 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     children: dict[str, Identity] = {}
 
 
+class Store(msgspec.Struct, frozen=True):
+    """Where artifacts are kept, as chosen at the first start; "" for the folder itself."""
+
+    url: str = ""
+
+
+class OtherStore(Exception):
+    """The log in this folder tells of artifacts that are kept elsewhere than where it was told now."""
+
+
 class DataDir:
-    """One folder that holds everything: `pg nats blobs workers logs`, `secrets.json`, `ports.json`, `run.json` and `lock`."""
+    """One folder that holds everything: `pg nats blobs workers logs`, `secrets.json`, `store.json`, `ports.json`, `run.json` and `lock`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -106,6 +116,17 @@ class DataDir:
         if wanted != known:
             write_private(path, msgspec.json.encode(wanted))
         return wanted
+
+    def store(self, wanted: str | None) -> str:
+        """The URL of the object store: `wanted` at the first start (None: a folder in here), and that one ever after. Raises OtherStore."""
+        path = self.path / "store.json"
+        known = _read(path, Store)
+        if known is None:
+            known = Store(wanted or "")
+            write_private(path, msgspec.json.encode(known))
+        if wanted is not None and wanted != known.url:
+            raise OtherStore(f"the artifacts of {self.path} are in {known.url or self.blobs}, not in {wanted}")
+        return known.url or self.blobs.as_uri()
 
     def ports(self, gateway: int | None) -> Ports:
         """The ports of the last time where they are still free, so that a restart changes nothing. `gateway`: exactly this one, or with 0 any but

@@ -27,6 +27,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     slots: int | None = None
     sandbox: str | None = None
     lease_seconds: float | None = None
+    store: str
+
+
+_STORE_ACCESS = ("AWS_", "GOOGLE_", "AZURE_")
+"""Variables that say how to reach a store by URL, in the words of those stores."""
 
 
 def service_specs(
@@ -94,7 +99,8 @@ def service_specs(
                 **bus("artifacts"),
                 **database("artifacts"),
                 **only,
-                "PENSTOCK_STORE_URL": data.blobs.as_uri(),
+                "PENSTOCK_STORE_URL": options.store,
+                **_store_access(options.store, environ),
                 "PENSTOCK_GRANT_PUBLIC_KEY": public_key(secrets.grant_key),
                 "PENSTOCK_SERVER_PUBLIC_KEY": public_key(secrets.server_key),
             },
@@ -114,6 +120,10 @@ def service_specs(
             },
         ),
     ]
+
+
+def _store_access(url: str, environ: Mapping[str, str]) -> dict[str, str]:
+    return {} if url.startswith("file:") else {name: value for name, value in environ.items() if name.startswith(_STORE_ACCESS)}
 
 
 def _given(name: str, value: object) -> dict[str, str]:

@@ -15,7 +15,7 @@ from libs.embedded.nats import EmbeddedNats
 from libs.embedded.postgres import EmbeddedPostgres
 from penstock.client.errors import NoTarget
 from penstock.client.targets import Target, Targets, read_targets, write_targets
-from penstock.up.datadir import FIRST_TEAM, LOCAL_WORKER, USUAL_PORT, DataDir, Ports, Run, Secrets, write_private
+from penstock.up.datadir import FIRST_TEAM, LOCAL_WORKER, USUAL_PORT, DataDir, OtherStore, Ports, Run, Secrets, write_private
 from penstock.up.processes import identify, is_alive, send
 from penstock.up.service import ForkedService, ServiceSpec
 from penstock.up.signals import Signals
@@ -27,7 +27,7 @@ LOCAL_TARGET = "local"
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What `up` was asked for. `data` and `targets` are absolute paths. `port`: the gateway's, exactly; 0 for a free one; otherwise the
-    usual one, or a free one when that is taken."""
+    usual one, or a free one when that is taken. `store`: the URL of the object store; a folder in `data` by default."""
 
     data: str
     targets: str
@@ -35,6 +35,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     slots: int | None = None
     sandbox: str | None = None
     lease_seconds: float | None = None
+    store: str | None = None
 
 
 class AlreadyRunning(Exception):
@@ -73,6 +74,10 @@ class System:
             secrets = self._data.secrets()
         except msgspec.DecodeError as error:
             raise StartFailed(f"{self._data.path / 'secrets.json'} is spoilt, and the database does not open without it: {error}") from error
+        try:
+            store = self._data.store(self._request.store)
+        except OtherStore as error:
+            raise StartFailed(str(error)) from None
         ports, gateway = self._ports()
         url = f"http://127.0.0.1:{ports.gateway}"
         me = identify(os.getpid())
@@ -88,7 +93,8 @@ class System:
             migration = self._migrate(signals, lock, postgres, secrets)
             from penstock.up.services import Options, service_specs
 
-            options = Options(slots=self._request.slots, sandbox=self._request.sandbox, lease_seconds=self._request.lease_seconds)
+            asked = self._request
+            options = Options(slots=asked.slots, sandbox=asked.sandbox, lease_seconds=asked.lease_seconds, store=store)
             specs = service_specs(self._data, secrets, ports, options, gateway, self._environ)
             self._await(migration, signals)
             children.update((spec.name, self._fork(spec, specs, signals, lock)) for spec in specs)

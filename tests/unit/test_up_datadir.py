@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from penstock.up.datadir import USUAL_PORT, DataDir, Run, data_dir, write_private
+from penstock.up.datadir import USUAL_PORT, DataDir, OtherStore, Run, data_dir, write_private
 from penstock.up.logfiles import bound, last_lines
 from penstock.up.processes import Identity, free_port, identify, is_alive, send
 from penstock.up.supervisor import Backoff
@@ -103,6 +103,16 @@ def test_a_zombie_counts_as_gone() -> None:
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert identify(child.pid) is None
     child.wait()
+
+
+def test_a_data_folder_keeps_the_store_of_its_first_start(tmp_path: Path) -> None:
+    ours = folder(tmp_path)
+    assert ours.store(None) == ours.blobs.as_uri()
+    with pytest.raises(OtherStore, match="not in s3://other"):
+        ours.store("s3://other")
+    elsewhere = folder(tmp_path / "elsewhere")
+    assert elsewhere.store("s3://bucket/ci") == "s3://bucket/ci"
+    assert elsewhere.store(None) == "s3://bucket/ci"
 
 
 def test_a_spoilt_run_file_is_as_good_as_none(tmp_path: Path) -> None:
