@@ -1,1 +1,1 @@
-"""Archives and trees: hostile tar streams in, canonical trees and deterministic tar streams out, in constant memory."""
+"""Archives and trees: hostile tars, manifests and blob streams in; canonical trees, deterministic tars and folders out; in bounded memory."""

@@ -24,22 +24,26 @@ _WINDOW_LOG = 25
 
 
 class Decompressor:
-    """Push compressed bytes in, take plain pieces of at most 1 MiB out, whatever the ratio."""
+    """Push compressed bytes in, take plain pieces of at most 1 MiB out, whatever the ratio.
 
-    def __init__(self, limits: Limits) -> None:
+    An archive's format is known by its first bytes; that of a request body with a Content-Encoding is said: `Decompressor(limits, "tzst", most)`."""
+
+    def __init__(self, limits: Limits, form: Format | None = None, most: int | None = None) -> None:
+        """`most` bounds the bytes that may come out; without it, what an archive inside the limits can need."""
         self._limits = limits
+        self._most = limits.max_stream if most is None else most
         self._head = b""
-        self._format: Format | None = None
+        self._format = form
         self._gzip: zlib._Decompress | None = None
         self._zstd: zstd.ZstdDecompressor | None = None
         self._between = False
         self._streams = 0
-        self._came_in = 0
+        self.came_in = 0
         self._went_out = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Plain pieces. Raises ArchiveRefused for damaged data and LimitExceeded for a bomb."""
-        self._came_in += len(data)
+        self.came_in += len(data)
         if self._format is None:
             data = self._head + data
             if len(data) < len(_ZSTD):
@@ -50,20 +54,20 @@ class Decompressor:
         for piece in pieces:
             self._went_out += len(piece)
             limits = self._limits
-            if self._went_out > limits.free_ratio_bytes and self._went_out > limits.max_ratio * self._came_in:
+            if self._went_out > limits.free_ratio_bytes and self._went_out > limits.max_ratio * self.came_in:
                 raise LimitExceeded(b"", f"unpacks to more than {limits.max_ratio} times its size")
-            if self._went_out > limits.max_stream:
-                raise LimitExceeded(b"", f"holds more than {limits.max_bytes} bytes")
+            if self._went_out > self._most:
+                raise LimitExceeded(b"", f"holds more than {self._most} bytes")
             yield piece
 
     def finish(self) -> None:
         """No more will come. Raises ArchiveRefused when a compressed stream is unfinished."""
-        if self._gzip is not None or self._zstd is not None or self._format is None:
+        if self._gzip is not None or self._zstd is not None or self._format is None or (self._format != "tar" and not self._streams):
             raise ArchiveRefused(b"", "is cut short")
 
     def _count_stream(self) -> None:
         self._streams += 1
-        if self._streams > _FREE_STREAMS + self._came_in // _STREAM_BYTES:
+        if self._streams > _FREE_STREAMS + self.came_in // _STREAM_BYTES:
             raise LimitExceeded(b"", f"is cut into compressed streams of less than {_STREAM_BYTES} bytes")
 
     def _from_gzip(self, data: bytes) -> Iterator[bytes]:

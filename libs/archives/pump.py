@@ -2,7 +2,7 @@
 so that slow peers cost none."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ T = TypeVar("T")
 
 _ENOUGH = 64 << 10
 _AT_MOST = 1 << 20
+_GATHERED = 256 << 10
 
 
 async def in_thread(work: Callable[[], T], threads: Executor | None = None) -> T:
@@ -64,6 +65,26 @@ async def drawn(pieces: Generator[bytes, None, None], threads: Executor | None =
     finally:
         await _settled(ahead)
         await in_thread(pieces.close, threads)
+
+
+def gathered(pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
+    """The same bytes, small pieces gathered to some 256 KiB, so that each is worth a step to another thread; large ones, of 1 MiB or more, are
+    given on as they are."""
+    waiting: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        large = len(piece) >= _AT_MOST
+        if not large:
+            waiting.append(piece)
+            size += len(piece)
+        if size >= _GATHERED or (large and size):
+            yield b"".join(waiting)
+            waiting.clear()
+            size = 0
+        if large:
+            yield piece
+    if size:
+        yield b"".join(waiting)
 
 
 def _bound(feed: Callable[[bytes], None], piece: bytes) -> Callable[[], None]:

@@ -1,22 +1,25 @@
 """A tar stream, plain, gzip or zstd, taken apart as it arrives: bytes pushed in, members and their contents out.
-Nothing is kept but the header at hand.
+Nothing is kept but the header at hand. Holes of sparse members come out as zeros.
 
 The reader checks each member by itself (kind, path, limits); how members relate to one another is `tree.py`'s part.
 """
 
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Literal, NamedTuple
 
 from libs.archives.compression import Decompressor
-from libs.archives.rules import ArchiveRefused, LimitExceeded, Limits, clean_path
-from libs.archives.tar import BLOCK, Header, padding, read_header, read_pax
+from libs.archives.rules import ArchiveRefused, LimitExceeded, Limits, check_target, clean_path
+from libs.archives.sparse import SparseMap, decimal
+from libs.archives.tar import BLOCK, Header, number, padding, read_header, read_pax
 
 Kind = Literal["file", "folder", "link", "hardlink"]
-_KINDS: dict[bytes, Kind] = {b"\0": "file", b"0": "file", b"7": "file", b"1": "hardlink", b"2": "link", b"5": "folder"}
-_NAMED = {b"3": "is a device", b"4": "is a device", b"6": "is a FIFO", b"S": "is a sparse member: pack it without --sparse"}
+_KINDS: dict[bytes, Kind] = {b"\0": "file", b"0": "file", b"7": "file", b"S": "file", b"1": "hardlink", b"2": "link", b"5": "folder"}
+_NAMED = {b"3": "is a device", b"4": "is a device", b"6": "is a FIFO"}
 _PER_MEMBER = (b"path", b"linkpath", b"size")
 _MAX_EXTENDED = 1 << 20
 _ZEROS = bytes(BLOCK)
+HOLE = bytes(8 << 20)
+"""What comes out for each chunk of a sparse member that is all hole: this very object, so that nobody has to read it."""
 
 
 class Member(NamedTuple):
@@ -39,6 +42,7 @@ class ArchiveReader:
         self._buffer = b""
         self._at = 0
         self._ended = False
+        self._filled = 0
         self._steps = self._parse()
 
     def feed(self, data: bytes) -> Iterator[Member | bytes]:
@@ -81,7 +85,10 @@ class ArchiveReader:
                 elif not read_pax(text, header.name).keys().isdisjoint(_PER_MEMBER):
                     raise ArchiveRefused(b"", "gives all its members one path, link or size")
                 continue
-            member = self._member(header, extended, long_name, long_link)
+            member = self._member(header, block, extended, long_name, long_link)
+            holes = None
+            if member.kind == "file" and (header.type == b"S" or any(key.startswith(b"GNU.sparse.") for key in extended)):
+                stored, holes = yield from self._sparse(member, block, header, extended)
             long_name, long_link, extended = None, None, {}
             members += 1
             total += member.size
@@ -90,7 +97,12 @@ class ArchiveReader:
             if total > self._limits.max_bytes:
                 raise LimitExceeded(member.path, f"takes the archive past {self._limits.max_bytes} bytes")
             yield member
-            yield from self._contents(member.size)
+            if holes is None:
+                yield from self._contents(member.size)
+                yield from self._take(padding(member.size))
+            else:
+                yield from self._with_holes(member, holes)
+                yield from self._take(padding(stored))
 
     def _take(self, size: int) -> Generator[None, None, bytes]:
         end = self._at + size
@@ -110,8 +122,58 @@ class ArchiveReader:
             self._at += len(piece)
             remaining -= len(piece)
             yield piece
-        if size % BLOCK:
-            yield from self._take(padding(size))
+
+    def _sparse(self, member: Member, block: bytes, header: Header, extended: dict[bytes, bytes]) -> Generator[None, None, tuple[int, SparseMap]]:
+        """The map of a sparse member, and how many bytes are stored after it."""
+        path, stored = member.path, self._stored(header, extended, member.path)
+        parts = SparseMap(path, member.size)
+        if member.size > self._limits.max_bytes:
+            raise LimitExceeded(path, f"takes the archive past {self._limits.max_bytes} bytes")
+        if header.type == b"S":
+            parts.add_fields(block[386:482])
+            more = block[482]
+            while more:
+                block = yield from self._take(BLOCK)
+                parts.add_fields(block[:504])
+                more = block[504]
+        elif (extended.get(b"GNU.sparse.major"), extended.get(b"GNU.sparse.minor")) == (b"1", b"0"):
+            lines = parts.lines()
+            next(lines)
+            while True:
+                stored -= BLOCK
+                if stored < 0:
+                    raise ArchiveRefused(path, "has a damaged sparse map")
+                try:
+                    lines.send((yield from self._take(BLOCK)))
+                except StopIteration:
+                    break
+        elif b"GNU.sparse.map" in extended:
+            parts.add_text(extended[b"GNU.sparse.map"])
+        else:
+            raise ArchiveRefused(path, "is a sparse member of an unknown format")
+        if parts.stored != stored:
+            raise ArchiveRefused(path, "is a sparse member whose parts are not as long as what is stored of it")
+        return stored, parts
+
+    def _with_holes(self, member: Member, parts: SparseMap) -> Generator[bytes | None, None, None]:
+        at = 0
+        for offset, length in parts:
+            yield from self._holes(member, at, offset)
+            yield from self._contents(length)
+            at = offset + length
+        yield from self._holes(member, at, member.size)
+
+    def _holes(self, member: Member, start: int, end: int) -> Iterator[bytes]:
+        limits = self._limits
+        while start < end:
+            size = min(end - start, len(HOLE) - start % len(HOLE))
+            if size < len(HOLE):
+                # they cost their reader as much as what is unpacked
+                self._filled += size
+                if self._filled > limits.free_ratio_bytes and self._filled > limits.max_ratio * self._source.came_in:
+                    raise LimitExceeded(member.path, f"unpacks to more than {limits.max_ratio} times its size")
+            yield HOLE[:size]
+            start += size
 
     def _rest_is_empty(self) -> Generator[None, None, None]:
         if (yield from self._take(BLOCK)) != _ZEROS:
@@ -123,11 +185,9 @@ class ArchiveReader:
             self._at = len(self._buffer)
             yield None
 
-    def _member(self, header: Header, extended: dict[bytes, bytes], long_name: bytes | None, long_link: bytes | None) -> Member:
-        raw = extended.get(b"path", header.name if long_name is None else long_name)
+    def _member(self, header: Header, block: bytes, extended: dict[bytes, bytes], long_name: bytes | None, long_link: bytes | None) -> Member:
+        raw = extended.get(b"GNU.sparse.name", extended.get(b"path", header.name if long_name is None else long_name))
         path = clean_path(raw, self._limits)
-        if any(key.startswith(b"GNU.sparse") for key in extended):
-            raise ArchiveRefused(raw, _NAMED[b"S"])
         kind = _KINDS.get(header.type)
         if kind is None:
             raise ArchiveRefused(raw, _NAMED.get(header.type, f"is of an unknown kind ({header.type!r})"))
@@ -136,52 +196,21 @@ class ArchiveReader:
         if not path:
             raise ArchiveRefused(raw, "would take the place of the tree's root")
         if kind == "file":
-            return Member(kind, path, bool(header.mode & 0o100), self._size(header, extended, raw))
+            return Member(kind, path, bool(header.mode & 0o100), self._size(header, block, extended, raw))
         target = extended.get(b"linkpath", header.link if long_link is None else long_link)
-        if not target:
-            raise ArchiveRefused(raw, "is a link to nothing")
-        if kind == "hardlink":
-            return Member(kind, path, target=clean_path(target, self._limits))
-        if b"\0" in target:
-            raise ArchiveRefused(raw, "has a NUL in its link")
-        if len(target) >= self._limits.max_path:
-            raise ArchiveRefused(raw, f"has a link of {self._limits.max_path} bytes or more")
+        if kind == "hardlink" and target:
+            target = clean_path(target, self._limits)
+        check_target(raw, target, self._limits)
         return Member(kind, path, target=target)
 
-    def _size(self, header: Header, extended: dict[bytes, bytes], raw: bytes) -> int:
-        if (text := extended.get(b"size")) is None:
-            return header.size
-        if not text.isdigit() or len(text) > 19:
-            raise ArchiveRefused(raw, "has a damaged extended header")
-        return int(text)
+    def _size(self, header: Header, block: bytes, extended: dict[bytes, bytes], raw: bytes) -> int:
+        """The size of a file with its holes."""
+        if header.type == b"S":
+            return number(block[483:495], raw)
+        text = extended.get(b"GNU.sparse.realsize", extended.get(b"GNU.sparse.size"))
+        return self._stored(header, extended, raw) if text is None else decimal(text, raw)
 
-
-class Entry(NamedTuple):
-    """A member and its contents, which are to be read before the next member is asked for (what is not read is passed over)."""
-
-    member: Member
-    contents: AsyncIterator[bytes]
-
-
-async def members(chunks: AsyncIterator[bytes], limits: Limits) -> AsyncIterator[Entry]:
-    """Every member of the archive in `chunks`, in constant memory. Raises ArchiveRefused."""
-    found = _events(chunks, limits)
-    async for event in found:
-        if isinstance(event, Member):
-            yield Entry(event, _pieces(found, event.size))
-
-
-async def _events(chunks: AsyncIterator[bytes], limits: Limits) -> AsyncIterator[Member | bytes]:
-    reader = ArchiveReader(limits)
-    async for chunk in chunks:
-        for event in reader.feed(chunk):
-            yield event
-    reader.finish()
-
-
-async def _pieces(events: AsyncIterator[Member | bytes], size: int) -> AsyncIterator[bytes]:
-    while size:
-        piece = await anext(events)
-        assert isinstance(piece, bytes)
-        size -= len(piece)
-        yield piece
+    def _stored(self, header: Header, extended: dict[bytes, bytes], raw: bytes) -> int:
+        """How many bytes follow the header."""
+        text = extended.get(b"size")
+        return header.size if text is None else decimal(text, raw)

@@ -21,6 +21,11 @@ class Limits(NamedTuple):
         """Bytes of tar that an archive inside the limits can need: contents, headers, extended headers, padding."""
         return self.max_bytes + self.max_members * 4096 + 2 * self.max_names + (16 << 20)
 
+    @property
+    def max_manifest(self) -> int:
+        """Bytes of manifest that a tree inside the limits can need: names, 80 bytes an entry, 32 for each whole chunk of 8 MiB."""
+        return self.max_names + 2 * self.max_members * 80 + (self.max_bytes >> 18) + 4096
+
 
 class ArchiveRefused(Exception):
     """The archive is refused whole. `member` names the culprit ("" when it is the stream itself), `rule` says what it breaks."""
@@ -59,3 +64,13 @@ def clean_path(raw: bytes, limits: Limits) -> bytes:
         if len(part) > limits.max_component:
             raise ArchiveRefused(raw, f"has a name of more than {limits.max_component} bytes in its path")
     return b"/".join(parts)
+
+
+def check_target(path: bytes, target: bytes, limits: Limits) -> None:
+    """Refuse a symbolic link whose text no disk takes. Raises ArchiveRefused."""
+    if not target:
+        raise ArchiveRefused(path, "is a link to nothing")
+    if b"\0" in target:
+        raise ArchiveRefused(path, "has a NUL in its link")
+    if len(target) >= limits.max_path:
+        raise ArchiveRefused(path, f"has a link of {limits.max_path} bytes or more")

@@ -28,7 +28,7 @@ def read_header(block: bytes) -> Header:
     """Raises ArchiveRefused for a block that is no tar header."""
     sums = sum(block) - sum(block[148:156]) + 8 * 32
     name = block[:100].partition(b"\0")[0]
-    claimed = _number(block[148:156], name)
+    claimed = number(block[148:156], name)
     if claimed != sums and claimed != _signed_sum(block):
         raise ArchiveRefused(name, "has a damaged header")
     if block[257:265] == b"ustar\x0000" and block[345]:
@@ -38,16 +38,18 @@ def read_header(block: bytes) -> Header:
         kind = b"5"
     return Header(
         name=name,
-        mode=_number(block[100:108], name),
-        size=_number(block[124:136], name),
+        mode=number(block[100:108], name),
+        size=number(block[124:136], name),
         type=kind,
         link=block[157:257].partition(b"\0")[0],
     )
 
 
 def read_pax(records: bytes, member: bytes) -> dict[bytes, bytes]:
-    """The records of an extended header: `<length> <key>=<value>\\n`, one after another."""
+    """The records of an extended header: `<length> <key>=<value>\\n`, one after another. The map that sparse format 0.0 gives as many records comes
+    as 0.1's one."""
     found: dict[bytes, bytes] = {}
+    extents: list[bytes] = []
     at = 0
     while at < len(records):
         space = records.find(b" ", at, at + 20)
@@ -57,9 +59,19 @@ def read_pax(records: bytes, member: bytes) -> dict[bytes, bytes]:
         key, equals, value = record[space + 1 - at : -1].partition(b"=")
         if length < 5 or len(record) != length or not equals or not record.endswith(b"\n"):
             raise ArchiveRefused(member, "has a damaged extended header")
+        if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
+            extents.append(value)
         found[key] = value
         at += length
+    if extents:
+        found[b"GNU.sparse.map"] = b",".join(extents)
     return found
+
+
+def header_size(name: bytes, kind: bytes, mode: int, size: int, link: bytes = b"") -> int:
+    """Bytes of the header that `write_header` writes."""
+    plain = len(name) <= 100 and len(link) <= 100 and size < _OCTAL_SIZE
+    return BLOCK if plain else len(write_header(name, kind, mode, size, link))
 
 
 def write_header(name: bytes, kind: bytes, mode: int, size: int, link: bytes = b"") -> bytes:
@@ -97,7 +109,8 @@ def _record(key: bytes, value: bytes) -> bytes:
     return b"%d %b=%b\n" % (length, key, value)
 
 
-def _number(field: bytes, member: bytes) -> int:
+def number(field: bytes, member: bytes) -> int:
+    """A header's number, octal or GNU's binary. Raises ArchiveRefused."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")

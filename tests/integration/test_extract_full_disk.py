@@ -1,4 +1,4 @@
-"""Extraction on a disk that fills up: said as such, and nothing left (FAULTS 31)."""
+"""A tree written out on a disk that fills up: said as such, and nothing left (FAULTS 31)."""
 
 import asyncio
 import subprocess
@@ -10,29 +10,28 @@ from tests.integration.test_blobstore import small_disk
 
 PROGRAM = textwrap.dedent(
     """
-    import asyncio, errno, os, sys
+    import errno, hashlib, os, sys
     from pathlib import Path
-    from libs.archives.extract import extract
-    from libs.archives.rules import Limits
-    from libs.archives.tar import END, write_header
-    async def archive():
-        for n in range(40):
-            yield write_header(b"d%d/f" % n, b"0", 0o644, 1 << 18) + os.urandom(1 << 18)
-        yield END
-    async def main():
-        try:
-            await extract(archive(), Path(sys.argv[1]) / "root", Limits())
-        except OSError as error:
-            assert error.errno == errno.ENOSPC, error
-        else:
-            sys.exit("it was not full")
-        assert os.listdir(sys.argv[1]) == []
-    asyncio.run(main())
+    from libs.archives.place import create_file, place
+    from libs.archives.tree import Entry
+    entries = [Entry(b"d", "folder", 0o755)]
+    contents = {}
+    for n in range(40):
+        text = os.urandom(1 << 18)
+        entries.append(Entry(b"d/f%02d" % n, "file", 0o644, len(text), hashlib.sha256(text).digest()))
+        contents[entries[-1].path] = text
+    try:
+        place(entries, Path(sys.argv[1]) / "root", lambda entry, parent, name: create_file(entry, parent, name, [contents[entry.path]]))
+    except OSError as error:
+        assert error.errno == errno.ENOSPC, error
+    else:
+        sys.exit("it was not full")
+    assert os.listdir(sys.argv[1]) == []
     """
 )
 
 
-async def test_a_full_disk_stops_extraction_and_nothing_stays(tmp_path: Path) -> None:
+async def test_a_full_disk_stops_placing_and_nothing_stays(tmp_path: Path) -> None:
     """FAULTS 31"""
     command = [*small_disk(tmp_path, "4m"), sys.executable, "-c", PROGRAM, str(tmp_path)]
     run = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)

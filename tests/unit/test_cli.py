@@ -1,5 +1,6 @@
 """The command line where no server is needed: what it says, what it imports, what it exits with."""
 
+import contextlib
 import json
 import os
 import pty
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from penstock.cli.following import exit_code_of
-from penstock.cli.terminal import readable_size
+from penstock.cli.quantities import readable_size
 from penstock.client import Build
 
+ID = "01234567-89ab-7def-8123-456789abcdef"
 TASK = "platform: linux\ninputs: [{name: src}, {name: extra, optional: true}]\noutputs: [{name: dist}]\nrun: {path: 'true'}\n"
 
 
@@ -40,11 +42,14 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "click" in imported
     assert not imported & {"aiohttp", "asyncio", "msgspec", "rich", "nats", "yaml", "asyncpg", "penstock.client"}
-    for command in ("execute", "watch", "logs", "download", "abort", "builds", "login", "up", "down", "completion"):
+    for command in ("execute", "watch", "logs", "download", "artifact", "abort", "builds", "login", "up", "down", "completion"):
         assert f"  {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", ["execute", "watch", "logs", "download", "abort", "builds", "login", "targets", "up", "down", "version"])
+COMMANDS = ["execute", "watch", "logs", "download", "artifact", "abort", "builds", "login", "targets", "up", "down", "version"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(tmp_path: Path, command: str) -> None:
     result = penstock(command, "--help", cwd=tmp_path)
     assert result.returncode == 0
@@ -64,6 +69,11 @@ def test_every_command_has_help(tmp_path: Path, command: str) -> None:
         (["-c", "task.yml", "-i", "src=in", "-m", "foo=src"], "Error: -m foo=…: task.yml has no input `foo` (it has src, extra)"),
         (["-c", "task.yml", "-i", "src=in", "-o", "dist=task.yml"], "Error: -o dist=task.yml: task.yml is there and is not a folder"),
         (["-c", "task.yml", "-i", "src"], "`src` must be NAME=VALUE"),
+        (["-c", "task.yml", "-i", "src=artifact:7"], "Error: -i src=…: `artifact:7` names nothing stored"),
+        (["-c", "task.yml", "-i", "src=build:x/dist"], "Error: -i src=…: `build:x/dist` names no build"),
+        (["-c", "task.yml", "-i", f"src={ID}"], f"{ID} does not exist (what is stored is artifact:{ID})"),
+        (["-c", "task.yml", "-i", "scr=build:7/dist"], "Error: -i scr=…: task.yml has no input `scr` (it has src, extra)"),
+        (["-c", "task.yml", "-i", "src=in", "--keep", "long"], "`long` must be `forever`, or a time like 90s, 12h or 7d"),
         (["-c", "task.yml", "-i", "src=in", "--timeout", "soon"], "`soon` must be a time like 90s, 10m or 1h30m, 30 days at most"),
         (["-c", "task.yml", "-i", "src=in", "--timeout", "0"], "`0` must be a time"),
     ],
@@ -81,7 +91,19 @@ def test_a_task_file_that_is_wrong_is_refused_before_anything_is_sent(here: Path
     assert result.returncode == 1
 
 
-@pytest.mark.parametrize("arguments", [["execute", "-c", "task.yml", "-i", "src=in"], ["builds"], ["watch", "1"], ["logs", "1"], ["abort", "1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["execute", "-c", "task.yml", "-i", "src=in"],
+        ["execute", "-c", "task.yml", "-i", "src=build:7/dist"],
+        ["execute", "-c", "task.yml", "--inputs-from", "7"],
+        ["builds"],
+        ["watch", "1"],
+        ["logs", "1"],
+        ["download", "1"],
+        ["abort", "1"],
+    ],
+)
 def test_a_server_that_is_not_there_is_one_line_that_says_what_to_do(here: Path, arguments: list[str]) -> None:
     result = penstock(*arguments, cwd=here)
     assert result.stderr == "Error: cannot reach http://127.0.0.1:9: is it running? start it with `penstock up`\n"
@@ -146,24 +168,56 @@ def test_exit_codes_are_flys(status: str, own: int | None, code: int) -> None:
 
 UNENDED = """
 from penstock.cli.terminal import Terminal
+from penstock.client import Transfer
 terminal = Terminal()
 terminal.log("stdout", "no newline")
-with terminal.bars("downloaded") as bars:
-    bars.add("dist", 1)(1)
-    bars.done("dist", 1, 1)
+with terminal.bars() as bars:
+    bars.add("dist")(Transfer("receiving", 1, 1, 0))
+    bars.done("dist", "downloaded dist: 1 file, 1 B")
 """
 
 
 def test_a_line_that_a_task_leaves_unended_is_not_drawn_over_on_a_terminal() -> None:
-    ours, theirs = pty.openpty()
-    subprocess.run(
-        [sys.executable, "-c", UNENDED], stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm-256color"}, check=True, timeout=60
-    )
-    os.close(theirs)
-    seen = os.read(ours, 65536).decode()
-    os.close(ours)
+    seen = on_terminal(UNENDED)
     assert seen.startswith("no newline\r\n")
     assert "downloaded dist" in seen
+
+
+WATCHED = """
+from itertools import count
+from penstock.cli.terminal import Bars, Terminal
+from penstock.client import Transfer
+terminal = Terminal()
+bars = Bars(terminal, drawn={drawn}, clock=count(0, {seconds}).__next__)
+told = bars.add("src")
+told(Transfer("hashing", 500, 1000, 9000))
+told(Transfer("sending", 1, 2, 9998))
+bars.done("src", "uploaded src: all of it")
+bars.close()
+"""
+
+
+@pytest.mark.parametrize(("drawn", "seconds", "bar"), [(True, 0.3, True), (True, 0.01, False), (False, 0.3, False)])
+def test_a_transfer_that_takes_a_while_has_a_bar_for_what_is_moved(drawn: bool, seconds: float, bar: bool) -> None:
+    seen = on_terminal(WATCHED.format(drawn=drawn, seconds=seconds))
+    assert ("━" in seen) == bar
+    assert ("sending src" in seen and "1/2 bytes" in seen) == bar
+    assert "uploaded src: all of it\r\n" in seen
+
+
+def on_terminal(script: str) -> str:
+    """What the script shows when both its streams are a terminal."""
+    ours, theirs = pty.openpty()
+    environ = {**os.environ, "TERM": "xterm-256color"}
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=theirs, stderr=theirs, env=environ)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while piece := os.read(ours, 65536):
+            seen += piece
+    os.close(ours)
+    assert process.wait(60) == 0, seen
+    return seen.decode()
 
 
 def test_a_line_that_a_task_leaves_unended_is_ended_where_both_streams_go_to_one_place() -> None:

@@ -11,15 +11,19 @@ from aiohttp import web
 
 from penstock import Client
 from penstock.client import (
+    Artifact,
     BuildEnded,
     BuildLogged,
     BuildStatus,
     Conflict,
     Damaged,
+    Expired,
     Forbidden,
+    Full,
     NoTarget,
     NotFound,
     PenstockError,
+    Policy,
     Refused,
     StreamBroken,
     Unauthorized,
@@ -56,7 +60,17 @@ def problem(status: int, **more: object) -> web.Response:
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(401, Unauthorized), (403, Forbidden), (404, NotFound), (409, Conflict), (422, Refused), (413, Refused), (400, Refused)],
+    [
+        (401, Unauthorized),
+        (403, Forbidden),
+        (404, NotFound),
+        (409, Conflict),
+        (422, Refused),
+        (413, Refused),
+        (400, Refused),
+        (410, Expired),
+        (507, Full),
+    ],
 )
 async def test_a_problem_becomes_its_exception_with_the_servers_words(status: int, kind: type[PenstockError]) -> None:
     async def handler(request: web.Request) -> web.Response:
@@ -236,21 +250,86 @@ def test_sse_is_parsed_however_it_is_cut() -> None:
 # --- artifacts
 
 
-async def test_an_upload_that_is_interrupted_is_sent_again_from_the_start(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("x" * 1000)
-    bodies: list[bytes] = []
+async def test_a_tar_whose_upload_is_interrupted_is_sent_again_from_the_start() -> None:
+    bodies: list[tuple[bytes, str]] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        if request.method == "GET":
-            return web.json_response({})
-        bodies.append(await request.read())
+        bodies.append((await request.read(), request.headers["Idempotency-Key"]))
+        assert dict(request.query) == {"name": "src", "keep": "forever"}
         return problem(503) if len(bodies) == 1 else web.json_response({"id": "u1", "size": 1000, "files": 1}, status=201)
 
     async with serving(handler) as client:
-        artifact = await client.upload(tmp_path, "src")
+        artifact = await client.upload(b"x" * 1000, "src", keep="forever")
     assert artifact.id == "u1"
     assert len(bodies) == 2
     assert bodies[0] == bodies[1]
+
+
+async def test_artifacts_are_asked_for_and_changed() -> None:
+    asked: list[tuple[str, str, object]] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        body = await request.json() if request.can_read_body else None
+        asked.append((request.method, request.rel_url.raw_path_qs.removeprefix("/api/v1/teams/main/"), body))
+        artifact = {"id": "u1", "kind": "output", "build": 7, "pinned": True, "size": 3}
+        match request.method, request.path.rpartition("/")[2]:
+            case "DELETE", _:
+                return web.Response(status=204)
+            case _, "user-artifacts":
+                return web.json_response({"items": [artifact], "next": None if "cursor" in request.query else "c"})
+            case _, "tree":
+                return web.json_response({"items": [{"path": "a\\xff", "path_base64": "Yf8=", "kind": "file"}], "next": None})
+            case _, "usage":
+                return web.json_response({"stored_bytes": 1, "artifacts": 2, "artifact_bytes": 3, "quota_bytes": None})
+            case "GET", "policy":
+                return web.json_response({"input_seconds": 1, "output_seconds": 2, "quota_bytes": 3})
+            case "PUT", "policy":
+                return web.json_response(body)
+            case "PUT", "builds":
+                return web.json_response(BUILD)
+        return web.json_response(artifact)
+
+    async with serving(handler) as client:
+        found = [artifact async for artifact in client.artifacts("output", build=7)]
+        assert [artifact.build for artifact in found] == [7, 7]
+        assert (await client.artifact("u1")).pinned
+        assert [entry.path_bytes async for entry in client.tree(found[0], b"d\xff/ e", recursive=True)] == [b"a\xff"]
+        await client.pin("u1")
+        await client.unpin("u1")
+        await client.touch("u1", 60)
+        await client.touch("u1", 60, shorten=True)
+        await client.delete("u1")
+        assert (await client.usage()).artifact_bytes == 3
+        assert (await client.set_policy(output_seconds=9)) == Policy(input_seconds=1, output_seconds=9, quota_bytes=3)
+    assert asked == [
+        ("GET", "user-artifacts?kind=output&build=7", None),
+        ("GET", "user-artifacts?kind=output&build=7&cursor=c", None),
+        ("GET", "user-artifacts/u1", None),
+        ("GET", "user-artifacts/u1/tree?recursive=true&path=d%FF%2F+e", None),
+        ("PATCH", "user-artifacts/u1", {"pinned": True}),
+        ("PATCH", "user-artifacts/u1", {"pinned": False}),
+        ("PATCH", "user-artifacts/u1", {"keep": 60}),
+        ("PATCH", "user-artifacts/u1", {"keep": 60, "shorten": True}),
+        ("DELETE", "user-artifacts/u1", None),
+        ("GET", "usage", None),
+        ("GET", "policy", None),
+        ("PUT", "policy", {"input_seconds": 1, "output_seconds": 9, "quota_bytes": 3}),
+    ]
+
+
+async def test_a_build_gets_references_and_says_how_long_its_outputs_are_kept() -> None:
+    sent: list[dict[str, object]] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        sent.append(await request.json())
+        return web.json_response(BUILD, status=202)
+
+    async with serving(handler) as client:
+        await client.create_build({"stages": []}, {"a": Artifact(id="u1"), "b": "build:7/out/x"}, keep=60)
+        await client.create_build({"stages": []})
+    assert sent[0]["inputs"] == {"a": "u1", "b": "build:7/out/x"}
+    assert sent[0]["keep"] == 60
+    assert "keep" not in sent[1]
 
 
 async def test_an_upload_that_is_refused_midway_tells_why(tmp_path: Path) -> None:
@@ -278,6 +357,7 @@ async def test_a_download_that_is_cut_short_is_an_error(tmp_path: Path) -> None:
         return response
 
     async with serving(handler) as client:
+        client.patience_upload = 0.1
         with pytest.raises((Damaged, Unavailable)):
             await client.download("u1", tmp_path / "out")
 

@@ -6,11 +6,12 @@ import pytest
 from libs.runtime.decisions import Refused
 from proto.events.base import ArtifactRef
 from proto.events.request import BuildAbortRequested, BuildRequested
-from proto.events.team import TeamCreated, TokenIssued
+from proto.events.team import DEFAULT_POLICY, TeamCreated, TeamPolicySet, TokenIssued
 from proto.plan import Plan, Run, RunStep, Stage, TaskConfig, TaskInput, TaskOutput
 from services.gateway.admission import missing_input
-from services.gateway.commands import AbortBuild, CreateTeam, IssueToken, RequestBuild, request_name
+from services.gateway.commands import AbortBuild, CreateTeam, IssueToken, RecallBuild, RequestBuild, SetPolicy, request_name
 from services.gateway.decider import RequestDecider, TeamDecider
+from services.gateway.references import OfArtifact, OfBuild, wanted
 from tests.unit.scenario import Scenario
 
 
@@ -43,6 +44,20 @@ def test_the_same_wish_again_is_the_same_build() -> None:
 def test_another_wish_under_the_same_key_is_refused() -> None:
     """FAULTS 12"""
     Scenario(RequestDecider(), REQUESTED).refuses(msgspec.structs.replace(WISH, body_sha256="two"), "conflict")
+
+
+def test_how_long_outputs_are_kept_is_recorded() -> None:
+    kept = msgspec.structs.replace(REQUESTED, keep_seconds=60)
+    Scenario(RequestDecider()).when(msgspec.structs.replace(WISH, keep_seconds=60)).then(kept)
+
+
+def test_a_wish_that_was_recorded_is_recalled_and_another_is_not() -> None:
+    """FAULTS 12"""
+    recall = RecallBuild(request="r1", body_sha256="one")
+    scenario = Scenario(RequestDecider(), REQUESTED).when(recall).then()
+    assert scenario.state.build == "b1"
+    Scenario(RequestDecider(), REQUESTED).refuses(msgspec.structs.replace(recall, body_sha256="two"), "conflict")
+    Scenario(RequestDecider()).refuses(recall, "missing")
 
 
 def test_an_abort_is_recorded_once() -> None:
@@ -79,11 +94,48 @@ def test_a_team_that_is_not_there_issues_no_tokens() -> None:
     Scenario(TeamDecider()).refuses(ISSUE, "missing")
 
 
+def test_a_policy_holds_until_another_is_set() -> None:
+    policy = TeamPolicySet(input_seconds=1, output_seconds=2, quota_bytes=3)
+    command = SetPolicy(team="t", input_seconds=1, output_seconds=2, quota_bytes=3)
+    usual = SetPolicy(
+        team="t",
+        input_seconds=DEFAULT_POLICY.input_seconds,
+        output_seconds=DEFAULT_POLICY.output_seconds,
+        quota_bytes=DEFAULT_POLICY.quota_bytes,
+    )
+    Scenario(TeamDecider(), TeamCreated(name="t")).when(usual).then().when(command).then(policy).when(command).then().when(usual).then(DEFAULT_POLICY)
+    Scenario(TeamDecider()).refuses(command, "missing")
+
+
 @pytest.mark.parametrize("decider", [RequestDecider(), TeamDecider()])
 def test_a_foreign_event_is_no_state(decider) -> None:
     foreign = TeamCreated(name="t") if isinstance(decider, RequestDecider) else BuildAbortRequested(build="b")
     with pytest.raises((TypeError, Refused)):
         decider.evolve(decider.initial, foreign)
+
+
+# --- references ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("0c0ffee0-0000-4000-8000-000000000001", OfArtifact("0c0ffee0-0000-4000-8000-000000000001")),
+        ("artifact:a1", OfArtifact("a1")),
+        ("artifact:a1/", OfArtifact("a1")),
+        ("artifact:a1/lib/a:b", OfArtifact("a1", "lib/a:b")),
+        ("build:7/dist", OfBuild("7", "dist")),
+        ("build:b1/dist/bin/tool", OfBuild("b1", "dist", "bin/tool")),
+    ],
+)
+def test_a_reference_names_an_artifact_or_an_output(text: str, meant: object) -> None:
+    assert wanted(text) == meant
+
+
+@pytest.mark.parametrize("text", ["artifact:", "artifact:/a", "build:7", "build:7/", "build:/dist", "folder:x", ":", "Build:7/dist"])
+def test_what_is_no_reference_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        wanted(text)
 
 
 # --- inputs --------------------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 
 from proto.api import Positions
 from proto.envelope import Fact
-from proto.events.artifact import ArtifactSealed, LogArchived
+from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
 from proto.events.base import ArtifactRef, Event
 from proto.events.build import (
     BuildCreated,
@@ -22,10 +23,10 @@ from proto.events.build import (
 )
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
-from proto.events.team import TeamCreated, TokenIssued
+from proto.events.team import DEFAULT_POLICY, TeamCreated, TeamPolicySet, TokenIssued
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from services.gateway.projection import TABLES, ArtifactRow, AttemptLog, BuildRow, TeamRow, TokenRow, keys, project
-from services.gateway.views import artifact_view, build_view
+from services.gateway.views import artifact_view, build_view, policy_view
 
 START = datetime(2026, 11, 22, tzinfo=UTC)
 KEYS = {table.row: table.key for table in TABLES}
@@ -201,6 +202,51 @@ def test_artifacts_and_tokens_are_kept(rows: Rows) -> None:
     token = rows.rows[(TokenRow, "ff")]
     assert isinstance(token, TokenRow)
     assert (token.team, token.role) == ("main", "viewer")
+
+
+def artifact_of(rows: Rows, artifact: str = "a1") -> ArtifactRow:
+    row = rows.rows[(ArtifactRow, artifact)]
+    assert isinstance(row, ArtifactRow)
+    return row
+
+
+def test_an_output_knows_its_build_by_number(rows: Rows) -> None:
+    sealed = ArtifactSealed(artifact="a1", kind="output", digest="d", size=5, files=2, name="dist", build="b1")
+    rows.given(("request-1", REQUESTED), ("artifact-a1", sealed))
+    view = artifact_view(artifact_of(rows))
+    assert (view.kind, view.build, view.build_id, view.expires_at) == ("output", 1, "b1", None)
+    rows.given(("artifact-a2", msgspec.structs.replace(sealed, artifact="a2", build="unknown")))
+    assert artifact_view(artifact_of(rows, "a2")).build is None
+
+
+def test_an_artifact_lives_until_its_time_is_up_or_somebody_ends_it(rows: Rows) -> None:
+    for name in ("a1", "a2"):
+        rows.given((f"artifact-{name}", ArtifactSealed(artifact=name, kind="user", digest="d", size=5, files=2, expires_at=60)))
+    assert [artifact_of(rows).over(now) for now in (59, 60)] == ["", "expired"]
+    rows.given(("artifact-a1", ArtifactLifetimeChanged(artifact="a1", expires_at=60, pinned=True)))
+    assert artifact_of(rows).over(60) == ""
+    assert (artifact_view(artifact_of(rows)).expires_at, artifact_view(artifact_of(rows)).pinned) == (None, True)
+    rows.given(("artifact-a1", ArtifactLifetimeChanged(artifact="a1", expires_at=0, pinned=False)))
+    assert artifact_of(rows).over(10**10) == ""
+    rows.given(("artifact-a1", ArtifactDeleted(artifact="a1")), ("artifact-a2", ArtifactExpired(artifact="a2")))
+    assert [artifact_of(rows, name).over(0) for name in ("a1", "a2")] == ["deleted", "expired"]
+    rows.given(("artifact-a3", ArtifactExpired(artifact="a3")))
+    assert (ArtifactRow, "a3") not in rows.rows
+
+
+def test_a_team_has_a_policy(rows: Rows) -> None:
+    rows.given(("team-main", TeamCreated(name="main")), ("request-1", REQUESTED))
+
+    def policy() -> tuple[int, int, int]:
+        row = rows.rows[(TeamRow, "main")]
+        assert isinstance(row, TeamRow)
+        view = policy_view(row)
+        return view.input_seconds, view.output_seconds, view.quota_bytes
+
+    assert policy() == (DEFAULT_POLICY.input_seconds, DEFAULT_POLICY.output_seconds, 0)
+    rows.given(("team-main", TeamPolicySet(input_seconds=1, output_seconds=2, quota_bytes=3)), ("request-2", REQUESTED))
+    assert policy() == (1, 2, 3)
+    assert policy_view(None).input_seconds == DEFAULT_POLICY.input_seconds
 
 
 def test_what_is_about_an_unknown_build_is_nothing(rows: Rows) -> None:

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from proto.messages import Attempt, Credit, Heartbeat, Offers, Running
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from services.scheduler.board import Board
 from services.scheduler.fleet import Fleet, unlisted
+from services.scheduler.pool import bits
 
 PLAN = Plan(stages=[Stage(name="main", steps=[RunStep(name="run", config=TaskConfig(run=Run(path="true")))])])
 A1 = Attempt("b1", "main", 1)
@@ -57,9 +59,9 @@ OVER = ("build-b1", BuildFinished(status="succeeded"))
 def test_an_attempt_waits_then_is_leased_then_is_over():
     assert A1 in board(CREATED, QUEUED).queue
     leased = board(CREATED, QUEUED, LEASED, STARTED)
-    assert A1 not in leased.queue and leased.leases[A1].recorded == 1 and leased.running == {"main": 1}
+    assert A1 not in leased.queue and leased.leases[A1].recorded == 1 and leased.queue.running == {"main": 1}
     over = board(CREATED, QUEUED, LEASED, STARTED, ENDED, OVER)
-    assert not over.leases and not over.running and not len(over.queue) and not over.plans
+    assert not over.leases and not over.queue.running and not len(over.queue) and not over.plans
 
 
 def test_a_build_aborted_before_its_lease_is_forgotten():
@@ -125,7 +127,10 @@ def test_a_board_restored_anywhere_and_folded_on_is_the_board_that_never_stopped
     restored = Board.restore(half.position, half.snapshot())
     for one in log:
         restored.apply(one)
-    assert restored.snapshot() == live.snapshot() and restored.running == live.running
+    assert restored.snapshot() == live.snapshot() and restored.queue.running == live.queue.running
+    ranks = [{line.requirements: list(queue.ranked(line)) for line in queue.lines.values()} for queue in (restored.queue, live.queue)]
+    assert ranks[0] == ranks[1]
+    assert restored.held == live.held
 
 
 def heartbeat(number, boot="x", credits=("n1",), running=(), challenge=b"c"):
@@ -170,6 +175,35 @@ def test_of_two_workers_with_one_identity_the_newer_wins():
     newer = fleet.on_heartbeat("w1", heartbeat(1, boot="new"), True, 1.0)
     assert newer is not None and newer.heartbeat.boot == "new"
     assert fleet.on_heartbeat("w1", heartbeat(6, boot="old"), True, 2.0) is None
+
+
+def free(fleet):
+    return [fleet.pool.at(bit).worker for level in fleet.pool.levels for bit in bits(level)]
+
+
+def test_the_pool_follows_heartbeats_uses_and_farewells():
+    fleet = Fleet()
+    fleet.on_heartbeat("w1", heartbeat(1), True, 0.0)
+    assert free(fleet) == ["w1"]
+    fleet.use("w1", Credit("n1", b"k"))
+    assert free(fleet) == []
+    fleet.on_heartbeat("w1", heartbeat(2, credits=("n2",)), True, 1.0)
+    assert free(fleet) == ["w1"]
+    fleet.on_heartbeat("w1", msgspec.structs.replace(heartbeat(3, credits=("n2",)), goodbye=True), True, 2.0)
+    assert free(fleet) == []
+    fleet.remove("w1")
+    assert fleet.pool.standing(("platform linux",)).refused == {}
+
+
+def test_what_a_worker_has_cached_stands_until_it_says_otherwise_or_boots_anew():
+    fleet = Fleet()
+    fleet.on_heartbeat("w1", msgspec.structs.replace(heartbeat(1), cached=("t1", "t2")), True, 0.0)
+    fleet.on_heartbeat("w1", heartbeat(2), True, 1.0)
+    assert fleet.pool.holders("t1") == 1
+    fleet.on_heartbeat("w1", msgspec.structs.replace(heartbeat(3), cached=("t2",)), True, 2.0)
+    assert (fleet.pool.holders("t1"), fleet.pool.holders("t2")) == (0, 1)
+    fleet.on_heartbeat("w1", heartbeat(1, boot="y"), True, 3.0)
+    assert fleet.pool.holders("t2") == 0
 
 
 def test_what_a_worker_does_not_list_it_does_not_hold():

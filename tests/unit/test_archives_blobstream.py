@@ -1,0 +1,81 @@
+"""Blob streams: what was asked for comes through, whole and once; anything else is refused as soon as it shows."""
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from libs.archives.blobstream import END_FRAME, BlobStreamReader, frame_header, frames
+from libs.archives.rules import ArchiveRefused
+from libs.archives.tree import CHUNK
+
+
+def named(contents: bytes) -> tuple[bytes, bytes]:
+    return hashlib.sha256(contents).digest(), contents
+
+
+ONE, TWO = named(b"one"), named(b"two, longer")
+WANTED = {digest: len(contents) for digest, contents in (ONE, TWO)}
+BOTH = b"".join(frames([ONE, TWO]))
+
+
+def read(stream: bytes, size: int = 1 << 20, wanted: dict[bytes, int] = WANTED) -> list[tuple[bytes, bytes]]:
+    reader = BlobStreamReader(wanted.get)
+    found = [blob for at in range(0, len(stream), size) for blob in reader.feed(stream[at : at + size])]
+    reader.finish()
+    return found
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), unique=True), st.integers(1, 500))
+def test_blobs_come_out_as_they_went_in_however_the_stream_is_cut(contents: list[bytes], size: int) -> None:
+    blobs = [named(text) for text in contents]
+    assert read(b"".join(frames(blobs)), size, {digest: len(text) for digest, text in blobs}) == blobs
+
+
+def test_the_order_is_free_and_not_all_need_come() -> None:
+    assert read(b"".join(frames([TWO, ONE]))) == [TWO, ONE]
+    assert read(b"".join(frames([TWO]))) == [TWO]
+    assert read(END_FRAME) == []
+
+
+def test_a_whole_chunk_fits_and_one_byte_more_does_not() -> None:
+    digest, contents = named(bytes(CHUNK))
+    assert read(b"".join(frames([(digest, contents)])), 1 << 20, {digest: CHUNK}) == [(digest, contents)]
+    with pytest.raises(ArchiveRefused, match="another size"):
+        read(frame_header(digest, CHUNK + 1), wanted={digest: CHUNK + 1})
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_a_stream_cut_anywhere_is_refused(size: int) -> None:
+    for at in range(len(BOTH)):
+        with pytest.raises(ArchiveRefused, match="cut short"):
+            read(BOTH[:at], size)
+
+
+@pytest.mark.parametrize(
+    ("stream", "rule"),
+    [
+        (BOTH + b"\0", "goes on after its end"),
+        (BOTH + BOTH, "goes on after its end"),
+        (frame_header(named(b"three")[0], 5), "not wanted"),
+        (frame_header(bytes(32), 1), "not wanted"),
+        (frame_header(ONE[0], 4), "another size"),
+        (frame_header(ONE[0], 0), "another size"),
+        (frame_header(ONE[0], 0xFFFFFFFF), "another size"),
+        (frame_header(ONE[0], 3) + b"One", "not those of blob"),
+        (frame_header(ONE[0], 3) + TWO[1] + frame_header(TWO[0], 11) + ONE[1], "not those of blob"),
+        (frame_header(ONE[0], 3) + b"one" + frame_header(ONE[0], 3), "twice"),
+        (BOTH[:20] + BOTH[21:], "not those of blob|not wanted|another size"),
+    ],
+)
+def test_what_was_not_asked_for_is_refused(stream: bytes, rule: str) -> None:
+    for size in (1, 1 << 20):
+        with pytest.raises(ArchiveRefused, match=rule):
+            read(stream, size)
+
+
+def test_what_is_refused_is_refused_before_its_bytes_are_kept() -> None:
+    reader = BlobStreamReader({}.get)
+    with pytest.raises(ArchiveRefused, match="not wanted"):
+        list(reader.feed(frame_header(ONE[0], CHUNK)))
