@@ -1,20 +1,25 @@
-"""The object store underneath, by URL (`file:///folder`, `s3://bucket/prefix`, …), with its errors given names. Blocking: call it from threads."""
+"""The object store underneath, by URL (`file:///folder`, `s3://bucket/prefix`, `gs://…`, `az://…`), with its errors given names.
+Objects are written once, whole, and never changed. Blocking: call it from threads."""
 
 import errno
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import BaseError, NotFoundError
-from obstore.store import LocalStore, from_url
+from obstore.store import from_url
 
-_FULL = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\b")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_REMOTE = re.compile(r"os error (28|122|27)\b|QuotaExceeded|InsufficientStorage|507 ")
 _PAST_THE_END = re.compile(r"range was invalid|InvalidRange|416 Range|Requested Range Not Satisfiable", re.IGNORECASE)
-_UNFINISHED = re.compile(r"#\d+$")
-"""How obstore names what it has not finished writing in a local folder."""
+_PART = ".part"
+_BUFFERS = 512
+"""So many at a time go to one `writev`."""
 
 
 class StoreUnavailable(Exception):
@@ -29,109 +34,174 @@ class ObjectMissing(Exception):
     """There is no such object."""
 
 
-class Objects:
-    """Whole objects under keys; each is visible only when whole."""
+class Objects(ABC):
+    """Whole objects under keys `<folder>/<name>`. All methods raise StoreUnavailable."""
 
-    def __init__(self, url: str) -> None:
-        """A local folder is made when it is not there. Raises StoreUnavailable."""
-        parts = urlsplit(url)
-        self._folder = Path(unquote(parts.path)) if parts.scheme == "file" else None
-        try:
-            self._store = LocalStore(self._folder, mkdir=True) if self._folder is not None else from_url(url)
-        except (BaseError, OSError, ValueError) as error:
-            raise StoreUnavailable(f"cannot open the store: {error}") from None
+    @abstractmethod
+    def put(self, key: str, data: Sequence[bytes]) -> None:
+        """The buffers one after another, as one object that would survive a power cut. Raises StoreFull. After a failure it may yet appear."""
 
-    def put(self, key: str, data: bytes) -> None:
-        """Raises StoreFull, StoreUnavailable; then nothing is visible under `key`."""
-        try:
-            obstore.put(self._store, key, data, use_multipart=False)
-        except BaseError as error:
-            raise _named(error) from None
+    @abstractmethod
+    def get(self, key: str, start: int, length: int) -> memoryview:
+        """Up to `length` bytes: fewer, or none, where the object ends. Raises ObjectMissing."""
 
-    def get(self, key: str, start: int, length: int) -> bytes:
-        """Up to `length` bytes: fewer, or none, where the object ends. Raises ObjectMissing, StoreUnavailable."""
-        try:
-            return bytes(obstore.get_range(self._store, key, start=start, length=length))
-        except (NotFoundError, FileNotFoundError):
-            raise ObjectMissing(key) from None
-        except BaseError as error:
-            if _PAST_THE_END.search(str(error)):
-                return b""
-            raise _named(error) from None
+    @abstractmethod
+    def end(self, key: str, length: int) -> tuple[bytes, int]:
+        """The last `length` bytes (or all), and the object's size. Raises ObjectMissing."""
 
-    def get_all(self, key: str) -> bytes:
-        """Raises ObjectMissing, StoreUnavailable."""
-        try:
-            return bytes(obstore.get(self._store, key).bytes())
-        except (NotFoundError, FileNotFoundError):
-            raise ObjectMissing(key) from None
-        except BaseError as error:
-            raise _named(error) from None
+    @abstractmethod
+    def list(self) -> Iterator[str]:
+        """Every key, in no order; also of what a crash left half written."""
 
-    def list(self, prefix: str = "") -> Iterator[str]:
-        """Every key below a prefix, in no order. Raises StoreUnavailable."""
-        try:
-            for page in obstore.list(self._store, prefix or None, chunk_size=1000):
-                for found in page:
-                    yield found["path"]
-        except BaseError as error:
-            raise _named(error) from None
+    @abstractmethod
+    def delete(self, keys: Sequence[str]) -> None:
+        """Nor is anything half written under these keys afterwards. What is not there is passed over."""
+
+
+def open_objects(url: str) -> Objects:
+    """A local folder is made when it is not there. Credentials for the others come from the environment. Raises StoreUnavailable."""
+    parts = urlsplit(url)
+    try:
+        return Folder(Path(unquote(parts.path))) if parts.scheme == "file" else Bucket(url)
+    except (BaseError, OSError, ValueError) as error:
+        raise StoreUnavailable(f"cannot open the store: {error}") from None
+
+
+class Folder(Objects):
+    """A local folder. Not obstore's: that copies what it writes, and leaves a power cut to us."""
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        next(root.iterdir(), None)
+        self._root = root
+
+    def put(self, key: str, data: Sequence[bytes]) -> None:
+        path = self._root / key
+        part = path.with_name(path.name + _PART)
+        with _named(key):
+            try:
+                with self._created(part) as file:
+                    _write(file, data)
+                    part.rename(path)
+                    # after the rename, so that one commit of the file system's journal has both, and the folder's costs nothing
+                    os.fsync(file)
+            except BaseException:
+                with suppress(OSError):
+                    part.unlink()
+                raise
+            _sync(path.parent)
+
+    def get(self, key: str, start: int, length: int) -> memoryview:
+        with _named(key), _opened(self._root / key) as file:
+            return memoryview(os.pread(file, length, start))
+
+    def end(self, key: str, length: int) -> tuple[bytes, int]:
+        with _named(key), _opened(self._root / key) as file:
+            size = os.fstat(file).st_size
+            return os.pread(file, length, max(0, size - length)), size
+
+    def list(self) -> Iterator[str]:
+        for folder, _, files in os.walk(self._root):
+            for name in files:
+                yield (Path(folder) / name).relative_to(self._root).as_posix().removesuffix(_PART)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """What is not there is passed over. Raises StoreUnavailable."""
+        folders = {(self._root / key).parent for key in keys}
         for key in keys:
-            try:
-                obstore.delete(self._store, key)
-            except (NotFoundError, FileNotFoundError):
-                continue
-            except BaseError as error:
-                raise _named(error) from None
-        if self._folder is not None:
-            for folder in {(self._folder / key).parent for key in keys}:
-                _remove_if_empty(folder, self._folder)
+            for path in (self._root / (key + _PART), self._root / key):
+                with _named(key), suppress(FileNotFoundError):
+                    path.unlink()
+        for folder in folders:
+            with suppress(OSError):
+                folder.rmdir()
 
-    def settle(self, keys: Sequence[str]) -> None:
-        """Make objects survive a power cut: in a local folder, obstore leaves that to us. Raises StoreFull, StoreUnavailable."""
-        if self._folder is None:
-            return
-        paths = [self._folder / key for key in keys]
-        folders = {parent for path in paths for parent in path.parents if parent == self._folder or self._folder in parent.parents}
+    @contextmanager
+    def _created(self, part: Path) -> Iterator[int]:
+        """The folder may be removed, being empty, at any moment until there is something in it."""
+        while True:
+            if not part.parent.is_dir():
+                part.parent.mkdir(exist_ok=True)
+                _sync(self._root)
+            with suppress(FileNotFoundError):
+                file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                break
+            if not self._root.is_dir():
+                raise FileNotFoundError(errno.EIO, "the store's folder is gone", str(self._root))
         try:
-            for path in (*paths, *folders):
-                _sync(path)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreFull(str(error)) from None
-            raise StoreUnavailable(str(error)) from None
-
-    def unfinished(self) -> Iterator[tuple[str, Path]]:
-        """What a crash left half written in a local folder: the key it was for, and the file."""
-        if self._folder is None:
-            return
-        for folder, _, files in os.walk(self._folder):
-            for name in files:
-                if _UNFINISHED.search(name):
-                    path = Path(folder) / name
-                    yield _UNFINISHED.sub("", path.relative_to(self._folder).as_posix()), path
+            yield file
+        finally:
+            os.close(file)
 
 
-def _named(error: BaseError) -> StoreUnavailable:
-    text = str(error)
-    return StoreFull("no space left in the store") if _FULL.search(text) else StoreUnavailable(text.partition("\n")[0])
+class Bucket(Objects):
+    """Whatever obstore reaches."""
+
+    def __init__(self, url: str) -> None:
+        self._store = from_url(url)
+
+    def put(self, key: str, data: Sequence[bytes]) -> None:
+        with _named(key):
+            obstore.put(self._store, key, b"".join(data), use_multipart=False)
+
+    def get(self, key: str, start: int, length: int) -> memoryview:
+        try:
+            with _named(key):
+                return memoryview(obstore.get_range(self._store, key, start=start, length=length))
+        except StoreUnavailable as error:
+            if _PAST_THE_END.search(str(error)):
+                return memoryview(b"")
+            raise
+
+    def end(self, key: str, length: int) -> tuple[bytes, int]:
+        with _named(key):
+            found = obstore.get(self._store, key, options={"range": {"suffix": length}})
+            return bytes(found.bytes()), found.meta["size"]
+
+    def list(self) -> Iterator[str]:
+        with _named("the list"):
+            for page in obstore.list(self._store, chunk_size=1000):
+                for found in page:
+                    yield found["path"]
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for at in range(0, len(keys), 1000):
+            with _named("deletion"), suppress(NotFoundError, FileNotFoundError):
+                obstore.delete(self._store, list(keys[at : at + 1000]))
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (NotFoundError, FileNotFoundError):
+        raise ObjectMissing(key) from None
+    except BaseError as error:
+        text = str(error)
+        raise StoreFull("no space left in the store") if _FULL_REMOTE.search(text) else StoreUnavailable(text.partition("\n")[0]) from None
+    except OSError as error:
+        raise StoreFull("no space left in the store") if error.errno in _FULL else StoreUnavailable(str(error)) from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _write(file: int, data: Sequence[bytes]) -> None:
+    for at in range(0, len(data), _BUFFERS):
+        waiting = [memoryview(buffer) for buffer in data[at : at + _BUFFERS]]
+        while waiting:
+            written = os.writev(file, waiting)
+            while waiting and written >= len(waiting[0]):
+                written -= len(waiting.pop(0))
+            if waiting:
+                waiting[0] = waiting[0][written:]
 
 
 def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _remove_if_empty(folder: Path, root: Path) -> None:
-    while folder != root:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-        folder = folder.parent
+    with _opened(path) as file:
+        os.fsync(file)

@@ -1,166 +1,74 @@
 """How blobs lie in the store.
 
-A pack is one upload's new bytes, one blob after another, cut into parts of 8 MiB: objects `<team>/<pack>/000000`, `000001`, … . Its last object,
-`<team>/<pack>/index`, says which blobs lie where: without it a pack was never finished, and with it the blob index can be rebuilt from the packs.
-So N files of B bytes cost B / 8 MiB store operations, and nothing is staged, renamed or changed. A blob larger than a part has a pack of its own.
+A pack is one object, `<team>/<name>`: blobs one after another, then a footer. The footer's records (digest, size) are in the order of the blobs, so
+that they also say where each begins; after them come their own sha256, their length and a magic. So a pack is there whole or not at all, what is in
+it can be read from its end (and the index be made again), and N files of B bytes cost B / 8 MiB store operations. Nothing is ever changed.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import msgspec
+PACK = 8 << 20
+"""A pack is closed once its blobs have so many bytes."""
+MOST_BLOBS = 4096
+_RECORD = struct.Struct(">32sI")
+_TAIL = struct.Struct(">32sI12s")
+_MAGIC = b"penstockpack"
+FOOTER = MOST_BLOBS * _RECORD.size + _TAIL.size
+"""No footer is longer."""
 
-from libs.blobstore.objects import Objects
 
-PART = 8 << 20
+class InvalidPack(Exception):
+    """An object that is no whole pack."""
 
 
-class Place(msgspec.Struct, frozen=True, array_like=True):
-    """Where a blob lies: `size` bytes from `start` of a pack. `digest` is its sha256 (32 bytes)."""
+class Place(NamedTuple):
+    """Where a blob lies: `size` bytes from `start` of a pack."""
 
-    digest: bytes
-    size: int
     pack: str
     start: int
+    size: int
 
 
-_ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(list[Place])
+class Pack(NamedTuple):
+    """What is to be put, or was read from a footer: blobs' digests and sizes in their order."""
+
+    digests: Sequence[bytes]
+    sizes: Sequence[int]
+
+    def starts(self) -> list[int]:
+        starts, at = [], 0
+        for size in self.sizes:
+            starts.append(at)
+            at += size
+        return starts
+
+    def footer(self) -> bytes:
+        records = b"".join(map(_RECORD.pack, self.digests, self.sizes))
+        return records + _TAIL.pack(hashlib.sha256(records).digest(), len(records), _MAGIC)
+
+    @property
+    def bytes(self) -> int:
+        """The object's size."""
+        return sum(self.sizes) + len(self.digests) * _RECORD.size + _TAIL.size
 
 
-def part_key(team: str, pack: str, number: int) -> str:
-    return f"{team}/{pack}/{number:06d}"
+def read_footer(end: bytes, size: int) -> Pack:
+    """From the last FOOTER bytes (or all) of an object of that size. Raises InvalidPack."""
+    if len(end) < _TAIL.size:
+        raise InvalidPack("too short")
+    digest, length, magic = _TAIL.unpack(end[-_TAIL.size :])
+    records = end[-_TAIL.size - length : -_TAIL.size] if length else b""
+    if magic != _MAGIC or len(records) != length or length % _RECORD.size or hashlib.sha256(records).digest() != digest:
+        raise InvalidPack("no footer")
+    rows = list(_RECORD.iter_unpack(records))
+    pack = Pack([row[0] for row in rows], [row[1] for row in rows])
+    if pack.bytes != size:
+        raise InvalidPack("not whole")
+    return pack
 
 
-def index_key(team: str, pack: str) -> str:
-    return f"{team}/{pack}/index"
-
-
-def read_index(data: bytes) -> list[Place]:
-    """Raises msgspec.MsgspecError for what is no index."""
-    return _DECODER.decode(data)
-
-
-class _Pack:
-    """One pack as it is written."""
-
-    def __init__(self, objects: Objects, team: str, name: str) -> None:
-        self._objects = objects
-        self._team = team
-        self.name = name
-        self.keys: list[str] = []
-        self._buffer = bytearray()
-        self.length = 0
-
-    def write(self, data: bytes) -> None:
-        self._buffer += data
-        self.length += len(data)
-        while len(self._buffer) >= PART:
-            self._put(part_key(self._team, self.name, len(self.keys)), bytes(memoryview(self._buffer)[:PART]))
-            del self._buffer[:PART]
-
-    def close(self, places: Sequence[Place]) -> None:
-        if self._buffer:
-            self._put(part_key(self._team, self.name, len(self.keys)), bytes(self._buffer))
-            self._buffer.clear()
-        self._put(index_key(self._team, self.name), _ENCODER.encode(places))
-
-    def _put(self, key: str, data: bytes) -> None:
-        self.keys.append(key)
-        self._objects.put(key, data)
-
-
-class Upload:
-    """Blobs on their way into the store; blocking. All of them are there once `seal` returns and its places are in the index; after `undo`, none.
-
-    `known` tells which digests the team's index has already: those are not stored again."""
-
-    def __init__(self, objects: Objects, team: str, writer: str, numbers: Iterator[int], known: Callable[[list[bytes]], Collection[bytes]]) -> None:
-        """Packs are named `<writer>.<number>`."""
-        self.team = team
-        self.writer = writer
-        self._objects = objects
-        self._numbers = numbers
-        self._known = known
-        self._waiting: dict[bytes, bytes] = {}
-        self._waiting_bytes = 0
-        self._settled: set[bytes] = set()
-        self._places: list[Place] = []
-        self._small: _Pack | None = None
-        self._small_places: list[Place] = []
-        self._large: _Pack | None = None
-        self._large_digest = hashlib.sha256()
-        self._keys: list[str] = []
-
-    def add(self, contents: bytes) -> bytes:
-        """A blob that is in memory whole; its digest. Raises StoreUnavailable."""
-        digest = hashlib.sha256(contents).digest()
-        if contents and digest not in self._waiting and digest not in self._settled:
-            self._waiting[digest] = contents
-            self._waiting_bytes += len(contents)
-            if self._waiting_bytes >= PART:
-                self._flush()
-        return digest
-
-    def begin(self) -> None:
-        """Start a blob that comes in pieces, by `write` until `end`."""
-        self._large = self._new_pack()
-        self._large_digest = hashlib.sha256()
-
-    def write(self, piece: bytes) -> None:
-        assert self._large is not None
-        self._large_digest.update(piece)
-        self._large.write(piece)
-
-    def end(self) -> bytes:
-        """The digest of the blob begun last."""
-        pack, digest = self._large, self._large_digest.digest()
-        assert pack is not None
-        if digest in self._settled or self._known([digest]):
-            self._objects.delete(pack.keys)
-        else:
-            place = Place(digest, pack.length, pack.name, 0)
-            pack.close([place])
-            self._places.append(place)
-            self._keys += pack.keys
-        self._large = None
-        self._settled.add(digest)
-        return digest
-
-    def seal(self) -> Sequence[Place]:
-        """Everything is in the store and would survive a power cut; where the new blobs lie. Raises StoreUnavailable."""
-        self._flush()
-        if self._small is not None:
-            self._small.close(self._small_places)
-            self._places += self._small_places
-            self._keys += self._small.keys
-            self._small = None
-        self._objects.settle(self._keys)
-        return self._places
-
-    def undo(self) -> None:
-        """Remove all that was written. Raises StoreUnavailable; what is left then is collected after this instance's end."""
-        for pack in (self._small, self._large):
-            if pack is not None:
-                self._keys += pack.keys
-        self._small = self._large = None
-        self._waiting.clear()
-        self._objects.delete(self._keys)
-
-    def _new_pack(self) -> _Pack:
-        return _Pack(self._objects, self.team, f"{self.writer}.{next(self._numbers)}")
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        known = set(self._known(list(self._waiting)))
-        for digest, contents in self._waiting.items():
-            self._settled.add(digest)
-            if digest in known:
-                continue
-            if self._small is None:
-                self._small = self._new_pack()
-            self._small_places.append(Place(digest, len(contents), self._small.name, self._small.length))
-            self._small.write(contents)
-        self._waiting.clear()
-        self._waiting_bytes = 0
+def key(team: str, name: str) -> str:
+    return f"{team}/{name}"

@@ -1,76 +1,156 @@
-"""Blobs out of their packs, each verified by its digest before its last byte is given away. Blocking."""
+"""Blobs out of their packs, each verified by its digest before it is given away. Blocking."""
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 from libs.blobstore.objects import ObjectMissing, Objects
-from libs.blobstore.packs import PART, Place, part_key
+from libs.blobstore.packs import Place, key
 
-_PIECE = 1 << 20
+_GAP = 128 << 10
+"""What is not wanted, but not worth a request of its own."""
+_AT_ONCE = 16 << 20
+"""No pack is longer, so that no range is."""
+_KEPT = 24 << 20
+_AGAIN = 256 << 10
+_MOVES = 20
+
+
+class BlobMissing(Exception):
+    """The team has no such blob."""
 
 
 class BlobDamaged(Exception):
-    """What the store holds is not what was put: a pack is corrupt or gone."""
+    """What the store holds is not what was put: a pack is corrupt or gone. The next upload that carries the blob heals it."""
+
+
+class _Range(NamedTuple):
+    """Neighbouring blobs of a pack."""
+
+    pack: str
+    start: int
+    end: int
+    digests: list[bytes]
+
+
+Find = Callable[[Collection[bytes]], dict[bytes, Place]]
+Damaged = Callable[[str, bytes, int], None]
 
 
 class BlobReader:
-    """Reads blobs of one team at known places. Neighbours in a pack are read together, so reading in the order of storing costs a
-    store operation for each MiB, not for each blob. For one reader at a time."""
+    """Reads blobs of one team, neighbours together, so that reading many costs a request for each 8 MiB, not for each blob. For one thread at a time;
+    at most 32 MiB of the store are in memory. All methods raise BlobDamaged, StoreUnavailable, LogUnavailable; BlobMissing when a blob has gone;
+    KeyError for one that the reader is not for."""
 
-    def __init__(self, objects: Objects, team: str, places: Mapping[bytes, Place]) -> None:
+    def __init__(self, objects: Objects, team: str, places: dict[bytes, Place], find: Find, damaged: Damaged, ahead: ThreadPoolExecutor) -> None:
+        """`find` looks places up again, `damaged` takes note of (pack, blob, where the pack ends); both block."""
         self._objects = objects
         self._team = team
         self._places = places
-        self._window: tuple[str, int, bytes] = ("", 0, b"")
-
-    def read(self, digest: bytes) -> Generator[bytes, None, None]:
-        """The blob in pieces. Raises BlobDamaged (at the latest in place of the last piece), StoreUnavailable, KeyError for an unknown place."""
-        place = self._places[digest]
-        seen = hashlib.sha256()
-        held: bytes | None = None
-        for piece in self._pieces(place):
-            seen.update(piece)
-            if held is not None:
-                yield held
-            held = piece
-        if seen.digest() != digest:
-            raise BlobDamaged(f"blob {digest.hex()} in pack {self._team}/{place.pack} is not what was stored")
-        if held is not None:
-            yield held
-
-    def read_all(self, digest: bytes) -> bytes:
-        return b"".join(self.read(digest))
+        self._find = find
+        self._damaged = damaged
+        self._ahead = ahead
+        self._ranges: dict[bytes, _Range] | None = None
+        self._kept: OrderedDict[tuple[str, int, int], memoryview] = OrderedDict()
+        self._read: set[tuple[str, int, int]] = set()
 
     def size(self, digest: bytes) -> int:
         return self._places[digest].size
 
-    def read_range(self, digest: bytes, start: int, length: int) -> bytes:
-        """Part of a blob, not verified: for contents that verify themselves."""
-        place = self._places[digest]
-        return b"".join(self._span(place, place.start + start, min(length, place.size - start)))
+    def read(self, digest: bytes) -> bytes:
+        """In any order, quickest in that of storing."""
+        for _ in range(_MOVES):
+            place = self._places[digest]
+            start, data = self._around(digest, place)
+            if data is None:
+                self._look_again(self._ranges_of()[digest].digests, place.pack)
+                continue
+            return bytes(self._verified(digest, place, data[place.start - start : place.start - start + place.size], start + len(data)))
+        raise BlobDamaged(f"blob {digest.hex()} is never where it is said to be")
 
-    def _pieces(self, place: Place) -> Iterator[bytes]:
-        return self._span(place, place.start, place.size)
-
-    def _span(self, place: Place, at: int, remaining: int) -> Iterator[bytes]:
-        while remaining > 0:
-            number, inside = divmod(at, PART)
-            key = part_key(self._team, place.pack, number)
-            piece = self._at(key, inside, min(remaining, PART - inside, _PIECE), place)
-            yield piece
-            at += len(piece)
-            remaining -= len(piece)
-
-    def _at(self, key: str, start: int, length: int, place: Place) -> bytes:
-        window_key, window_start, window = self._window
-        offset = start - window_start
-        if key != window_key or offset < 0 or offset >= len(window):
+    def stream(self, digests: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """Each of these once, in the order in which they lie in the store; the next are read while these are dealt with."""
+        waiting = _ranges({digest: self._places[digest] for digest in digests})
+        waiting.reverse()
+        ahead: tuple[_Range, Future[memoryview]] | None = None
+        while waiting or ahead is not None:
+            current, future = ahead or self._begun(waiting.pop())
             try:
-                window = self._objects.get(key, start, min(_PIECE, PART - start))
+                data = future.result()
+                ahead = self._begun(waiting.pop()) if waiting else None
             except ObjectMissing:
-                window = b""
-            if not window:
-                raise BlobDamaged(f"pack {self._team}/{place.pack} is not whole: {key}")
-            self._window = (key, start, window)
-            offset = 0
-        return window[offset : offset + length]
+                ahead = None
+                self._look_again(current.digests, current.pack)
+                moved = _ranges({digest: self._places[digest] for digest in current.digests})
+                waiting.extend(reversed(moved))
+                continue
+            for digest in current.digests:
+                place = self._places[digest]
+                piece = data[place.start - current.start : place.start - current.start + place.size]
+                yield digest, bytes(self._verified(digest, place, piece, current.start + len(data)))
+
+    def _begun(self, wanted: _Range) -> tuple[_Range, Future[memoryview]]:
+        return wanted, self._ahead.submit(self._objects.get, key(self._team, wanted.pack), wanted.start, wanted.end - wanted.start)
+
+    def _around(self, digest: bytes, place: Place) -> tuple[int, memoryview | None]:
+        """The blob and its neighbours, and where they begin; None when the pack is not there. The first time all of its range is read; when that was
+        not kept (they are wanted in another order), only a little."""
+        wanted = self._ranges_of()[digest]
+        name = wanted.pack, wanted.start, wanted.end
+        kept = self._kept.get(name)
+        if kept is not None:
+            self._kept.move_to_end(name)
+            return wanted.start, kept
+        whole = name not in self._read
+        start = wanted.start if whole else place.start
+        end = wanted.end if whole else min(wanted.end, place.start + max(place.size, _AGAIN))
+        try:
+            data = self._objects.get(key(self._team, place.pack), start, end - start)
+        except ObjectMissing:
+            return start, None
+        if whole:
+            self._read.add(name)
+            self._kept[name] = data
+            while sum(map(len, self._kept.values())) > _KEPT and len(self._kept) > 1:
+                self._kept.popitem(last=False)
+        return start, data
+
+    def _ranges_of(self) -> dict[bytes, _Range]:
+        if self._ranges is None:
+            self._ranges = {digest: found for found in _ranges(self._places) for digest in found.digests}
+        return self._ranges
+
+    def _verified(self, digest: bytes, place: Place, data: memoryview, end: int) -> memoryview:
+        if hashlib.sha256(data).digest() == digest:
+            return data
+        short = len(data) < place.size
+        self._damaged(place.pack, digest, end if short else 1 << 30)
+        raise BlobDamaged(f"blob {digest.hex()} in pack {self._team}/{place.pack} is not what was stored" + (": the pack is cut" if short else ""))
+
+    def _look_again(self, digests: Collection[bytes], gone: str) -> None:
+        """A pack is not there. It was rewritten, and they are elsewhere; or it is lost."""
+        found = self._find(digests)
+        for digest in digests:
+            if digest not in found:
+                raise BlobMissing(digest.hex())
+            if found[digest].pack == gone:
+                self._damaged(gone, digest, 0)
+                raise BlobDamaged(f"blob {digest.hex()}: pack {self._team}/{gone} is gone")
+        self._places.update(found)
+        self._ranges = None
+
+
+def _ranges(places: dict[bytes, Place]) -> list[_Range]:
+    """What to read, in the order of the store."""
+    ranges: list[_Range] = []
+    for digest, place in sorted(places.items(), key=lambda item: item[1]):
+        last = ranges[-1] if ranges else None
+        end = place.start + place.size
+        if last is not None and last.pack == place.pack and place.start - last.end <= _GAP and end - last.start <= _AT_ONCE:
+            last.digests.append(digest)
+            ranges[-1] = last._replace(end=max(end, last.end))
+        else:
+            ranges.append(_Range(place.pack, place.start, end, [digest]))
+    return ranges

@@ -1,212 +1,276 @@
-"""The blob store: object store, index, and the threads in which blobs are written and read."""
+"""The blob store: object store, index, and the threads in which blobs are written and read.
+
+A blob is 1 byte to CHUNK, named by its sha256 (32 bytes). Blobs are kept in packs (packs.py), and a pack stays while somebody holds one of its blobs.
+A holder is opaque text ("upload:<id>", "tree:<hex>"). To find a blob present, or to store it, is to hold it: there is no moment between."""
 
 import asyncio
-import itertools
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+import hashlib
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from pathlib import Path
-
-import structlog
+from typing import TypeVar
 
 from libs.archives.pump import in_thread
-from libs.blobstore.index import BlobIndex, WriterGone
-from libs.blobstore.objects import Objects, StoreUnavailable
-from libs.blobstore.packs import Place, Upload, index_key, read_index
-from libs.blobstore.reading import BlobReader
+from libs.archives.tree import CHUNK
+from libs.blobstore.adoption import adopt
+from libs.blobstore.collection import Collected, Collector
+from libs.blobstore.index import BlobIndex, SizeDiffers
+from libs.blobstore.objects import Objects, StoreFull, StoreUnavailable, open_objects
+from libs.blobstore.packs import MOST_BLOBS, PACK, Place
+from libs.blobstore.reading import BlobDamaged, BlobMissing, BlobReader
+from libs.blobstore.upload import QuotaExceeded, Upload
+from libs.blobstore.writing import PackWriter
 from libs.eventlog.log import LogUnavailable
 from libs.eventlog.postgres import Pool
 
-logger = structlog.get_logger()
+__all__ = [
+    "BlobDamaged",
+    "BlobMissing",
+    "BlobReader",
+    "BlobStore",
+    "Collected",
+    "QuotaExceeded",
+    "SizeDiffers",
+    "StoreFull",
+    "StoreUnavailable",
+    "Upload",
+    "open_blob_store",
+]
+
+T = TypeVar("T")
 
 _RENEWAL = 10.0
 _SILENCE = 60.0
-_RENEWALS_A_COLLECTION = 60
-_LOOKUP = 30.0
+_LATE = 3600.0
 
 
-class BlobMissing(Exception):
-    """The team has no such blob."""
+class _Waiting:
+    """A blob that waits to be put, and what becomes of it."""
+
+    def __init__(self, holder: str, digest: bytes, contents: bytes) -> None:
+        self.holder = holder
+        self.digest = digest
+        self.contents = contents
+        self.stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 class BlobStore:
-    """Blobs of teams: what one team has says nothing about another's.
-    Reads and writes run on `threads`; nothing is written before `run` has begun."""
+    """Blobs of teams: what one team has says nothing about another's. Every method raises LogUnavailable while the database is away, and
+    StoreUnavailable before `run` has begun. Uploads and readers are fed and drawn on `threads`.
 
-    def __init__(self, objects: Objects, index: BlobIndex, boots: Callable[[], str], threads: ThreadPoolExecutor, instance: str = "") -> None:
+    Several instances may work on one store and one database at once."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        index: BlobIndex,
+        boots: Callable[[], str],
+        threads: ThreadPoolExecutor,
+        store_threads: ThreadPoolExecutor,
+        instance: str = "",
+    ) -> None:
         """`boots` gives names to write under: a new one each time, without a dot or slash. They are put after `instance`, which no two processes
-        have at a time: what its earlier life left unfinished is collected at once ("": nobody sees to that, so it has to be silent for long)."""
+        have at a time: what its earlier life left unfinished is collected at once ("": nobody sees to that, so it has to be silent for long).
+        On `store_threads` packs are put and read ahead."""
         self._objects = objects
         self._index = index
         self._instance = instance
-        self._boots = boots
-        self._numbers = itertools.count(1)
-        self._writer = instance + boots()
-        self._puts: dict[str, list[tuple[bytes, asyncio.Future[bytes]]]] = {}
-        self._putting: dict[str, asyncio.Task[None]] = {}
+        self._writer = PackWriter(objects, index, boots, store_threads, instance)
+        self._collector = Collector(objects, index, self._writer, self._reader_at, threads)
+        self._collecting = asyncio.Lock()
+        self._store_threads = store_threads
+        self._waiting: dict[str, list[_Waiting]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._putting: set[str] = set()
+        self._begun = False
         self.threads = threads
         self.problem: str | None = "has not begun"
 
     async def run(self) -> None:
-        """Make the tables, rebuild the index from the packs if it is empty, then say from time to time that this instance lives, and collect what the
-        dead ones left."""
-        begun, renewals = False, 0
+        """Make the tables; adopt the packs that are there if the index is new; then say from time to time that this instance lives. It does not
+        collect: whoever knows what is needed does that."""
         while True:
             try:
-                if not begun:
+                if not self._begun:
                     await self._begin()
-                    begun, self.problem = True, None
-                elif not await self._index.renew(self._writer):
-                    self._writer = self._instance + self._boots()
-                    await self._index.arrive(self._writer)
-                if renewals % _RENEWALS_A_COLLECTION == 0:
-                    await self.collect()
-                renewals += 1
+                    self._begun = True
+                else:
+                    await self._writer.live()
                 self.problem = None
             except (LogUnavailable, StoreUnavailable) as error:
                 self.problem = str(error)
             await asyncio.sleep(_RENEWAL if self.problem is None else 0.5)
 
     async def leave(self) -> None:
-        """This instance writes no more."""
-        for task in list(self._putting.values()):
-            task.cancel()
-        await asyncio.gather(*self._putting.values(), return_exceptions=True)
+        """This instance writes no more. What it is writing is ended first."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         with suppress(LogUnavailable):
-            await self._index.leave(self._writer)
+            await self._index.leave(self._writer.name)
 
-    def begin(self, team: str) -> Upload:
-        """An upload, to be fed and sealed in threads, inside `undone_unless_sealed`; then `publish` what its `seal` gave."""
-        loop = asyncio.get_running_loop()
+    async def hold(self, team: str, holder: str, digests: Sequence[bytes], sizes: Sequence[int] | None = None) -> list[int]:
+        """Hold those that are there and sound; the indexes of the missing, in order. Raises SizeDiffers when one that is there has another size."""
+        self._ready()
+        return await self._index.hold(team, holder, digests, sizes)
 
-        def known(digests: list[bytes]) -> Collection[bytes]:
-            try:
-                return asyncio.run_coroutine_threadsafe(self._index.find(team, digests), loop).result(_LOOKUP)
-            except TimeoutError:
-                raise StoreUnavailable("the index does not answer") from None
+    async def share(self, team: str, holder: str, other: str) -> bool:
+        """`other` now holds all that `holder` holds, too, at one moment; False when that is nothing."""
+        self._ready()
+        return await self._index.share(team, holder, other)
 
-        return Upload(self._objects, team, self._writer, self._numbers, known)
+    async def release(self, team: str, holders: Collection[str]) -> None:
+        """They hold nothing any more. An upload for one of them must have been closed: what it publishes later is held again."""
+        self._ready()
+        await self._index.release(team, holders)
 
-    @asynccontextmanager
-    async def undone_unless_sealed(self, upload: Upload) -> AsyncIterator[None]:
-        """Removes what the upload wrote when the body fails; if the store is away, that is collected later."""
-        try:
-            yield
-        except BaseException:
-            try:
-                await in_thread(upload.undo, self.threads)
-            except StoreUnavailable as error:
-                logger.warning("an upload left something behind", team=upload.team, why=str(error))
-            raise
+    async def held(self, team: str, holder: str) -> bool:
+        """Whether it holds anything."""
+        self._ready()
+        return await self._index.held(team, holder)
 
-    async def publish(self, upload: Upload, places: Sequence[Place]) -> None:
-        """Make the sealed blobs visible, all at once. Raises LogUnavailable, StoreUnavailable.
+    def begin(self, team: str, holder: str, room: int | None = None) -> Upload:
+        """An upload, to be fed in threads: `add(contents, digest=None) -> digest`, `flush()`, and in the end, whatever happened, `close()`.
+        More than `room` new bytes raise QuotaExceeded."""
+        self._ready()
 
-        After a failure it is not known whether they are: nothing may be removed then. What is not visible is collected later."""
-        try:
-            await self._index.add(upload.writer, upload.team, places)
-        except WriterGone:
-            raise StoreUnavailable("the upload took longer than its writer was known to live") from None
+        def write(digests: Sequence[bytes], contents: Sequence[bytes]) -> Coroutine[None, None, None]:
+            return self._unbroken(self._writer.write(team, digests, contents, {holder: range(len(digests))}))
 
-    async def put(self, team: str, contents: bytes) -> bytes:
-        """One blob, from memory; its digest. Those that come while another is written go together.
-        Raises LogUnavailable, StoreUnavailable."""
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._puts.setdefault(team, []).append((contents, future))
-        if team not in self._putting:
-            self._putting[team] = asyncio.create_task(self._put_waiting(team))
-        return await future
+        return Upload(asyncio.get_running_loop(), partial(self._index.hold, team, holder), write, room)
+
+    async def put(self, team: str, holder: str, contents: bytes) -> bytes:
+        """One blob, durable and held; its digest. Those that come while another is written go together. Raises StoreFull, StoreUnavailable."""
+        self._ready()
+        if not 0 < len(contents) <= CHUNK:
+            raise ValueError("a blob is of 1 byte to 8 MiB")
+        digest = hashlib.sha256(contents).digest()
+        if await self._index.hold(team, holder, [digest]):
+            waiting = _Waiting(holder, digest, contents)
+            self._waiting.setdefault(team, []).append(waiting)
+            if team not in self._putting:
+                self._putting.add(team)
+                self._spawn(self._put_waiting(team))
+            await waiting.stored
+        return digest
+
+    async def get(self, team: str, digest: bytes) -> bytes:
+        """Raises BlobMissing, BlobDamaged, StoreUnavailable."""
+        reader = await self.reader(team, [digest])
+        return await in_thread(lambda: reader.read(digest), self.threads)
 
     async def reader(self, team: str, digests: Collection[bytes]) -> BlobReader:
-        """A reader of these blobs. Raises BlobMissing when the team lacks one, LogUnavailable."""
+        """For these blobs, used in a thread: `read(digest) -> bytes`, `stream(digests) -> Iterator[(digest, bytes)]` in the store's order,
+        `size(digest)`; all verified. Raises BlobMissing when the team lacks one."""
+        self._ready()
         places = await self._index.find(team, digests) if digests else {}
         for digest in digests:
             if digest not in places:
                 raise BlobMissing(digest.hex())
-        return BlobReader(self._objects, team, places)
+        return self._reader_at(team, places)
 
-    async def get(self, team: str, digest: bytes) -> bytes:
-        """A whole blob. Raises BlobMissing, BlobDamaged, LogUnavailable, StoreUnavailable."""
-        reader = await self.reader(team, [digest])
-        return await in_thread(lambda: reader.read_all(digest), self.threads)
+    async def collect(self, silent_for: float = _SILENCE, late_by: float = _LATE) -> Collected:
+        """Remove what nobody holds: packs, and what dead instances left half written; rewrite packs that are mostly dead, merge small ones.
 
-    async def collect(self, silent_for: float = _SILENCE) -> int:
-        """Remove packs that no blob needs and no living instance may be writing; how many. Raises LogUnavailable, StoreUnavailable.
+        An instance `silent_for` so many seconds is dead; what it was putting is there within `late_by` seconds, or never. Raises StoreUnavailable."""
+        self._ready()
+        async with self._collecting:
+            return await self._collector.collect(silent_for, late_by)
 
-        The packs are listed first: whatever is listed and not needed now was written by someone who is in `writers` now, or is dead."""
-        listed, halves = await in_thread(self._list, self.threads)
-        alive = await self._index.writers(silent_for)
-        needed = await self._index.packs()
-        garbage = {pack: keys for pack, keys in listed.items() if pack not in needed and _writer_of(pack[1]) not in alive}
-        await in_thread(lambda: self._objects.delete([key for keys in garbage.values() for key in keys]), self.threads)
-        for key, path in halves:
-            if _writer_of(key.split("/")[-2]) not in alive:
-                path.unlink(missing_ok=True)
-        if garbage:
-            logger.info("collected packs of unfinished uploads", packs=len(garbage))
-        return len(garbage)
+    async def adopt(self) -> int:
+        """Index packs that the store has and the index does not know; how many. They are held until `disown`. `run` does it when the index is new."""
+        return await adopt(self._objects, self._index, self.threads)
 
-    async def _put_waiting(self, team: str) -> None:
-        try:
-            while waiting := self._puts.pop(team, None):
-                upload = self.begin(team)
-                try:
-                    async with self.undone_unless_sealed(upload):
-                        digests, places = await in_thread(partial(_write, upload, [contents for contents, _ in waiting]), self.threads)
-                    await self.publish(upload, places)
-                except BaseException as error:
-                    for _, future in waiting:
-                        if not future.done():
-                            future.set_exception(error if isinstance(error, Exception) else StoreUnavailable("the service is stopping"))
-                    if not isinstance(error, Exception):
-                        raise
-                else:
-                    for (_, future), digest in zip(waiting, digests, strict=True):
-                        if not future.done():
-                            future.set_result(digest)
-        finally:
-            del self._putting[team]
+    async def disown(self) -> None:
+        """What was adopted is no more held for that: for whoever has held anew all that it needs, before it collects."""
+        self._ready()
+        await self._index.disown()
+
+    async def usage(self, team: str) -> int:
+        """Bytes in the store."""
+        self._ready()
+        return await self._index.usage(team)
+
+    def _ready(self) -> None:
+        if not self._begun:
+            raise StoreUnavailable("the store has not begun")
 
     async def _begin(self) -> None:
         await self._index.create()
         if self._instance:
             await self._index.succeed(self._instance)
-        await self._index.arrive(self._writer)
-        if await self._index.is_empty():
-            listed, _ = await in_thread(self._list, self.threads)
-            for (team, pack), keys in listed.items():
-                if index_key(team, pack) in keys:
-                    await self._index.adopt(team, await in_thread(partial(self._read_index, index_key(team, pack)), self.threads))
+        await self._index.arrive(self._writer.name)
+        if await self._index.is_new():
+            await self.adopt()
+            await self._index.has_adopted()
 
-    def _read_index(self, key: str) -> list[Place]:
-        return read_index(self._objects.get_all(key))
+    def _reader_at(self, team: str, places: dict[bytes, Place]) -> BlobReader:
+        loop = asyncio.get_running_loop()
 
-    def _list(self) -> tuple[dict[tuple[str, str], set[str]], list[tuple[str, Path]]]:
-        """Keys by (team, pack), and what is half written."""
-        packs: dict[tuple[str, str], set[str]] = {}
-        for key in self._objects.list():
-            parts = key.split("/")
-            if len(parts) == 3:
-                packs.setdefault((parts[0], parts[1]), set()).add(key)
-        return packs, [half for half in self._objects.unfinished() if half[0].count("/") == 2]
+        def find(digests: Collection[bytes]) -> dict[bytes, Place]:
+            return asyncio.run_coroutine_threadsafe(self._index.find(team, digests), loop).result()
 
+        def damaged(pack: str, digest: bytes, end: int) -> None:
+            with suppress(LogUnavailable):  # then the next who reads it says so
+                asyncio.run_coroutine_threadsafe(self._index.damaged(team, pack, digest, end), loop).result()
 
-def _write(upload: Upload, blobs: Sequence[bytes]) -> tuple[list[bytes], Sequence[Place]]:
-    return [upload.add(contents) for contents in blobs], upload.seal()
+        return BlobReader(self._objects, team, places, find, damaged, self._store_threads)
 
+    async def _put_waiting(self, team: str) -> None:
+        try:
+            while waiting := self._waiting.pop(team, None):
+                some: list[_Waiting] = []
+                size = 0
+                while waiting and (not some or size + len(waiting[0].contents) <= PACK) and len(some) < MOST_BLOBS:
+                    some.append(waiting.pop(0))
+                    size += len(some[-1].contents)
+                if waiting:
+                    self._waiting[team] = waiting
+                await self._put(team, some)
+        finally:
+            self._putting.discard(team)
 
-def _writer_of(pack: str) -> str:
-    return pack.rpartition(".")[0]
+    async def _put(self, team: str, some: Sequence[_Waiting]) -> None:
+        blobs = {waiting.digest: waiting.contents for waiting in some}
+        ordinals = {digest: ordinal for ordinal, digest in enumerate(blobs)}
+        holders: dict[str, list[int]] = {}
+        for waiting in some:
+            holders.setdefault(waiting.holder, []).append(ordinals[waiting.digest])
+        try:
+            await self._writer.write(team, list(blobs), list(blobs.values()), holders)
+        except BaseException as error:
+            for waiting in some:
+                if not waiting.stored.done():
+                    waiting.stored.set_exception(error if isinstance(error, Exception) else StoreUnavailable("the service is stopping"))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            for waiting in some:
+                if not waiting.stored.done():
+                    waiting.stored.set_result(None)
+
+    async def _unbroken(self, work: Coroutine[None, None, None]) -> None:
+        """Ended even when whoever waits for it goes away."""
+        await asyncio.shield(self._spawn(work))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 @asynccontextmanager
 async def open_blob_store(url: str, pool: Pool, boots: Callable[[], str], threads: int = 8, instance: str = "") -> AsyncIterator[BlobStore]:
     """A store by URL, with its index in the pool's schema. Somebody must `run` it. `boots`, `instance`: as for BlobStore."""
-    executor = ThreadPoolExecutor(threads, "blobs")
+    executor, store_executor = ThreadPoolExecutor(threads, "blobs"), ThreadPoolExecutor(threads, "packs")
     try:
-        store = BlobStore(await in_thread(lambda: Objects(url), executor), BlobIndex(pool), boots, executor, instance)
-        yield store
-        await store.leave()
+        store = BlobStore(await in_thread(lambda: open_objects(url), executor), BlobIndex(pool), boots, executor, store_executor, instance)
+        try:
+            yield store
+        finally:
+            await store.leave()
     finally:
-        executor.shutdown(wait=True)
+        # The loop goes on meanwhile: a thread may be waiting for it.
+        for pool_of_threads in (executor, store_executor):
+            await asyncio.to_thread(pool_of_threads.shutdown)
