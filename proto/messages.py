@@ -132,9 +132,16 @@ class Running(msgspec.Struct, frozen=True, array_like=True):
     reported: int
 
 
+TREE_HINT = 16
+"""Letters of a tree's digest that say that a worker has it: a wrong guess costs a download, nothing else."""
+MAX_HINTS = 256
+
+
 class Heartbeat(_Message, frozen=True, kw_only=True):
     """Sent every second, and whenever a slot becomes free. `challenge` quotes the last one the scheduler gave (b"" at first).
-    `credits` are all the open ones. `logs` are attempts whose log still waits in the spool for LogArchived. `goodbye`: the worker leaves."""
+    `credits` are all the open ones. `logs` are attempts whose log still waits in the spool for LogArchived. `goodbye`: the worker leaves.
+    `cached` are the trees of inputs it has, the latest, each by the beginning of its digest; None: as it said last in this boot. It is sent until a
+    heartbeat that holds it was answered, after each change, and with every new challenge (whose giver may not have heard it)."""
 
     boot: Id
     number: int
@@ -146,6 +153,7 @@ class Heartbeat(_Message, frozen=True, kw_only=True):
     logs: list[Attempt] = []
     draining: bool = False
     goodbye: bool = False
+    cached: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=TREE_HINT)], ...], msgspec.Meta(max_length=MAX_HINTS)] | None = None
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):

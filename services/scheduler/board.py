@@ -42,13 +42,15 @@ class _Snapshot(msgspec.Struct, kw_only=True):
 
 
 class Board:
-    """Fold facts with `apply`; read `queue`, `leases`, `boots`; drain `news` for what a worker should hear of early."""
+    """Fold facts with `apply`; read `queue`, `leases`, `held` (the same by worker), `boots`; drain `news` for what a worker should hear of early.
+    `now` is the log's own clock (unix seconds): when the latest fact was recorded."""
 
     def __init__(self) -> None:
         self.position = 0
+        self.now = 0.0
         self.queue = Queue()
         self.leases: dict[Attempt, Lease] = {}
-        self.running: dict[str, int] = {}
+        self.held: dict[str, dict[Attempt, Lease]] = {}
         self.boots: dict[str, str] = {}
         self.archived: OrderedDict[Attempt, None] = OrderedDict()
         self.plans: OrderedDict[str, dict[str, Stage]] = OrderedDict()
@@ -60,6 +62,7 @@ class Board:
         if fact.position <= self.position:
             return
         self.position = fact.position
+        self.now = max(self.now, fact.recorded_at.timestamp())
         build = fact.subject_id
         match fact.event:
             case BuildCreated() as event:
@@ -84,18 +87,19 @@ class Board:
                 )
             case StageLeased() as event:
                 attempt = Attempt(build, event.stage, event.attempt)
-                queued = self.queue.remove(attempt)
+                queued = self.queue.remove(attempt, leased_at=fact.recorded_at.timestamp())
                 if queued is not None:
-                    self.leases[attempt] = Lease(
+                    lease = Lease(
                         attempt=attempt,
-                        team=fact.team,
+                        team=queued.team,
                         worker=event.worker,
                         boot=event.boot,
                         credit=event.credit,
                         position=fact.position,
                         queued=queued,
                     )
-                    self.running[fact.team] = self.running.get(fact.team, 0) + 1
+                    self._hold(lease)
+                    self.queue.count(lease.team, 1)
             case StageDeferred() as event:
                 waiting = self.queue.get(Attempt(build, event.stage, event.attempt))
                 if waiting is not None:
@@ -104,15 +108,15 @@ class Board:
                 self._forget(Attempt(build, event.stage, event.attempt))
             case StepStarted() | StepProgressed() | StepFinished() as event:
                 attempt = Attempt(build, event.stage, event.attempt)
-                lease = self.leases.get(attempt)
-                if lease is not None:
-                    self.leases[attempt] = replace(lease, recorded=event.report)
+                known = self.leases.get(attempt)
+                if known is not None:
+                    self._hold(replace(known, recorded=event.report))
             case StageInterrupted() as event:
                 attempt = Attempt(build, event.stage, event.attempt)
-                lease = self.leases.get(attempt)
-                if lease is not None:
-                    self.leases[attempt] = replace(lease, interrupted=event.reason)
-                    self.news.append((lease.worker, attempt))
+                known = self.leases.get(attempt)
+                if known is not None:
+                    self._hold(replace(known, interrupted=event.reason))
+                    self.news.append((known.worker, attempt))
             case StageFinished() as event:
                 self._forget(Attempt(build, event.stage, event.attempt))
             case BuildFinished():
@@ -129,15 +133,19 @@ class Board:
             case _:
                 pass
 
+    def _hold(self, lease: Lease) -> None:
+        self.leases[lease.attempt] = lease
+        self.held.setdefault(lease.worker, {})[lease.attempt] = lease
+
     def _forget(self, attempt: Attempt) -> None:
         self.queue.remove(attempt)
         lease = self.leases.pop(attempt, None)
         if lease is not None:
-            left = self.running.get(lease.team, 0) - 1
-            if left > 0:
-                self.running[lease.team] = left
-            else:
-                self.running.pop(lease.team, None)
+            self.queue.count(lease.team, -1)
+            held = self.held[lease.worker]
+            del held[attempt]
+            if not held:
+                del self.held[lease.worker]
 
     def snapshot(self) -> bytes:
         """All that `restore` needs, at `position`."""
@@ -153,7 +161,8 @@ class Board:
         board.boots = stored.boots
         for queued in stored.queued:
             board.queue.add(queued)
+            board.now = max(board.now, queued.queued_at)
         for lease in stored.leases:
-            board.leases[lease.attempt] = lease
-            board.running[lease.team] = board.running.get(lease.team, 0) + 1
+            board._hold(lease)
+            board.queue.count(lease.team, 1)
         return board

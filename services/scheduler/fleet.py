@@ -1,21 +1,24 @@
 """The fleet as its heartbeats tell it: who lives, what it offers, which credits are open. No I/O; `now` is monotonic seconds."""
 
+import sys
 from collections.abc import Iterator
 
 import msgspec
 
 from proto.messages import Attempt, Credit, Heartbeat
-from services.scheduler.placement import WorkerView
+from services.scheduler.pool import Pool, WorkerView
 
 
 class Worker(msgspec.Struct, kw_only=True):
-    """One worker in its present boot. `used` are nonces that a lease has quoted and the worker may not know to be used yet."""
+    """One worker in its present boot. `used` are nonces that a lease has quoted and the worker may not know to be used yet; `cached` what it said
+    last of the trees it has."""
 
     name: str
     heartbeat: Heartbeat
     heard: float
     credits: dict[str, Credit] = {}
     used: set[str] = msgspec.field(default_factory=set)
+    cached: tuple[str, ...] = ()
 
     def view(self) -> WorkerView:
         """As placement sees it."""
@@ -27,14 +30,17 @@ class Worker(msgspec.Struct, kw_only=True):
             offers=self.heartbeat.offers,
             credits=credits,
             busy=max(0, self.heartbeat.slots - len(credits)),
-            draining=self.heartbeat.draining,
+            draining=self.heartbeat.draining or self.heartbeat.goodbye,
+            cached=self.cached,
         )
 
 
 class Fleet:
-    """Workers by name. Of two with one name the newer wins: a boot that was followed by another is retired for good."""
+    """Workers by name, and the pool of them that placement reads. Of two with one name the newer wins: a boot that was followed by another is
+    retired for good."""
 
     def __init__(self) -> None:
+        self.pool = Pool()
         self._workers: dict[str, Worker] = {}
         self._retired: set[tuple[str, str]] = set()
 
@@ -60,6 +66,9 @@ class Fleet:
         offered = {credit.nonce: credit for credit in heartbeat.credits} if trusted else {}
         worker.used &= offered.keys()
         worker.credits = {nonce: credit for nonce, credit in offered.items() if nonce not in worker.used}
+        if heartbeat.cached is not None:
+            worker.cached = tuple(map(sys.intern, heartbeat.cached))
+        self.pool.put(worker.view())
         return worker
 
     def use(self, name: str, credit: Credit) -> None:
@@ -67,13 +76,12 @@ class Fleet:
         worker = self._workers.get(name)
         if worker is not None and worker.credits.pop(credit.nonce, None) is not None:
             worker.used.add(credit.nonce)
+            self.pool.put(worker.view())
 
     def remove(self, name: str) -> None:
         """Forget a worker that is silent or has left; its next heartbeat brings it back."""
         self._workers.pop(name, None)
-
-    def views(self) -> list[WorkerView]:
-        return [worker.view() for worker in self._workers.values()]
+        self.pool.remove(name)
 
 
 def unlisted(heartbeat: Heartbeat, attempt: Attempt) -> bool:

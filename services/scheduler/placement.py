@@ -1,32 +1,35 @@
-"""Placement: one pure function of queue and fleet. Requirements first, then load; fair between teams; the oldest first."""
+"""Placement: one pure function of queue, fleet and time. What a worker must offer comes first, then how few bytes it lacks, then how little it does;
+among those that wait, whoever has least and has had nothing longest.
 
-from collections.abc import Iterator, Mapping, Sequence
+A decision costs the logarithm of the groups that compete for the free workers, and a few operations on sets of workers. Neither the queue's length
+nor classes that nobody can take matter to it."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import heappop, heappush
+from itertools import islice
 
 import msgspec
 
+from proto.events.base import ArtifactRef
 from proto.events.lease import Candidate
-from proto.messages import Credit, Offers
-from proto.plan import Requirements
-from services.scheduler.queue import Group, Queue, Queued
+from proto.messages import TREE_HINT, Attempt, Credit
+from services.scheduler.pool import Pool, WorkerView, bits
+from services.scheduler.queue import Line, Queue, Queued, Rank, rank
 
 CANDIDATES = 5
 """How many of the best workers a lease records."""
-
-
-class WorkerView(msgspec.Struct, kw_only=True):
-    """A worker as placement sees it: `credits` are offers that were not used yet, `busy` its slots in use."""
-
-    worker: str
-    boot: str
-    slots: int
-    offers: Offers
-    credits: list[Credit]
-    busy: int = 0
-    draining: bool = False
-
-    @property
-    def load(self) -> float:
-        return self.busy / self.slots if self.slots else 1.0
+REASONS = 8
+"""How many reasons an event counts; the rest are counted together."""
+OTHERS = "something else"
+WORDS = 80
+"""Letters of a reason that an event holds."""
+PRECISION = 20
+"""Bits in which the bytes that a worker has of an attempt's inputs are counted: trees under a millionth of the whole do not matter."""
+LIMIT = 256
+"""Attempts placed at once."""
+LOOKS = 256
+"""Classes looked at at once; the others have their turn."""
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,74 +44,226 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Deferral(msgspec.Struct, frozen=True, kw_only=True):
-    """A group that no worker of the fleet can serve, however idle it were."""
+    """An attempt that no worker of the fleet can serve, however idle it were, and that was not told so yet."""
 
-    group: Group
+    queued: Queued
     reason: str
     refused: dict[str, int]
 
 
-class Placement(msgspec.Struct, frozen=True):
-    """What to lease now, and which groups cannot be placed at all."""
+def place(queue: Queue, pool: Pool, now: float, limit: int = LIMIT) -> list[Assignment]:
+    """Assign waiting attempts to free credits, at most `limit`. `now` is what the log's clock says.
 
-    assignments: list[Assignment]
-    deferrals: list[Deferral]
-
-
-def refusal(requirements: Requirements, offers: Offers) -> str | None:
-    """The first requirement that a worker does not offer, in words; None when it offers all."""
-    if requirements.platform != offers.platform:
-        return f"platform {requirements.platform}"
-    if requirements.image is not None and requirements.image not in offers.images:
-        return "rootfs_uri" if requirements.image == "rootfs" else f"image_resource of type {requirements.image}"
-    if requirements.user and not offers.user:
-        return "run.user"
-    if requirements.limits and not offers.limits:
-        return "container_limits"
-    missing = [tag for tag in requirements.tags if tag not in offers.tags]
-    return f"tag {missing[0]}" if missing else None
-
-
-def place(queue: Queue, fleet: Sequence[WorkerView], running: Mapping[str, int], limit: int = 256) -> Placement:
-    """Assign waiting attempts to free credits, at most `limit`. `running` counts each team's leases: the team with the fewest goes first, then age.
-
-    The cost grows with the assignments, the groups and the fleet, not with the queue's length. `fleet` is not changed."""
-    fleet = [msgspec.structs.replace(worker, credits=list(worker.credits)) for worker in fleet]
-    deferrals: list[Deferral] = []
-    open_groups: dict[Group, tuple[list[WorkerView], dict[str, int], Iterator[Queued], Queued]] = {}
-    for group, members in queue.groups():
-        able: list[WorkerView] = []
-        refused: dict[str, int] = {}
-        for worker in fleet:
-            unmet = "draining" if worker.draining else refusal(group[0], worker.offers)
-            if unmet is None:
-                able.append(worker)
-            else:
-                refused[unmet] = refused.get(unmet, 0) + 1
-        if not able:
-            deferrals.append(Deferral(group=group, reason=_reason(refused), refused=refused))
-        elif any(worker.credits for worker in able):
-            open_groups[group] = (able, refused, members, next(members))
-    counts = dict(running)
-    assignments: list[Assignment] = []
-    while open_groups and len(assignments) < limit:
-        group = min(open_groups, key=lambda g: (counts.get(g[1], 0), open_groups[g][3].position))
-        able, refused, members, queued = open_groups[group]
-        free = sorted((w for w in able if w.credits), key=lambda w: (w.load, w.worker))
-        if not free:
-            del open_groups[group]
-            continue
-        best = free[0]
-        why = [Candidate(worker=w.worker, load=round(w.load, 3)) for w in free[:CANDIDATES]]
-        assignments.append(Assignment(queued=queued, worker=best.worker, boot=best.boot, credit=best.credits.pop(), why=why, refused=dict(refused)))
-        best.busy += 1
-        counts[group[1]] = counts.get(group[1], 0) + 1
-        following = next(members, None)
-        if following is None:
-            del open_groups[group]
+    What waits and who is there stays as it is: that follows from the events. Only which classes are worth a look is noted."""
+    queue.wake(pool.freed())
+    draft = _Draft(pool)
+    contest = _Contest(queue, now)
+    for line in list(islice(queue.awake, LOOKS)):
+        standing = pool.standing(line.needs)
+        if standing.able & draft.free:
+            queue.awake.move_to_end(line)
+            contest.enter(line)
         else:
-            open_groups[group] = (able, refused, members, following)
-    return Placement(assignments, deferrals)
+            queue.park(line, standing.rarest)
+    assignments: list[Assignment] = []
+    while draft.free and len(assignments) < limit and (following := contest.following()) is not None:
+        line, queued = following
+        standing = pool.standing(line.needs)
+        free = standing.able & draft.free
+        if not free:
+            contest.leave(line)
+            continue
+        best = draft.best(free, queued.inputs.values())
+        why = [Candidate(worker=pool.at(bit).worker, load=round(draft.load(bit), 3)) for bit in best]
+        view, credit = draft.take(best[0])
+        contest.lease(line, queued)
+        counts = _bounded({**standing.refused, "busy": (standing.able ^ free).bit_count()})
+        assignments.append(Assignment(queued=queued, worker=view.worker, boot=view.boot, credit=credit, why=why, refused=counts))
+    return assignments
+
+
+def explain(queue: Queue, pool: Pool, before: float, limit: int) -> list[Deferral]:
+    """What to tell those that wait since `before` or longer, of classes that no worker can serve: at most `limit`, each until it is recorded."""
+    queue.reconsider(pool.generation)
+    deferrals: list[Deferral] = []
+    for line in list(islice(queue.unexplained, LOOKS)):
+        if len(deferrals) >= limit:
+            break
+        del queue.unexplained[line]
+        standing = pool.standing(line.needs)
+        if standing.able:
+            line.reason = ""
+            line.unsaid.clear()
+            continue
+        refused = _bounded(standing.refused)
+        reason = _reason(refused)
+        if reason != line.reason:
+            line.reason = reason
+            members = sorted((queued for group in line.groups.values() for queued in group.members.values()), key=lambda queued: queued.position)
+            line.unsaid = OrderedDict.fromkeys(queued.attempt for queued in members)
+        said: list[Attempt] = []
+        for attempt in line.unsaid:
+            queued = queue.get(attempt)
+            if queued is None or queued.deferred == reason:
+                said.append(attempt)
+            elif queued.queued_at > before or len(deferrals) >= limit:
+                break
+            else:
+                deferrals.append(Deferral(queued=queued, reason=reason, refused=refused))
+        for attempt in said:
+            del line.unsaid[attempt]
+        if line.unsaid:
+            queue.unexplained[line] = None
+    return deferrals
+
+
+class _Contest:
+    """Who is next, over all classes that compete, while leases are handed out that the queue does not know of yet.
+
+    Such leases only ever put a group back, so a rank that was right once is the best that the group can have now: what comes up is ranked again, and
+    goes back where it belongs if that has changed."""
+
+    def __init__(self, queue: Queue, now: float) -> None:
+        self._queue = queue
+        self._now = now
+        self._heap: list[tuple[Rank, int, Line, int]] = []
+        """Rank, number of the entry, class, and which of the class's order it is (-1: it came back)."""
+        self._entries = 0
+        self._left: set[Line] = set()
+        self._more: dict[str, int] = {}
+        self._going: dict[tuple[Line, str], tuple[Iterator[Queued], Queued | None]] = {}
+
+    def enter(self, line: Line) -> None:
+        """The class competes: with its first group, and with each other one once those before it have come up."""
+        self._push(self._queue.ranked(line)[0], line, 0)
+
+    def leave(self, line: Line) -> None:
+        """The class's workers are all taken."""
+        self._left.add(line)
+
+    def following(self) -> tuple[Line, Queued] | None:
+        """The next one, and its class. It is out of the contest until it is leased."""
+        while self._heap:
+            told, _, line, nth = heappop(self._heap)
+            if line in self._left:
+                continue
+            if 0 <= nth < len(line.order) - 1:
+                self._push(line.order[nth + 1], line, nth + 1)
+            queued, true = self._now_of(line, told[2])
+            if queued is not None and true <= told:
+                return line, queued
+            if queued is not None:
+                self._push(true, line, -1)
+        return None
+
+    def lease(self, line: Line, queued: Queued) -> None:
+        """It got a lease: its group goes on with the next oldest."""
+        group = line, queued.team
+        self._more[queued.team] = self._more.get(queued.team, 0) + 1
+        if group not in self._going:
+            members = iter(line.groups[queued.team].members.values())
+            self._going[group] = members, next(members)
+        members, _ = self._going[group]
+        self._going[group] = members, next(members, None)
+        following, true = self._now_of(line, queued.team)
+        if following is not None:
+            self._push(true, line, -1)
+
+    def _now_of(self, line: Line, team: str) -> tuple[Queued | None, Rank]:
+        """A group's oldest that was not leased yet, and its rank."""
+        going = self._going.get((line, team))
+        if going is None:
+            oldest, since = line.groups[team].oldest, line.groups[team].since
+        elif going[1] is None:
+            return None, (0.0, 0, team)
+        else:
+            oldest = going[1]
+            since = max(oldest.queued_at, self._now)
+        running = self._queue.running.get(team, 0) + self._more.get(team, 0)
+        return oldest, (rank(running, since), oldest.position, team)
+
+    def _push(self, told: Rank, line: Line, nth: int) -> None:
+        self._entries += 1
+        heappush(self._heap, (told, self._entries, line, nth))
+
+
+class _Draft:
+    """The free workers while credits are handed out that the fleet does not know of yet."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._levels = list(pool.levels)
+        self._used: dict[int, int] = {}
+        self.free = 0
+        for level in self._levels:
+            self.free |= level
+
+    def load(self, bit: int) -> float:
+        return self._pool.at(bit).load(self._used.get(bit, 0))
+
+    def best(self, free: int, inputs: Iterable[ArtifactRef]) -> list[int]:
+        """The best of `free`, which are some: with the most bytes of the inputs, then the least loaded, then by number."""
+        held = _held(self._pool, free, inputs)
+        best: list[int] = []
+        while free and len(best) < CANDIDATES:
+            leading = free
+            for plane in reversed(held):
+                leading = leading & plane or leading
+            free ^= leading
+            for level in self._levels:
+                best += islice(bits(leading & level), CANDIDATES - len(best))
+        return best
+
+    def take(self, bit: int) -> tuple[WorkerView, Credit]:
+        """Use a credit of a free worker."""
+        view, used, mark = self._pool.at(bit), self._used.get(bit, 0), 1 << bit
+        before, after = view.level(used), view.level(used + 1)
+        assert before is not None
+        self._levels[before] ^= mark
+        if after is None:
+            self.free ^= mark
+        else:
+            self._levels[after] ^= mark
+        self._used[bit] = used + 1
+        return view, view.credits[used]
+
+
+def _held(pool: Pool, free: int, inputs: Iterable[ArtifactRef]) -> list[int]:
+    """How much of the inputs each free worker has, as a number standing on edge: set i holds those in whose number bit i is one. Adding a tree to all
+    of its holders at once is then a sum by hand, with sets for digits."""
+    sizes = {ref.digest: ref.size for ref in inputs}
+    shift = max(0, sum(sizes.values()).bit_length() - PRECISION)
+    held: list[int] = []
+    for digest, size in sizes.items():
+        holders = free & pool.holders(digest[:TREE_HINT])
+        if not holders or holders == free:
+            continue
+        left, carry, i = size >> shift, 0, 0
+        while left or carry:
+            if i == len(held):
+                held.append(0)
+            digit = held[i]
+            if left & 1:
+                held[i] = digit ^ holders ^ carry
+                carry = digit & holders | carry & (digit | holders)
+            elif carry:
+                held[i] = digit ^ carry
+                carry &= digit
+            left >>= 1
+            i += 1
+    return held
+
+
+def _bounded(counts: Mapping[str, int]) -> dict[str, int]:
+    """The most frequent reasons, fit for an event."""
+    short: dict[str, int] = {}
+    for reason, count in counts.items():
+        if count:
+            short[reason[:WORDS]] = short.get(reason[:WORDS], 0) + count
+    if len(short) > REASONS:
+        often = sorted(short, key=lambda reason: (-short[reason], reason))
+        short = {reason: short[reason] for reason in often[:REASONS]} | {OTHERS: sum(short[reason] for reason in often[REASONS:])}
+    return short
 
 
 def _reason(refused: Mapping[str, int]) -> str:
@@ -116,5 +271,4 @@ def _reason(refused: Mapping[str, int]) -> str:
         return "no worker is connected"
     if set(refused) == {"draining"}:
         return "every worker is draining"
-    wants = " or ".join(sorted(why for why in refused if why != "draining"))
-    return f"no worker offers {wants}"
+    return "no worker offers " + " or ".join(sorted(why for why in refused if why != "draining"))

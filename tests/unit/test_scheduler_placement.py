@@ -176,7 +176,9 @@ def test_a_reason_is_said_once_and_again_when_it_is_another():
     fleet.put(worker("w2", free=0))
     assert reasons(queue, fleet) == []
     fleet.remove("w2")
-    assert reasons(queue, fleet) == [("b1", "no worker offers platform linux")]
+    assert reasons(queue, fleet) == [], "it is what was said last"
+    fleet.remove("w1")
+    assert reasons(queue, fleet) == [("b1", "no worker is connected")]
 
 
 def test_a_reason_that_could_not_be_recorded_is_said_again():

@@ -1,0 +1,60 @@
+"""When each lease was given or last shown by a heartbeat, and what may still be sent for it. Pure: `now` is monotonic seconds."""
+
+from collections.abc import Collection
+
+import msgspec
+
+from proto.messages import Attempt, Credit
+from services.scheduler.board import Lease
+
+CREDIT_LIFE = 10.0
+"""Seconds for which a worker honours a credit."""
+RESEND = 1.0
+"""Seconds after which a package that a heartbeat does not show is sent again."""
+
+
+class _Grant(msgspec.Struct):
+    since: float
+    credit: Credit | None
+    sent: float
+
+
+class Grants:
+    """`note` what this instance leases; leases of others are noted when they are first asked about, and their packages cannot be sent again."""
+
+    def __init__(self) -> None:
+        self._grants: dict[Attempt, _Grant] = {}
+
+    def note(self, attempt: Attempt, credit: Credit | None, now: float) -> None:
+        self._grants[attempt] = _Grant(now, credit, now)
+
+    def shown(self, attempt: Attempt, now: float) -> None:
+        """Its worker holds it."""
+        self.note(attempt, None, now)
+
+    def since(self, attempt: Attempt, now: float) -> float:
+        """When it was given or shown; now, if nothing is known of it."""
+        return self._grant(attempt, now).since
+
+    def given_up(self, lease: Lease, now: float) -> str:
+        """Why a worker that lives and does not hold it never will; "" if it may yet."""
+        waited = now - self.since(lease.attempt, now)
+        if lease.recorded and waited > RESEND:
+            return f"worker {lease.worker} gave it up"
+        return f"worker {lease.worker} never took it" if waited > CREDIT_LIFE + 1 else ""
+
+    def to_send_again(self, attempt: Attempt, now: float) -> Credit | None:
+        """The credit of a package that is due again, and counts as sent now."""
+        grant = self._grant(attempt, now)
+        if grant.credit is None or now - grant.sent <= RESEND:
+            return None
+        grant.sent = now
+        return grant.credit
+
+    def forget_all_but(self, attempts: Collection[Attempt]) -> None:
+        self._grants = {attempt: grant for attempt, grant in self._grants.items() if attempt in attempts}
+
+    def _grant(self, attempt: Attempt, now: float) -> _Grant:
+        if attempt not in self._grants:
+            self.note(attempt, None, now)
+        return self._grants[attempt]

@@ -1,0 +1,34 @@
+"""What a stage wants and what a worker offers, in the same words: a worker is able when it offers every word that the stage wants. The words are
+the ones people are told."""
+
+from proto.messages import Offers
+from proto.plan import Requirements
+
+_ROOTFS = "rootfs_uri"
+_USER = "run.user"
+_LIMITS = "container_limits"
+
+
+def wanted(requirements: Requirements) -> tuple[str, ...]:
+    """In the order in which a worker that lacks several is refused. There is always a platform."""
+    words = [f"platform {requirements.platform}"]
+    if requirements.image is not None:
+        words.append(_image(requirements.image))
+    if requirements.user:
+        words.append(_USER)
+    if requirements.limits:
+        words.append(_LIMITS)
+    return (*words, *(f"tag {tag}" for tag in requirements.tags))
+
+
+def offered(offers: Offers) -> tuple[str, ...]:
+    words = [f"platform {offers.platform}", *map(_image, offers.images), *(f"tag {tag}" for tag in offers.tags)]
+    if offers.user:
+        words.append(_USER)
+    if offers.limits:
+        words.append(_LIMITS)
+    return tuple(words)
+
+
+def _image(kind: str) -> str:
+    return _ROOTFS if kind == "rootfs" else f"image_resource of type {kind}"
