@@ -29,12 +29,14 @@ class BadSignature(Exception):
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """gateway → artifacts: act on one artifact of a team, or read one build's logs (`artifact` is then the build's id). `exp` in unix seconds."""
+    """gateway → artifacts: act on one artifact of a team for `actor` (see: its names; get: its bytes; change: its lifetime), or read one build's logs
+    (`artifact` is then the build's id), or see what a team stores (`artifact` is ""). `exp` in unix seconds."""
 
     team: str
     artifact: str
-    action: Literal["put", "get", "log"]
+    action: Literal["put", "get", "see", "change", "log"]
     exp: int
+    actor: str = ""
 
 
 class BuildToken(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,12 +27,46 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     """A body that the gateway answers."""
 
 
+LONGEST = 100 * 365 * 86400
+"""Seconds that a lifetime may be."""
+Lifetime = Annotated[int, msgspec.Meta(ge=1, le=LONGEST)]
+Reference = Annotated[
+    str,
+    msgspec.Meta(
+        min_length=1,
+        max_length=5000,
+        description="an artifact of the team: its id, or `artifact:ID[/path]`, or `build:N/output[/path]` (N: a build's number or id); "
+        "with a path that folder's contents, or that one file under its name",
+    ),
+]
+
+
 class Submission(_Request, frozen=True, kw_only=True):
-    """Run a plan. `inputs` gives, by the name that tasks know it by, the id of an artifact of the team."""
+    """Run a plan. `inputs` gives the artifacts by the names that tasks know them by. `keep`: seconds for which its outputs are kept (0: as the
+    team's policy says), or `forever`."""
 
     plan: Plan
-    inputs: dict[Name, Annotated[str, msgspec.Meta(max_length=128)]] = {}
+    inputs: dict[Name, Reference] = {}
     name: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    keep: Annotated[int, msgspec.Meta(ge=0, le=LONGEST)] | Literal["forever"] = 0
+
+
+class ArtifactChange(_Request, frozen=True, kw_only=True, omit_defaults=True):
+    """`pinned`: it stays, whatever its expiry. `keep`: it expires so many seconds from now, unless that is sooner than before; with `shorten` also
+    sooner. What is left away (or null) stays as it is."""
+
+    pinned: bool | None = None
+    keep: Annotated[int, msgspec.Meta(ge=0, le=LONGEST)] | None = None
+    shorten: bool = False
+
+
+class Policy(_Request, frozen=True, kw_only=True):
+    """How long a team's uploads (`input_seconds`) and its builds' outputs are kept unless they say otherwise, and how many bytes all that it
+    stores may take (0: no limit)."""
+
+    input_seconds: Lifetime
+    output_seconds: Lifetime
+    quota_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 
 
 class NewToken(_Request, frozen=True, kw_only=True):
@@ -77,15 +111,60 @@ class TreeRef(_Answer, frozen=True, kw_only=True):
 
 
 class Artifact(_Answer, frozen=True, kw_only=True):
-    """A stored tree that a person uploaded or a step wrote. `expires_at` is null when it stays."""
+    """A stored tree of files that a person uploaded (user) or a step wrote (output; `build` is then the build's number). `digest` names its
+    content, `size` is the bytes of its files. `expires_at` is null when it stays; while it is `pinned` it stays in any case."""
 
     id: str
+    kind: Literal["user", "output"]
     digest: str
     size: int
     files: int
     name: str = ""
+    build: int | None = None
+    build_id: str = ""
     created_at: datetime | None = None
     expires_at: datetime | None = None
+    pinned: bool = False
+
+
+class PendingUpload(_Answer, frozen=True, kw_only=True):
+    """The manifest is known, and these chunks are still to be sent: ranges [first, last] over the distinct chunk digests of the tree's files, in
+    the order of their first appearance, from 0. `id` is the artifact's, once nothing is missing."""
+
+    id: str
+    missing: list[tuple[int, int]]
+    missing_bytes: int
+    missing_blobs: int
+
+
+class TreeEntry(_Answer, frozen=True, kw_only=True):
+    """One name in a tree. `digest` names a file's content (hex), `target` is a symbolic link's text, or of a hard link the file that it shares
+    its content with. Bytes of a name that are no UTF-8 are shown as `\\xNN`; `path_base64` is then the name itself."""
+
+    path: str
+    kind: Literal["file", "folder", "link"]
+    size: int = 0
+    executable: bool = False
+    digest: str = ""
+    target: str = ""
+    path_base64: str | None = None
+
+
+class TreePage(_Answer, frozen=True, kw_only=True):
+    """What lies in a folder, in order. `next` is the cursor of the next page, null at the end."""
+
+    items: list[TreeEntry]
+    next: str | None = None
+
+
+class Usage(_Answer, frozen=True, kw_only=True):
+    """What a team stores: `stored_bytes` count the same content once, `artifact_bytes` each time that an artifact has it. `quota_bytes` is null
+    without a limit."""
+
+    stored_bytes: int
+    artifacts: int
+    artifact_bytes: int
+    quota_bytes: int | None = None
 
 
 class Step(_Answer, frozen=True, kw_only=True):
@@ -98,7 +177,7 @@ class Step(_Answer, frozen=True, kw_only=True):
     error: str = ""
 
 
-class Stage(_Answer, frozen=True, kw_only=True):
+class BuildStage(_Answer, frozen=True, kw_only=True):
     """Steps on one worker. `attempt` counts from 1 (0: not queued yet) and grows when a worker is lost. `reason`: why it is not placed yet."""
 
     name: str
@@ -139,7 +218,7 @@ class Build(_Answer, frozen=True, kw_only=True):
     url: str = ""
     inputs: dict[str, TreeRef] = {}
     outputs: dict[str, TreeRef] = {}
-    stages: list[Stage] = []
+    stages: list[BuildStage] = []
     positions: Positions = Positions()
 
 
@@ -151,7 +230,7 @@ class BuildPage(_Answer, frozen=True, kw_only=True):
 
 
 class ArtifactPage(_Answer, frozen=True, kw_only=True):
-    """User artifacts, newest first. `next` is the cursor of the next page, null at the end."""
+    """Artifacts, newest first. `next` is the cursor of the next page, null at the end."""
 
     items: list[Artifact]
     next: str | None = None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from proto.events.artifact import ArtifactSealed, LogArchived
+from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
 from proto.events.base import Event, tag_of
 from proto.events.build import (
     BuildCreated,
@@ -20,7 +20,7 @@ from proto.events.build import (
 )
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
-from proto.events.team import TeamCreated, TokenIssued
+from proto.events.team import TeamCreated, TeamPolicySet, TokenIssued
 from proto.events.worker import WorkerBooted, WorkerLost
 
 
@@ -33,7 +33,7 @@ class Category(NamedTuple):
 
 
 CATEGORIES: tuple[Category, ...] = (
-    Category("team", "gateway", (TeamCreated, TokenIssued)),
+    Category("team", "gateway", (TeamCreated, TokenIssued, TeamPolicySet)),
     Category("request", "gateway", (BuildRequested, BuildAbortRequested)),
     Category(
         "build",
@@ -42,7 +42,7 @@ CATEGORIES: tuple[Category, ...] = (
     ),
     Category("lease", "scheduler", (StageLeased, LeaseExpired, StageDeferred)),
     Category("worker", "scheduler", (WorkerBooted, WorkerLost)),
-    Category("artifact", "artifacts", (ArtifactSealed, LogArchived)),
+    Category("artifact", "artifacts", (ArtifactSealed, ArtifactLifetimeChanged, ArtifactExpired, ArtifactDeleted, LogArchived)),
 )
 
 SERVICES: tuple[str, ...] = ("gateway", "builds", "scheduler", "artifacts")

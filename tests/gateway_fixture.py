@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import io
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from libs.runtime.ids import new_id
 from libs.runtime.service import Service
 from libs.tokens import Grant, new_seed, public_key, read_token
 from proto.catalogue import OWNERS, TAGS, category_of, encode
-from proto.events.artifact import ArtifactSealed
+from proto.events.artifact import ArtifactDeleted, ArtifactLifetimeChanged, ArtifactSealed
 from proto.events.base import Event
 from proto.messages import Attempt, LogChunk, Segment, count_lines
 from proto.topology import STREAMS
@@ -40,21 +41,39 @@ class FakeArtifacts:
         self.cut_short: list[str] = []
         self.archives: dict[str, list[tuple[int, Segment]]] = {}
         self.refuse: web.Response | None = None
+        self.asked: list[tuple[str, str, dict[str, str]]] = []
+        """Of each request: method, path with query, headers."""
+        self.missing: dict[str, list[tuple[int, int]]] = {}
+        """Uploads that miss chunks."""
         self.received = 0
+        self.tells = True
+        """Whether it tells a client that waits to send."""
         self.proceed = asyncio.Event()
         self.proceed.set()
 
     def application(self) -> web.Application:
         app = web.Application()
-        app.router.add_post("/artifacts/{id}", self.put)
+        app.router.add_post("/artifacts/{id}", self.put, expect_handler=self.expected)
         app.router.add_get("/artifacts/{id}", self.get)
+        app.router.add_put("/artifacts/{id}/blobs", self.put)
+        app.router.add_post("/artifacts/{id}/blobs", self.blobs)
+        app.router.add_get("/artifacts/{id}/tree", self.tree)
+        app.router.add_patch("/artifacts/{id}", self.change)
+        app.router.add_delete("/artifacts/{id}", self.delete)
+        app.router.add_get("/usage", self.usage)
         app.router.add_get("/logs/{build}/{stage}/{attempt}", self.archive)
         return app
+
+    async def expected(self, request: web.Request) -> None:
+        if self.tells:
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
 
     def _grant(self, request: web.Request, action: str) -> Grant:
         grant = read_token(public_key(self.key), request.headers["Authorization"].removeprefix("Bearer "), time.time(), Grant)
         assert grant.action == action
         self.grants.append(grant)
+        self.asked.append((request.method, request.rel_url.raw_path_qs, dict(request.headers)))
         return grant
 
     async def put(self, request: web.Request) -> web.Response:
@@ -72,6 +91,13 @@ class FakeArtifacts:
         except Exception:
             self.cut_short.append(grant.artifact)
             raise
+        if grant.artifact in self.missing and request.method == "POST":
+            pending = {"id": grant.artifact, "missing": self.missing[grant.artifact], "missing_bytes": 3, "missing_blobs": 1}
+            return web.json_response(pending, status=202)
+        if request.query.get("tree") == "00" * 32:
+            return _problem(404, "tree-unknown")
+        if request.query.get("path") == "absent":
+            return _problem(404, "not-found")
         self.stored[grant.artifact] = body
         digest = hashlib.sha256(body).hexdigest()
         sealed = ArtifactSealed(artifact=grant.artifact, kind="user", digest=digest, size=len(body), files=1, name=request.query.get("name", ""))
@@ -83,7 +109,42 @@ class FakeArtifacts:
         grant = self._grant(request, "get")
         if request.headers.get("If-None-Match") == '"same"':
             return web.Response(status=304, headers={"ETag": '"same"'})
-        return web.Response(body=self.stored[grant.artifact], content_type="application/x-tar", headers={"ETag": '"same"'})
+        whole = self.stored[grant.artifact]
+        headers = {"ETag": '"same"', "Accept-Ranges": "bytes", "Content-Type": "application/x-tar"}
+        if "Range" not in request.headers or request.headers.get("If-Range", '"same"') != '"same"':
+            return web.Response(body=whole, headers=headers)
+        part = request.http_range
+        start, stop, _ = part.indices(len(whole))
+        if start >= stop:
+            return _problem(416, "range", {"Content-Range": f"bytes */{len(whole)}"})
+        return web.Response(status=206, body=whole[part], headers=headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(whole)}"})
+
+    async def blobs(self, request: web.Request) -> web.Response:
+        self._grant(request, "get")
+        return web.Response(body=b"frames of " + await request.read(), content_type="application/vnd.penstock.blobs")
+
+    async def tree(self, request: web.Request) -> web.Response:
+        self._grant(request, "see")
+        return web.json_response({"items": [{"path": "a", "kind": "file", "size": 1}], "next": None})
+
+    async def change(self, request: web.Request) -> web.Response:
+        grant = self._grant(request, "change")
+        change = await request.json()
+        changed = ArtifactLifetimeChanged(artifact=grant.artifact, expires_at=change.get("keep", 0), pinned=change.get("pinned", False))
+        assert self.log is not None
+        await append(self.log, f"artifact-{grant.artifact}", changed, team=grant.team)
+        return web.json_response({"id": grant.artifact})
+
+    async def delete(self, request: web.Request) -> web.Response:
+        grant = self._grant(request, "change")
+        assert self.log is not None
+        await append(self.log, f"artifact-{grant.artifact}", ArtifactDeleted(artifact=grant.artifact), team=grant.team)
+        return web.Response(status=204)
+
+    async def usage(self, request: web.Request) -> web.Response:
+        grant = self._grant(request, "see")
+        assert grant.artifact == ""
+        return web.json_response({"stored_bytes": 5, "artifacts": 1, "artifact_bytes": 5, "quota_bytes": None})
 
     async def archive(self, request: web.Request) -> web.Response:
         self._grant(request, "log")
@@ -94,6 +155,11 @@ class FakeArtifacts:
         first = int(request.query.get("from", "0"))
         records = [msgspec.msgpack.encode(pair) for pair in found if pair[0] + count_lines(pair[1].data) > first]
         return web.Response(body=b"".join(len(record).to_bytes(4, "big") + record for record in records), headers={"Penstock-Lines": "0"})
+
+
+def _problem(status: int, slug: str, headers: dict[str, str] | None = None) -> web.Response:
+    body = {"type": f"urn:penstock:problem:{slug}", "title": slug, "status": status}
+    return web.json_response(body, status=status, content_type="application/problem+json", headers=headers)
 
 
 class Gateway:
@@ -112,6 +178,8 @@ class Gateway:
         return host, int(port)
 
     def call(self, method: str, path: str, token: str | None = TOKEN, headers: Mapping[str, str] | None = None, **more: Any) -> Any:
+        if isinstance(body := more.get("data"), bytes) and len(body) > 1 << 20:
+            more["data"] = io.BytesIO(body)  # aiohttp does not like large ones otherwise
         own = dict(headers or {}) | ({"Authorization": f"Bearer {token}"} if token else {})
         return self.client.request(method, f"{self.url}/api/v1{path}", headers=own, **more)
 

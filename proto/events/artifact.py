@@ -6,7 +6,8 @@ from proto.events.base import Event, Value
 
 
 class ArtifactSealed(Event, frozen=True, kw_only=True):
-    """artifacts, once all bytes are stored: the tree `digest` (sha256 of its manifest) can be read until `expires_at` (unix seconds; 0: never)."""
+    """artifacts, once all bytes are stored: the tree `digest` can be read until `expires_at` (unix seconds; 0: for ever), or for as long as it is
+    pinned. `upload` names the session that brought it, and with it what the artifact holds in the store."""
 
     artifact: str
     kind: Literal["user", "output"]
@@ -19,6 +20,29 @@ class ArtifactSealed(Event, frozen=True, kw_only=True):
     attempt: int = 0
     step: str = ""
     expires_at: int = 0
+    pinned: bool = False
+    upload: str = ""
+
+
+class ArtifactLifetimeChanged(Event, frozen=True, kw_only=True):
+    """artifacts, when a member asks: from now on this holds, as in ArtifactSealed."""
+
+    artifact: str
+    expires_at: int
+    pinned: bool
+
+
+class ArtifactExpired(Event, frozen=True, kw_only=True):
+    """artifacts, when its time is up: a tombstone. What was requested before, by the log's order, may still read the tree; its bytes go when
+    nothing does."""
+
+    artifact: str
+
+
+class ArtifactDeleted(Event, frozen=True, kw_only=True):
+    """artifacts, when a member asks: a tombstone as ArtifactExpired."""
+
+    artifact: str
 
 
 class LogGap(Value, frozen=True, kw_only=True):

@@ -5,13 +5,15 @@ from proto.plan import Plan
 
 
 class BuildRequested(Event, frozen=True, kw_only=True):
-    """The gateway, before it answers a POST: the build will exist and end exactly once. `body_sha256` tells a repeat from another request."""
+    """The gateway, before it answers a POST: the build will exist and end exactly once. `body_sha256` tells a repeat from another request.
+    Its outputs are kept `keep_seconds` (0: as the team's policy says; -1: for ever)."""
 
     build: str
     plan: Plan
     inputs: dict[str, ArtifactRef] = {}
     name: str = ""
     body_sha256: str = ""
+    keep_seconds: int = 0
 
 
 class BuildAbortRequested(Event, frozen=True, kw_only=True):

@@ -1,11 +1,14 @@
-"""The artifacts service, as the gateway asks it: bytes are piped through, under a grant that names team and artifact (60 s)."""
+"""The artifacts service, as the gateway asks it: bytes are piped through, under a grant that names team, artifact and deed (60 s)."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import aiohttp
 import msgspec
+from aiohttp import web
+from yarl import URL
 
 from libs.runtime.http import unavailable
 from libs.tokens import sign_token
@@ -15,9 +18,19 @@ GRANT_SECONDS = 60.0
 _RECORD = msgspec.msgpack.Decoder(tuple[int, Segment])
 _MAX_RECORD = 16 << 20
 
+Deed = Literal["put", "get", "see", "change", "log"]
+
 
 class ArchiveUnavailable(Exception):
     """The archive exists, but cannot be read now."""
+
+
+class Whose(msgspec.Struct, frozen=True):
+    """The artifact that is meant ("": none), its team, and who asks."""
+
+    team: str
+    artifact: str
+    actor: str
 
 
 class ArtifactsClient:
@@ -30,22 +43,40 @@ class ArtifactsClient:
         self._clock = clock
 
     @asynccontextmanager
-    async def upload(self, team: str, artifact: str, name: str, kind: str, body: AsyncIterator[bytes]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a body on as it comes. When `body` raises, the inner request is cut, and nothing of it is kept."""
-        headers = self._grant(team, artifact, "put") | {"Content-Type": kind or "application/octet-stream"}
-        async with self._answer("POST", f"/artifacts/{artifact}", headers, {"name": name} if name else {}, body) as answer:
-            yield answer
-
-    @asynccontextmanager
-    async def download(self, team: str, artifact: str, query: dict[str, str], headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with self._answer("GET", f"/artifacts/{artifact}", self._grant(team, artifact, "get") | headers, query) as answer:
-            yield answer
+    async def ask(
+        self,
+        deed: Deed,
+        whose: Whose,
+        method: str,
+        below: str = "",
+        *,
+        query: str = "",
+        headers: Mapping[str, str] | None = None,
+        body: AsyncIterator[bytes] | bytes | None = None,
+        expect: bool = False,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Ask for `below` (a path below the artifact's), with a `query` as it stands in a URL. A body is sent on as it comes, with `expect` only once
+        it is wanted; when it raises, the inner request is cut, and that is raised."""
+        sent = {"Accept-Encoding": "identity", **(headers or {}), **self._grant(deed, whose)}
+        path = f"/artifacts/{whose.artifact}{below}" if whose.artifact else below
+        url = URL(f"{self._url}{path}?{query}", encoded=True)
+        failure: list[Exception] = []
+        data = _noting(body, failure) if isinstance(body, AsyncIterator) else body
+        try:
+            async with self._session.request(method, url, headers=sent, data=data, expect100=expect) as answer:
+                yield answer
+        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+            if failure:  # it was the client's side that broke
+                raise failure[0] from None
+            if isinstance(error, RuntimeError):
+                raise
+            raise unavailable("the artifacts service does not answer") from error
 
     async def archive(self, team: str, build: str, stage: str, attempt: int, first: int) -> AsyncGenerator[tuple[int, Segment], None]:
         """The archived log from line `first` on, each segment with the number of its first line. Raises ArchiveUnavailable."""
         try:
             path = f"/logs/{build}/{stage}/{attempt}"
-            async with self._session.get(self._url + path, headers=self._grant(team, build, "log"), params={"from": str(first)}) as answer:
+            async with self._session.get(self._url + path, headers=self._grant("log", Whose(team, build, "")), params={"from": str(first)}) as answer:
                 if answer.status != 200:
                     raise ArchiveUnavailable(f"artifacts answered {answer.status}")
                 while True:
@@ -61,17 +92,24 @@ class ArtifactsClient:
         except (aiohttp.ClientError, TimeoutError, EOFError, msgspec.DecodeError) as error:
             raise ArchiveUnavailable(str(error)) from error
 
-    @asynccontextmanager
-    async def _answer(
-        self, method: str, path: str, headers: dict[str, str], query: dict[str, str], body: AsyncIterator[bytes] | None = None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        try:
-            answer = await self._session.request(method, self._url + path, headers=headers, params=query, data=body)
-        except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError, aiohttp.ServerTimeoutError) as error:
-            raise unavailable("the artifacts service cannot be reached") from error
-        async with answer:
-            yield answer
-
-    def _grant(self, team: str, artifact: str, action: str) -> dict[str, str]:
-        claims = {"team": team, "artifact": artifact, "action": action}
+    def _grant(self, deed: Deed, whose: Whose) -> dict[str, str]:
+        claims = {"team": whose.team, "artifact": whose.artifact, "action": deed, "actor": whose.actor}
         return {"Authorization": f"Bearer {sign_token(self._key, claims, GRANT_SECONDS, self._clock())}"}
+
+
+def relayed(inner: aiohttp.ClientResponse, body: bytes) -> web.Response:
+    """What artifacts answered, in its words: JSON, or a problem. That it refused our grant is no business of the client's."""
+    if inner.status in (401, 403) or inner.content_type not in ("application/json", "application/problem+json"):
+        raise unavailable(f"the artifacts service answered {inner.status}")
+    headers = {name: inner.headers[name] for name in ("Retry-After", "Content-Range") if name in inner.headers}
+    return web.Response(body=body, status=inner.status, content_type=inner.content_type, headers=headers)
+
+
+async def _noting(chunks: AsyncIterator[bytes], failure: list[Exception]) -> AsyncIterator[bytes]:
+    """The chunks; what ends them is noted, because the inner request only says that its body failed."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except Exception as error:
+        failure.append(error)
+        raise

@@ -59,11 +59,6 @@ def unauthorized(detail: str) -> Problem:
     return Problem(401, "unauthorized", "Say who you are", detail, headers={"WWW-Authenticate": 'Bearer realm="penstock"'})
 
 
-def absent(what: str) -> Problem:
-    """Also the answer for what belongs to another team: it is as if it were not there (FAULTS 11, 33)."""
-    return Problem(404, "not-found", "There is no such thing", f"there is no such {what}")
-
-
 def require(principal: Principal, least: Role) -> None:
     """Raises Problem 403 when the role is too low."""
     if not principal.may(least):

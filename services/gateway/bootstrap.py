@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
-from services.gateway.commands import CreateTeam, IssueToken
+from services.gateway.commands import CreateTeam, IssueToken, TeamCommand
 from services.gateway.decider import Team
 
 
@@ -16,7 +16,7 @@ class Bootstrap:
 
     def __init__(
         self,
-        teams: CommandLoop[CreateTeam | IssueToken, Team],
+        teams: CommandLoop[TeamCommand, Team],
         log: EventLog,
         passed: Callable[[int], Awaitable[bool]],
         team: str,

@@ -18,12 +18,23 @@ class RequestBuild(msgspec.Struct, frozen=True, kw_only=True):
     inputs: dict[str, ArtifactRef]
     name: str
     body_sha256: str
+    keep_seconds: int = 0
+
+
+class RecallBuild(msgspec.Struct, frozen=True, kw_only=True):
+    """Which build does this request stand for, if it was made before?"""
+
+    request: str
+    body_sha256: str
 
 
 class AbortBuild(msgspec.Struct, frozen=True, kw_only=True):
     """A client wants the build to stop."""
 
     build: str
+
+
+RequestCommand = RequestBuild | RecallBuild | AbortBuild
 
 
 class CreateTeam(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +51,18 @@ class IssueToken(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     role: Role
     description: str
+
+
+class SetPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """From now on the team keeps its uploads and its builds' outputs so many seconds, and stores at most so many bytes (0: no limit)."""
+
+    team: str
+    input_seconds: int
+    output_seconds: int
+    quota_bytes: int
+
+
+TeamCommand = CreateTeam | IssueToken | SetPolicy
 
 
 def request_name(team: str, key: str) -> str:

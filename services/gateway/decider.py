@@ -8,8 +8,8 @@ import msgspec
 from libs.runtime.decisions import Refused
 from proto.events.base import Event
 from proto.events.request import BuildAbortRequested, BuildRequested
-from proto.events.team import TeamCreated, TokenIssued
-from services.gateway.commands import AbortBuild, CreateTeam, IssueToken, RequestBuild
+from proto.events.team import DEFAULT_POLICY, TeamCreated, TeamPolicySet, TokenIssued
+from services.gateway.commands import AbortBuild, CreateTeam, IssueToken, RecallBuild, RequestBuild, RequestCommand, SetPolicy, TeamCommand
 
 
 class Unasked(msgspec.Struct, frozen=True):
@@ -37,22 +37,22 @@ class RequestDecider:
 
     initial: Request = Unasked()
 
-    def stream(self, command: RequestBuild | AbortBuild) -> str:
+    def stream(self, command: RequestCommand) -> str:
         match command:
-            case RequestBuild():
+            case RequestBuild() | RecallBuild():
                 return f"request-{command.request}"
             case AbortBuild():
                 return f"request-abort-{command.build}"
             case _:
                 assert_never(command)
 
-    def decide(self, command: RequestBuild | AbortBuild, state: Request) -> Sequence[Event]:
+    def decide(self, command: RequestCommand, state: Request) -> Sequence[Event]:
         match command, state:
             case RequestBuild(), Unasked():
-                return [
-                    BuildRequested(build=command.build, plan=command.plan, inputs=command.inputs, name=command.name, body_sha256=command.body_sha256)
-                ]
-            case RequestBuild(), Asked():
+                return [_requested(command)]
+            case RecallBuild(), Unasked():
+                raise Refused("missing", "there was no such request")
+            case ((RequestBuild() | RecallBuild()), Asked()):
                 if state.body_sha256 != command.body_sha256:
                     raise Refused("conflict", "this Idempotency-Key came with another body before")
                 return []
@@ -73,28 +73,43 @@ class RequestDecider:
                 raise TypeError(f"{type(event).__name__} on a request stream")
 
 
+def _requested(command: RequestBuild) -> BuildRequested:
+    return BuildRequested(
+        build=command.build,
+        plan=command.plan,
+        inputs=command.inputs,
+        name=command.name,
+        body_sha256=command.body_sha256,
+        keep_seconds=command.keep_seconds,
+    )
+
+
 class Team(msgspec.Struct, frozen=True):
-    """Whether the team exists, and the tokens (SHA-256) it has issued."""
+    """Whether the team exists, the tokens (SHA-256) it has issued, and its policy."""
 
     exists: bool = False
     tokens: frozenset[str] = frozenset()
+    policy: TeamPolicySet = DEFAULT_POLICY
 
 
 class TeamDecider:
-    """A team: created once; a token is issued once."""
+    """A team: created once; a token is issued once; a policy holds until another is set."""
 
     initial: Team = Team()
 
-    def stream(self, command: CreateTeam | IssueToken) -> str:
+    def stream(self, command: TeamCommand) -> str:
         return f"team-{command.team}"
 
-    def decide(self, command: CreateTeam | IssueToken, state: Team) -> Sequence[Event]:
+    def decide(self, command: TeamCommand, state: Team) -> Sequence[Event]:
+        if not state.exists and not isinstance(command, CreateTeam):
+            raise Refused("missing", f"there is no team `{command.team}`")
         match command:
             case CreateTeam():
                 return [] if state.exists else [TeamCreated(name=command.team)]
+            case SetPolicy():
+                policy = TeamPolicySet(input_seconds=command.input_seconds, output_seconds=command.output_seconds, quota_bytes=command.quota_bytes)
+                return [policy] if policy != state.policy else []
             case IssueToken():
-                if not state.exists:
-                    raise Refused("missing", f"there is no team `{command.team}`")
                 if command.sha256 in state.tokens:
                     return []
                 return [TokenIssued(token_id=command.token_id, sha256=command.sha256, role=command.role, description=command.description)]
@@ -104,8 +119,10 @@ class TeamDecider:
     def evolve(self, state: Team, event: Event) -> Team:
         match event:
             case TeamCreated():
-                return Team(exists=True, tokens=state.tokens)
+                return msgspec.structs.replace(state, exists=True)
             case TokenIssued():
-                return Team(exists=state.exists, tokens=state.tokens | {event.sha256})
+                return msgspec.structs.replace(state, tokens=state.tokens | {event.sha256})
+            case TeamPolicySet():
+                return msgspec.structs.replace(state, policy=event)
             case _:
                 raise TypeError(f"{type(event).__name__} on a team stream")

@@ -12,6 +12,26 @@ from services.gateway.routes.endpoint import PREFIX, Endpoint
 _REF = "#/components/schemas/{name}"
 _ERRORS = {401: "no known token", 403: "the role is too low", 404: "absent, or another team's", 422: "invalid; `path` names the part"}
 _BODY_ERRORS = {400: "malformed", 408: "the body comes too slowly", 413: "the body is too large"}
+_SAID = {
+    **_ERRORS,
+    **_BODY_ERRORS,
+    200: "the answer",
+    201: "made",
+    202: "accepted",
+    204: "done",
+    206: "the range that was asked for",
+    304: "it is what you have",
+    400: "malformed",
+    409: "it contradicts what is recorded",
+    410: "it was there, and has expired or was deleted",
+    412: "it is not what you have",
+    415: "its media type, or its encoding, is not one of those that may be sent",
+    416: "there is no such range",
+    429: "too many at once: try again, after Retry-After seconds",
+    503: "try again, after Retry-After seconds",
+    507: "there is no room: the store is full, or the team's quota is used up",
+}
+"""What each status means."""
 
 
 def document(endpoints: Iterable[Endpoint], version: str, public_url: str) -> dict[str, Any]:
@@ -50,14 +70,12 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         "operationId": re.sub(r"\W+", "_", f"{endpoint.method.lower()}{endpoint.path}").strip("_"),
         "summary": endpoint.summary,
         "parameters": parameters,
-        "responses": {str(status): _response(kind) for status, kind in endpoint.answers.items()},
+        "responses": {str(status): _response(status, kind) for status, kind in endpoint.answers.items()},
     }
     if endpoint.body is not None:
-        operation["requestBody"] = {"required": True, "content": _content(endpoint.body)}
-    errors = (_ERRORS if endpoint.least is not None else {}) | (_BODY_ERRORS if endpoint.body is not None else {})
-    for status, about in {**errors, 503: "try again, after Retry-After seconds"}.items():
-        if status not in endpoint.answers:
-            operation["responses"][str(status)] = {"description": about, "content": {"application/problem+json": {"schema": _schema(ProblemDetails)}}}
+        operation["requestBody"] = {"required": endpoint.body_required, "content": _content(endpoint.body)}
+    for status in (*(_ERRORS if endpoint.least is not None else ()), *(_BODY_ERRORS if endpoint.body is not None else ()), 503):
+        operation["responses"].setdefault(str(status), _response(status, ProblemDetails))
     if endpoint.least is None:
         operation["security"] = []
     return operation
@@ -74,8 +92,8 @@ def _content(kind: Any) -> dict[str, Any]:
         return {media: schema for one in kind for media, schema in _content(one).items()}
     if isinstance(kind, str):
         return {kind: {"schema": {"type": "string"} if kind.startswith("text/") else {}}}
-    return {"application/json": {"schema": _schema(kind)}}
+    return {"application/problem+json" if kind is ProblemDetails else "application/json": {"schema": _schema(kind)}}
 
 
-def _response(kind: Any) -> dict[str, Any]:
-    return {"description": "done"} if kind is None else {"description": "the answer", "content": _content(kind)}
+def _response(status: int, kind: Any) -> dict[str, Any]:
+    return {"description": _SAID[status]} | ({"content": _content(kind)} if kind is not None else {})

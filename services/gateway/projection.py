@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 import msgspec
 from msgspec.structs import replace
 
 from libs.eventlog.projections import Get, Projection, Table
-from proto.api import BuildStatus, Positions, Stage, Step, TreeRef
+from proto.api import BuildStage, BuildStatus, Positions, Step, TreeRef
 from proto.envelope import Fact
-from proto.events.artifact import ArtifactSealed, LogArchived
+from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
 from proto.events.base import ArtifactRef
 from proto.events.build import (
     BuildCreated,
@@ -24,9 +24,9 @@ from proto.events.build import (
 )
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
-from proto.events.team import Role, TeamCreated, TokenIssued
+from proto.events.team import DEFAULT_POLICY, Role, TeamCreated, TeamPolicySet, TokenIssued
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 """Raised when a row's meaning changes: the tables are then rebuilt from the log."""
 
 CATEGORIES = frozenset({"team", "request", "build", "lease", "artifact"})
@@ -35,11 +35,14 @@ StageEvent = StageQueued | StageDeferred | StageLeased | StepStarted | StepProgr
 
 
 class TeamRow(msgspec.Struct, frozen=True, kw_only=True):
-    """`builds` is the highest number given to a build of the team."""
+    """`builds` is the highest number given to a build of the team; the rest is its policy (see TeamPolicySet)."""
 
     name: str
     builds: int = 0
     created_at: datetime
+    input_seconds: int = DEFAULT_POLICY.input_seconds
+    output_seconds: int = DEFAULT_POLICY.output_seconds
+    quota_bytes: int = DEFAULT_POLICY.quota_bytes
 
 
 class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,26 +83,33 @@ class BuildRow(msgspec.Struct, frozen=True, kw_only=True):
     requested_by: str = ""
     inputs: dict[str, TreeRef] = {}
     outputs: dict[str, TreeRef] = {}
-    stages: list[Stage] = []
+    stages: list[BuildStage] = []
     logs: dict[str, AttemptLog] = {}
     positions: Positions = Positions()
     position: int
 
 
 class ArtifactRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A sealed tree; `expires_at` in unix seconds, 0: never."""
+    """A sealed tree; `expires_at` in unix seconds, 0: never. `gone`: it is a tombstone, and why. `build_number` is 0 for what no build made."""
 
     id: str
     team: str
-    kind: str
+    kind: Literal["user", "output"]
     name: str = ""
     digest: str
     size: int
     files: int
     build: str = ""
+    build_number: int = 0
     created_at: datetime
     expires_at: int = 0
+    pinned: bool = False
+    gone: Literal["", "expired", "deleted"] = ""
     position: int
+
+    def over(self, now: float) -> str:
+        """Why nobody may ask for it any more at `now` (unix seconds), tombstone or not; "" while it is there."""
+        return self.gone or ("expired" if not self.pinned and 0 < self.expires_at <= now else "")
 
 
 TABLES = (
@@ -133,12 +143,19 @@ def keys(fact: Fact) -> Iterable[tuple[type[Any], str]]:
     match fact.event:
         case TeamCreated():
             yield TeamRow, fact.event.name
+        case TeamPolicySet():
+            yield TeamRow, fact.team
         case BuildRequested():
             yield TeamRow, fact.team
             yield BuildRow, fact.event.build
         case LogArchived():
             yield BuildRow, fact.event.build
-        case TokenIssued() | BuildAbortRequested() | ArtifactSealed():
+        case ArtifactSealed():
+            if fact.event.build:
+                yield BuildRow, fact.event.build
+        case ArtifactLifetimeChanged() | ArtifactExpired() | ArtifactDeleted():
+            yield ArtifactRow, fact.event.artifact
+        case TokenIssued() | BuildAbortRequested():
             pass
         case _:
             yield BuildRow, fact.subject_id
@@ -153,6 +170,9 @@ def project(fact: Fact, get: Get) -> Iterable[Any]:
                 yield TeamRow(name=event.name, created_at=fact.recorded_at)
         case TokenIssued():
             yield TokenRow(sha256=event.sha256, token_id=event.token_id, team=fact.team, role=event.role, description=event.description)
+        case TeamPolicySet():
+            team = get(TeamRow, fact.team) or TeamRow(name=fact.team, created_at=fact.recorded_at)
+            yield replace(team, input_seconds=event.input_seconds, output_seconds=event.output_seconds, quota_bytes=event.quota_bytes)
         case BuildRequested():
             team = get(TeamRow, fact.team) or TeamRow(name=fact.team, created_at=fact.recorded_at)
             if get(BuildRow, event.build) is None:
@@ -160,7 +180,12 @@ def project(fact: Fact, get: Get) -> Iterable[Any]:
                 yield replace(team, builds=number)
                 yield _requested(fact, event, number)
         case ArtifactSealed():
-            yield _artifact(fact, event)
+            build = get(BuildRow, event.build) if event.build else None
+            yield _artifact(fact, event, build.number if build is not None else 0)
+        case ArtifactLifetimeChanged() | ArtifactExpired() | ArtifactDeleted():
+            artifact = get(ArtifactRow, event.artifact)
+            if artifact is not None:
+                yield _living(artifact, event)
         case BuildAbortRequested():
             pass
         case _:
@@ -178,13 +203,13 @@ def _requested(fact: Fact, event: BuildRequested, number: int) -> BuildRow:
         created_at=fact.recorded_at,
         requested_by=fact.actor,
         inputs=_trees(event.inputs),
-        stages=[Stage(name=stage.name, steps=[Step(name=step.name) for step in stage.steps]) for stage in event.plan.stages],
+        stages=[BuildStage(name=stage.name, steps=[Step(name=step.name) for step in stage.steps]) for stage in event.plan.stages],
         positions=Positions(status=fact.position, percent=fact.position, error=fact.position),
         position=fact.position,
     )
 
 
-def _artifact(fact: Fact, event: ArtifactSealed) -> ArtifactRow:
+def _artifact(fact: Fact, event: ArtifactSealed, build_number: int) -> ArtifactRow:
     return ArtifactRow(
         id=event.artifact,
         team=fact.team,
@@ -194,10 +219,24 @@ def _artifact(fact: Fact, event: ArtifactSealed) -> ArtifactRow:
         size=event.size,
         files=event.files,
         build=event.build,
+        build_number=build_number,
         created_at=fact.recorded_at,
         expires_at=event.expires_at,
+        pinned=event.pinned,
         position=fact.position,
     )
+
+
+def _living(artifact: ArtifactRow, event: ArtifactLifetimeChanged | ArtifactExpired | ArtifactDeleted) -> ArtifactRow:
+    match event:
+        case ArtifactLifetimeChanged():
+            return replace(artifact, expires_at=event.expires_at, pinned=event.pinned)
+        case ArtifactExpired():
+            return replace(artifact, gone="expired")
+        case ArtifactDeleted():
+            return replace(artifact, gone="deleted")
+        case _:
+            assert_never(event)
 
 
 def change(build: BuildRow, fact: Fact) -> BuildRow:
@@ -236,10 +275,10 @@ def _apply(build: BuildRow, fact: Fact) -> BuildRow:
             raise TypeError(f"{type(fact.event).__name__} is not about a build")
 
 
-def _stage_after(stage: Stage, event: StageEvent) -> Stage:
+def _stage_after(stage: BuildStage, event: StageEvent) -> BuildStage:
     match event:
         case StageQueued():
-            return Stage(name=stage.name, attempt=event.attempt, steps=[Step(name=step.name) for step in stage.steps])
+            return BuildStage(name=stage.name, attempt=event.attempt, steps=[Step(name=step.name) for step in stage.steps])
         case StageDeferred():
             return replace(stage, reason=_text(event.reason))
         case StageLeased():
@@ -277,7 +316,7 @@ def _build_after(build: BuildRow, event: StageEvent, fact: Fact) -> BuildRow:
             return build
 
 
-def _step(stage: Stage, name: str, **changes: Any) -> Stage:
+def _step(stage: BuildStage, name: str, **changes: Any) -> BuildStage:
     return replace(stage, steps=[replace(s, **changes) if s.name == name else s for s in stage.steps])
 
 
@@ -286,12 +325,12 @@ def _log(build: BuildRow, stage: str, attempt: int, **changes: Any) -> BuildRow:
     return replace(build, logs=build.logs | {key: replace(build.logs.get(key, AttemptLog()), **changes)})
 
 
-def _percent(stages: list[Stage]) -> int:
+def _percent(stages: list[BuildStage]) -> int:
     steps = [step.percent for stage in stages for step in stage.steps]
     return sum(steps) // len(steps) if steps else 0
 
 
-def _exit_code(stages: list[Stage]) -> int | None:
+def _exit_code(stages: list[BuildStage]) -> int | None:
     steps = [step for stage in stages for step in stage.steps if step.status not in ("pending", "started")]
     failed = [step for step in steps if step.status != "succeeded"]
     return failed[0].exit_code if failed else steps[-1].exit_code if steps else None

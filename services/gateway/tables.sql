@@ -1,7 +1,10 @@
 CREATE TABLE teams (
     name text PRIMARY KEY,
     builds bigint NOT NULL,
-    created_at timestamptz NOT NULL
+    created_at timestamptz NOT NULL,
+    input_seconds bigint NOT NULL,
+    output_seconds bigint NOT NULL,
+    quota_bytes bigint NOT NULL
 );
 
 CREATE TABLE tokens (
@@ -46,9 +49,14 @@ CREATE TABLE artifacts (
     size bigint NOT NULL,
     files bigint NOT NULL,
     build text NOT NULL,
+    build_number bigint NOT NULL,
     created_at timestamptz NOT NULL,
     expires_at bigint NOT NULL,
+    pinned boolean NOT NULL,
+    gone text NOT NULL,
     position bigint NOT NULL
 );
 
-CREATE INDEX artifacts_by_age ON artifacts (team, kind, position DESC);
+CREATE INDEX artifacts_by_age ON artifacts (team, position DESC) WHERE gone = '';
+CREATE INDEX artifacts_by_name ON artifacts (team, name, position DESC) WHERE gone = '';
+CREATE INDEX artifacts_by_build ON artifacts (build, position DESC) WHERE gone = '' AND build <> '';

@@ -2,8 +2,9 @@
 
 from datetime import UTC, datetime
 
-from proto.api import Artifact, Build
-from services.gateway.projection import ArtifactRow, BuildRow
+from proto.api import Artifact, Build, Policy
+from proto.events.team import DEFAULT_POLICY
+from services.gateway.projection import ArtifactRow, BuildRow, TeamRow
 
 
 def build_view(row: BuildRow, public_url: str) -> Build:
@@ -32,10 +33,19 @@ def build_view(row: BuildRow, public_url: str) -> Build:
 def artifact_view(row: ArtifactRow) -> Artifact:
     return Artifact(
         id=row.id,
+        kind=row.kind,
         digest=row.digest,
         size=row.size,
         files=row.files,
         name=row.name,
+        build=row.build_number or None,
+        build_id=row.build,
         created_at=row.created_at,
-        expires_at=datetime.fromtimestamp(row.expires_at, UTC) if row.expires_at else None,
+        expires_at=datetime.fromtimestamp(row.expires_at, UTC) if row.expires_at and not row.pinned else None,
+        pinned=row.pinned,
     )
+
+
+def policy_view(row: TeamRow | None) -> Policy:
+    policy = row or DEFAULT_POLICY
+    return Policy(input_seconds=policy.input_seconds, output_seconds=policy.output_seconds, quota_bytes=policy.quota_bytes)

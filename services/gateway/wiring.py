@@ -26,8 +26,9 @@ from services.gateway import decider
 from services.gateway.artifacts import ArtifactsClient
 from services.gateway.auth import Authenticator
 from services.gateway.bootstrap import Bootstrap
-from services.gateway.commands import AbortBuild, CreateTeam, IssueToken, RequestBuild
+from services.gateway.commands import RequestBuild, RequestCommand, TeamCommand
 from services.gateway.feed import LogFeed
+from services.gateway.inputs import Inputs
 from services.gateway.logs import LogReader
 from services.gateway.projection import BuildRow, gateway_projection
 from services.gateway.queries import Queries
@@ -38,6 +39,7 @@ from services.gateway.routes.endpoint import add
 from services.gateway.routes.events import EventRoutes
 from services.gateway.routes.logs import LogRoutes
 from services.gateway.routes.teams import TeamRoutes
+from services.gateway.routes.transfers import TransferRoutes
 from services.gateway.sse import Streams
 from services.gateway.views import build_view
 from services.gateway.watch import Hub, Limits, Sources
@@ -85,10 +87,10 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     )
 
     projector = Projector(log, StoredProjection(log.pool, gateway_projection(TABLES.read_text())), urgent=URGENT, linger=LINGER)
-    requests: CommandLoop[RequestBuild | AbortBuild, decider.Request] = CommandLoop(
+    requests: CommandLoop[RequestCommand, decider.Request] = CommandLoop(
         log, decider.RequestDecider(), new_id, creates=lambda command: isinstance(command, RequestBuild)
     )
-    teams: CommandLoop[CreateTeam | IssueToken, decider.Team] = CommandLoop(log, decider.TeamDecider(), new_id)
+    teams: CommandLoop[TeamCommand, decider.Team] = CommandLoop(log, decider.TeamDecider(), new_id)
     feed = LogFeed(log)
     queries = Queries(log.pool)
     artifacts = ArtifactsClient(session, settings.artifacts_url, settings.grant_key, time.time)
@@ -108,20 +110,25 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     )
     builds = BuildRoutes(
         queries=queries,
+        inputs=Inputs(queries, artifacts, time.time),
         requests=requests,
         log=log,
         passed=projector.passed,
         feed=feed,
         view=view,
         ids=new_id,
-        clock=time.time,
         most_at_once=settings.max_submissions,
+    )
+    kept = ArtifactRoutes(queries=queries, artifacts=artifacts, log=log, passed=projector.passed, now=time.time)
+    transfers = TransferRoutes(
+        known=kept, queries=queries, artifacts=artifacts, log=log, passed=projector.passed, now=time.time, public_url=public_url
     )
     known = [
         *builds.endpoints(),
         *LogRoutes(builds=builds, hub=hub, streams=streams, reader=LogReader(bus, artifacts, queries.build)).endpoints(),
-        *ArtifactRoutes(queries=queries, artifacts=artifacts, log=log, passed=projector.passed, public_url=public_url).endpoints(),
-        *TeamRoutes(teams=teams, passed=projector.passed, first=settings.bootstrap_team, ids=new_id, secret=new_token).endpoints(),
+        *kept.endpoints(),
+        *transfers.endpoints(),
+        *TeamRoutes(queries=queries, teams=teams, passed=projector.passed, first=settings.bootstrap_team, ids=new_id, secret=new_token).endpoints(),
         *EventRoutes(feed=feed, streams=streams).endpoints(),
     ]
     about = AboutRoutes(version=importlib.metadata.version("penstock"), authenticator=authenticator, public_url=public_url, known=known)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+import schemathesis
 from yarl import URL
 
 from proto.events.base import ArtifactRef
@@ -149,18 +150,38 @@ async def test_another_teams_things_are_as_if_absent(gateway: Gateway) -> None:
     assert mine["number"] == 1
     async with gateway.call("POST", "/teams/main/user-artifacts?name=x", data=b"tar") as answer:
         artifact = (await answer.json())["id"]
-    absent = await gateway.json("GET", "/teams/other/builds/nothing", 404, token=other)
-    paths = [f"builds/{build['id']}", "builds/2", f"builds/{build['id']}/events", f"builds/{build['id']}/log"]
-    for path in paths:
-        assert await gateway.json("GET", f"/teams/other/{path}", 404, token=other) == absent
-        await gateway.json("GET", f"/teams/main/{path}", 404, token=other)
-    await gateway.json("PUT", f"/teams/other/builds/{build['id']}/abort", 404, token=other)
-    assert await gateway.json("GET", f"/teams/other/user-artifacts/{artifact}", 404, token=other) == await gateway.json(
-        "GET", "/teams/other/user-artifacts/nothing", 404, token=other
-    )
+    described = (await gateway.json("GET", "/openapi.json", 200))["paths"]
+    routes = [(method.upper(), path.removeprefix("/api/v1")) for path, methods in described.items() for method in methods if "{team}" in path]
+    assert len(routes) > 15
+    for method, path in routes:
+        await _absent(gateway, method, path.format(team="main", build=1, artifact=artifact), other, path in ANY_TEAM and "team")
+        if "{build}" in path:
+            await _absent(gateway, method, path.format(team="other", build=build["id"]), other, "build")
+            await _absent(gateway, method, path.format(team="other", build=2), other, "build")
+        if "{artifact}" in path:
+            await _absent(gateway, method, path.format(team="other", artifact=artifact), other, "artifact")
     await gateway.json("GET", "/teams/nobody/builds", 404)
-    taking = {**json.loads(json.dumps(PLAN))}
-    await gateway.submit(taking, status=422, team="other", token=other, inputs={"src": artifact})
+    for reference in (artifact, f"artifact:{artifact}", f"build:{build['id']}/dist", f"artifact:{artifact}/a"):
+        found = await gateway.submit(status=422, team="other", token=other, inputs={"src": reference})
+        assert "there is no" in found["detail"], found
+    await gateway.json("POST", f"/teams/other/user-artifacts?from={artifact}", 404, token=other)
+    assert gateway.artifacts.asked[1:] == []
+    assert (await gateway.json("GET", "/teams/other/user-artifacts", 200, token=other))["items"] == []
+    await gateway.json("GET", f"/teams/other/user-artifacts?build={build['id']}", 404, token=other)
+
+
+ANY_TEAM = ("/teams/{team}", "/teams/{team}/tokens")
+
+
+async def _absent(gateway: Gateway, method: str, path: str, token: str, what: object) -> None:
+    """The same words as for what never was; of another team nothing is said but that."""
+    bodies = {"POST": b"x" * 32, "PUT": b"x", "PATCH": b'{"pinned": true}'}
+    async with gateway.call(method, path, token=token, data=bodies.get(method)) as answer:
+        assert answer.status == 404, (method, path, answer.status, await answer.text())
+        if method != "HEAD":
+            found = await answer.json(content_type=None)
+            assert found["type"] == "urn:penstock:problem:not-found"
+            assert what is False or f"there is no {what} `" in found["detail"] or "there is no upload `" in found["detail"]
 
 
 async def test_roles_are_kept(gateway: Gateway) -> None:
@@ -175,6 +196,14 @@ async def test_roles_are_kept(gateway: Gateway) -> None:
     await gateway.json("POST", "/teams/main/tokens", 404, token=owner, json={"role": "viewer"})
     await gateway.json("PUT", "/teams/third", 404, token=owner)
     await gateway.json("PUT", "/teams/No.Good", 422)
+    policy = {"input_seconds": 60, "output_seconds": 61, "quota_bytes": 0}
+    for token in (viewer, member):
+        await gateway.json("PUT", "/teams/other/policy", 403, token=token, json=policy)
+    assert await gateway.json("PUT", "/teams/other/policy", 200, token=owner, json=policy) == policy
+    assert await gateway.json("GET", "/teams/other/policy", 200, token=viewer) == policy
+    assert (await gateway.json("GET", "/teams/main/policy", 200))["input_seconds"] == 12 * 3600
+    for wrong in ({**policy, "input_seconds": 0}, {**policy, "quota_bytes": -1}, {"input_seconds": 5}, {**policy, "more": 1}):
+        await gateway.json("PUT", "/teams/other/policy", 422, token=owner, json=wrong)
     assert (await gateway.json("GET", "/info", 200, token=viewer))["role"] == "viewer"
 
 
@@ -250,6 +279,15 @@ async def test_too_many_submissions_at_once_are_told_to_come_back(database, nats
 
 async def test_the_api_describes_itself(gateway: Gateway) -> None:
     found = await gateway.json("GET", "/openapi.json", 200, token=None)
+    schemathesis.openapi.from_dict(found).validate()
+    assert all(name.isidentifier() for name in found["components"]["schemas"])
+    assert {"BuildStage", "Stage"} <= set(found["components"]["schemas"])
+    for path, operations in found["paths"].items():
+        for method, operation in operations.items():
+            for status, response in operation["responses"].items():
+                if int(status) >= 400 and method != "head":
+                    schema = response["content"]["application/problem+json"]["schema"]
+                    assert schema == {"$ref": "#/components/schemas/ProblemDetails"}, (path, method, status)
     assert set(found["paths"]["/api/v1/teams/{team}/builds"]) == {"get", "post"}
     assert (await gateway.json("GET", "/info", 200, token=None)).keys() == {"version"}
     assert (await gateway.json("GET", "/info", 200))["teams"] == ["main"]

@@ -1,141 +1,178 @@
-"""User artifacts: bytes are piped to and from the artifacts service, chunk by chunk, each side waiting for the other."""
+"""Artifacts as the read models know them: list, look, change their lifetime, delete. Their bytes are in transfers.py."""
 
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from typing import Literal, get_args
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from libs.eventlog.log import EventLog
-from libs.runtime.http import Problem, body_chunks, unavailable
-from proto.api import Artifact, ArtifactPage
-from services.gateway.artifacts import ArtifactsClient
-from services.gateway.auth import Principal, absent
+from libs.runtime.http import read_body, strict_json, unavailable
+from proto.api import Artifact, ArtifactChange, ArtifactPage, ProblemDetails, TreePage, Usage
+from services.gateway.artifacts import ArtifactsClient, Whose, relayed
+from services.gateway.auth import Principal
+from services.gateway.projection import ArtifactRow
 from services.gateway.queries import Queries
-from services.gateway.routes.endpoint import PAGE, PREFIX, Endpoint, Parameter, answer, page
-from services.gateway.sse import cut, send
+from services.gateway.refusals import absent, gone, invalid
+from services.gateway.routes.endpoint import PAGE, Endpoint, Parameter, answer, page
 from services.gateway.views import artifact_view
 
-PIECE = 256 << 10
+MAX_BODY = 16 << 10
 
-_ARCHIVES = ("application/x-tar", "application/gzip", "application/zstd")
-_PASSED_ON = ("Content-Type", "Content-Length", "Content-Disposition", "Content-Range", "Accept-Ranges", "ETag", "Last-Modified", "Cache-Control")
-_ASKED_FOR = ("If-None-Match", "If-Match", "If-Range", "Range", "Accept")
-_FORMATS = ("tar", "tgz", "tzst")
+Kind = Literal["user", "output"]
 
 
 class ArtifactRoutes:
-    """`passed(position, timeout)` waits for the gateway's own read models."""
+    """`passed(position, timeout)` waits for the gateway's own read models; `now` is unix seconds."""
 
     def __init__(
-        self, *, queries: Queries, artifacts: ArtifactsClient, log: EventLog, passed: Callable[[int, float], Awaitable[bool]], public_url: str
+        self,
+        *,
+        queries: Queries,
+        artifacts: ArtifactsClient,
+        log: EventLog,
+        passed: Callable[[int, float], Awaitable[bool]],
+        now: Callable[[], float],
     ) -> None:
         self._queries = queries
         self._artifacts = artifacts
         self._log = log
         self._passed = passed
-        self._public_url = public_url
+        self._now = now
 
     def endpoints(self) -> list[Endpoint]:
-        artifacts = "/teams/{team}/user-artifacts"
+        artifacts, one = "/teams/{team}/user-artifacts", "/teams/{team}/user-artifacts/{artifact}"
         return [
-            Endpoint(
-                method="POST",
-                path=artifacts,
-                summary="Upload a tree of files as a tar (plain, gzip or zstd; recognised by its bytes), of any size",
-                handler=self.upload,
-                least="member",
-                parameters=(Parameter(name="name", about="for people"),),
-                body=_ARCHIVES,
-                answers={201: Artifact},
-            ),
             Endpoint(
                 method="GET",
                 path=artifacts,
-                summary="The team's uploads, newest first",
+                summary="The team's artifacts, newest first",
                 handler=self.list,
-                parameters=PAGE,
+                parameters=(
+                    *PAGE,
+                    Parameter(name="kind", about="only uploads (user), or only what builds made (output)", schema=Kind),
+                    Parameter(name="build", about="only what this build made, by number or id"),
+                    Parameter(name="name", about="only those of this name"),
+                ),
                 answers={200: ArtifactPage},
             ),
             Endpoint(
                 method="GET",
-                path=artifacts + "/{artifact}",
-                summary="Download a tree, uploaded or made by a build, or one file of it",
-                handler=self.download,
+                path=one + "/tree",
+                summary="What lies in a folder of a tree",
+                handler=self.tree,
                 parameters=(
-                    Parameter(name="format", about=f"one of {', '.join(_FORMATS)}"),
-                    Parameter(name="path", about="only this file, as it is"),
-                    Parameter(name="If-None-Match", place="header", about="the ETag that you have"),
+                    Parameter(name="path", about="the folder; left away: the root"),
+                    Parameter(name="recursive", about="also what lies below", schema=bool),
+                    Parameter(name="limit", about="at most this many (1 to 5000)", schema=int),
+                    Parameter(name="cursor", about="`next` of the page before"),
                 ),
-                answers={200: (*_ARCHIVES, "application/octet-stream"), 304: None},
+                answers={200: TreePage, 410: ProblemDetails},
+            ),
+            Endpoint(
+                method="PATCH",
+                path=one,
+                summary="Pin or unpin an artifact, or keep it longer",
+                handler=self.change,
+                least="member",
+                body=ArtifactChange,
+                answers={200: Artifact, 410: ProblemDetails},
+            ),
+            Endpoint(
+                method="DELETE",
+                path=one,
+                summary="Delete an artifact; builds that have been asked for may still read it",
+                handler=self.delete,
+                least="member",
+                answers={204: None},
+            ),
+            Endpoint(
+                method="GET",
+                path="/teams/{team}/usage",
+                summary="How much the team stores",
+                handler=self.usage,
+                answers={200: Usage},
             ),
         ]
 
-    async def upload(self, request: web.Request, principal: Principal) -> web.Response:
-        artifact = str(uuid.uuid4())
-        name = request.query.get("name", "")
-        if len(name) > 200 or "\0" in name:
-            raise Problem(422, "invalid", "The request does not say what it must", "name: at most 200 characters", path="name")
-        kind = request.headers.get("Content-Type", "")
-        failure: list[Exception] = []
-        try:
-            async with self._artifacts.upload(principal.team, artifact, name, kind, _noting(body_chunks(request), failure)) as inner:
-                body = await inner.read()
-                if inner.status != 201:
-                    return _relayed(inner, body)
-        except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
-            if failure:  # it was the client's side that broke; the inner request was cut with it, so nothing is kept
-                raise failure[0] from None
-            raise unavailable("the artifacts service stopped answering") from error
-        await self._passed(await self._log.head(), 1.0)
+    async def find(self, artifact: str, principal: Principal) -> ArtifactRow:
+        """An artifact that is there. Raises Problem 404, 410."""
+        row = await self._of_team(artifact, principal)
+        if why := row.over(self._now()):
+            raise gone("artifact", artifact, why, row.expires_at)
+        return row
+
+    async def _of_team(self, artifact: str, principal: Principal) -> ArtifactRow:
         row = await self._queries.artifact(artifact)
-        location = {"Location": f"{self._public_url}{PREFIX}/teams/{principal.team}/user-artifacts/{artifact}"}
-        if row is None:  # sealed, but the read model is behind
-            return web.Response(body=body, status=201, content_type="application/json", headers=location)
-        return answer(artifact_view(row), status=201, headers=location)
+        if row is None or row.team != principal.team:
+            raise absent("artifact", artifact)
+        return row
 
     async def list(self, request: web.Request, principal: Principal) -> web.Response:
         limit, before = page(request)
-        rows = await self._queries.user_artifacts(principal.team, limit + 1, before)
+        wanted = {name: request.query[name] for name in ("kind", "build", "name") if name in request.query}
+        if wanted.get("kind", "user") not in get_args(Kind):
+            raise invalid("kind", f"one of {', '.join(get_args(Kind))}")
+        if "build" in wanted:
+            build = await self._queries.build_of_team(principal.team, wanted["build"])
+            if build is None:
+                raise absent("build", wanted["build"])
+            wanted["build"] = build.id
+        if "name" in wanted and not _is_text(wanted["name"]):
+            return answer(ArtifactPage(items=[]))
+        rows = await self._queries.artifacts(principal.team, limit + 1, before, self._now(), **wanted)
         following = str(rows[limit - 1].position) if len(rows) > limit else None
         return answer(ArtifactPage(items=[artifact_view(row) for row in rows[:limit]], next=following))
 
-    async def download(self, request: web.Request, principal: Principal) -> web.StreamResponse:
-        row = await self._queries.artifact(request.match_info["artifact"])
-        if row is None or row.team != principal.team:
-            raise absent("artifact")
-        query = {name: request.query[name] for name in ("format", "path") if name in request.query}
-        if query.get("format", "tar") not in _FORMATS:
-            raise Problem(422, "invalid", "The request does not say what it must", f"format: one of {', '.join(_FORMATS)}", path="format")
-        headers = {name: request.headers[name] for name in _ASKED_FOR if name in request.headers}
-        async with self._artifacts.download(principal.team, row.id, query, headers) as inner:
-            if inner.status >= 400:
-                return _relayed(inner, await inner.read())
-            response = web.StreamResponse(status=inner.status, headers={name: inner.headers[name] for name in _PASSED_ON if name in inner.headers})
-            await response.prepare(request)
-            try:
-                async for piece in inner.content.iter_chunked(PIECE):
-                    await send(request, response, piece)
-            except aiohttp.ClientError:
-                cut(request)
-                raise ConnectionResetError("the artifacts service stopped in the middle") from None
-            await response.write_eof()
-            return response
+    async def tree(self, request: web.Request, principal: Principal) -> web.Response:
+        row = await self.find(request.match_info["artifact"], principal)
+        async with self._artifacts.ask(
+            "see", Whose(principal.team, row.id, principal.actor), "GET", "/tree", query=request.rel_url.raw_query_string
+        ) as inner:
+            return told(inner, await inner.read(), request, row.id)
+
+    async def change(self, request: web.Request, principal: Principal) -> web.Response:
+        change = strict_json(await read_body(request, MAX_BODY), ArtifactChange)
+        row = await self._of_team(request.match_info["artifact"], principal)
+        if row.gone:  # what is only due may still be kept longer
+            raise gone("artifact", row.id, row.gone, row.expires_at)
+        whose = Whose(principal.team, row.id, principal.actor)
+        headers = {"Content-Type": "application/json"}
+        async with self._artifacts.ask("change", whose, "PATCH", headers=headers, body=msgspec.json.encode(change)) as inner:
+            body = await inner.read()
+            if inner.status != 200:
+                return relayed(inner, body)
+        return answer(artifact_view(await self._changed(row.id, principal)))
+
+    async def delete(self, request: web.Request, principal: Principal) -> web.Response:
+        row = await self._of_team(request.match_info["artifact"], principal)
+        if not row.gone:
+            async with self._artifacts.ask("change", Whose(principal.team, row.id, principal.actor), "DELETE") as inner:
+                body = await inner.read()
+                if inner.status not in (204, 410):
+                    return relayed(inner, body)
+            await self._passed(await self._log.head(), 1.0)
+        return web.Response(status=204)
+
+    async def usage(self, _: web.Request, principal: Principal) -> web.Response:
+        async with self._artifacts.ask("see", Whose(principal.team, "", principal.actor), "GET", "/usage") as inner:
+            return relayed(inner, await inner.read())
+
+    async def _changed(self, artifact: str, principal: Principal) -> ArtifactRow:
+        """The artifact after a change that is recorded by now."""
+        if not await self._passed(await self._log.head(), 1.0):
+            raise unavailable("it is recorded, but not to be seen yet")
+        return await self._of_team(artifact, principal)
 
 
-def _relayed(inner: aiohttp.ClientResponse, body: bytes) -> web.Response:
-    """What artifacts refused, in its words. That it refused our grant is no business of the client's."""
-    if inner.status in (401, 403) or inner.content_type != "application/problem+json":
-        raise unavailable(f"the artifacts service answered {inner.status}")
-    retry = {"Retry-After": inner.headers["Retry-After"]} if "Retry-After" in inner.headers else None
-    return web.Response(body=body, status=inner.status, content_type="application/problem+json", headers=retry)
+def told(inner: aiohttp.ClientResponse, body: bytes, request: web.Request, artifact: str) -> web.Response:
+    """What artifacts answered about a part of an artifact that is there. Raises Problem 404 naming the path that it does not have."""
+    if inner.status == 404 and (path := request.query.get("path")):
+        raise absent(f"path in artifact `{artifact}` like", path)
+    return relayed(inner, body)
 
 
-async def _noting(chunks: AsyncIterator[bytes], failure: list[Exception]) -> AsyncIterator[bytes]:
-    """The chunks; what ends them is noted, because the inner request only says that its body failed."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    except Exception as error:
-        failure.append(error)
-        raise
+def _is_text(name: str) -> bool:
+    """Whether the database could have it."""
+    return "\0" not in name and not any("\ud800" <= char <= "\udfff" for char in name)

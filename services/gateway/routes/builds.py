@@ -4,25 +4,26 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, get_args
+from typing import get_args
 
 from aiohttp import web
 
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
-from libs.runtime.decisions import Cause
+from libs.runtime.decisions import Cause, Refused
 from libs.runtime.http import Problem, read_body, strict_json
-from proto.api import ENDED, Build, BuildPage, BuildStatus, Submission
-from proto.events.base import ArtifactRef
+from proto.api import ENDED, Build, BuildPage, BuildStatus, ProblemDetails, Submission
 from proto.plan import plan_problem
 from proto.topology import MAX_EVENT
 from services.gateway.admission import missing_input
-from services.gateway.auth import Principal, absent
-from services.gateway.commands import AbortBuild, RequestBuild, request_name
+from services.gateway.auth import Principal
+from services.gateway.commands import AbortBuild, RecallBuild, RequestBuild, RequestCommand, request_name
 from services.gateway.decider import Request
 from services.gateway.feed import LogFeed
+from services.gateway.inputs import Inputs
 from services.gateway.projection import BuildRow
 from services.gateway.queries import Queries
+from services.gateway.refusals import absent, invalid
 from services.gateway.routes.endpoint import PAGE, Endpoint, Parameter, answer, page
 
 MAX_BODY = MAX_EVENT + (64 << 10)
@@ -41,23 +42,23 @@ class BuildRoutes:
         self,
         *,
         queries: Queries,
-        requests: CommandLoop[RequestBuild | AbortBuild, Request],
+        inputs: Inputs,
+        requests: CommandLoop[RequestCommand, Request],
         log: EventLog,
         passed: Callable[[int, float], Awaitable[bool]],
         feed: LogFeed,
         view: Callable[[BuildRow], Build],
         ids: Callable[[], str],
-        clock: Callable[[], float],
         most_at_once: int,
     ) -> None:
         self._queries = queries
+        self._inputs = inputs
         self._requests = requests
         self._log = log
         self._passed = passed
         self._feed = feed
         self._view = view
         self._ids = ids
-        self._clock = clock
         self._most_at_once = most_at_once
         self._at_once = 0
 
@@ -79,7 +80,7 @@ class BuildRoutes:
                     Parameter(name="Prefer", place="header", about=f"`wait=N`: answer at the build's end, or after N seconds (at most {MAX_WAIT})"),
                 ),
                 body=Submission,
-                answers={202: Build, 200: Build, 409: "application/problem+json", 429: "application/problem+json"},
+                answers={202: Build, 200: Build, 409: ProblemDetails, 429: ProblemDetails},
             ),
             Endpoint(
                 method="GET",
@@ -96,7 +97,7 @@ class BuildRoutes:
                 summary="Stop a build; 409 when it has ended",
                 handler=self.abort,
                 least="member",
-                answers={202: Build, 409: "application/problem+json"},
+                answers={202: Build, 409: ProblemDetails},
             ),
         ]
 
@@ -107,14 +108,14 @@ class BuildRoutes:
         """The build that the path names. Raises Problem 404."""
         row = await self._queries.build_of_team(principal.team, request.match_info["build"])
         if row is None:
-            raise absent("build")
+            raise absent("build", request.match_info["build"])
         return row
 
     async def list(self, request: web.Request, principal: Principal) -> web.Response:
         limit, below = page(request)
         status = request.query.get("status") or None
         if status is not None and status not in get_args(BuildStatus):
-            raise _invalid("status", f"one of {', '.join(get_args(BuildStatus))}")
+            raise invalid("status", f"one of {', '.join(get_args(BuildStatus))}")
         rows = await self._queries.builds(principal.team, limit + 1, below, status)
         following = str(rows[limit - 1].number) if len(rows) > limit else None
         return answer(BuildPage(items=[self._view(row) for row in rows[:limit]], next=following))
@@ -135,20 +136,10 @@ class BuildRoutes:
             body = await read_body(request, MAX_BODY)
             submission = strict_json(body, Submission)
             if problem := plan_problem(submission.plan):
-                raise _invalid(f"plan.{problem[0]}", problem[1])
+                raise invalid(f"plan.{problem[0]}", problem[1])
             if missing := missing_input(submission.plan, submission.inputs):
-                raise _invalid(*missing)
-            inputs = {name: await self._input(name, artifact, principal) for name, artifact in submission.inputs.items()}
-            key = request.headers.get("Idempotency-Key")
-            command = RequestBuild(
-                request=request_name(principal.team, key) if key else self._ids(),
-                build=self._ids(),
-                plan=submission.plan,
-                inputs=inputs,
-                name=submission.name,
-                body_sha256=hashlib.sha256(body).hexdigest(),
-            )
-            build, position = await self._execute(command, command.build, principal)
+                raise invalid(*missing)
+            build, position = await self._record(submission, hashlib.sha256(body).hexdigest(), request.headers.get("Idempotency-Key"), principal)
         finally:
             self._at_once -= 1
         row = await self._row(build, position)
@@ -159,15 +150,30 @@ class BuildRoutes:
         headers = {"Location": self._view(row).url} | ({"Preference-Applied": f"wait={wait}"} if wait else {})
         return answer(self._view(row), status=200 if wait and row.status in ENDED else 202, headers=headers)
 
-    async def _input(self, name: str, artifact: str, principal: Principal) -> ArtifactRef:
-        row = await self._queries.artifact(artifact)
-        if row is None or row.team != principal.team:
-            raise _invalid(f"inputs.{name}", f"there is no artifact `{artifact}`")
-        if 0 < row.expires_at <= self._clock():
-            raise _invalid(f"inputs.{name}", f"artifact `{artifact}` has expired")
-        return ArtifactRef(id=row.id, digest=row.digest, size=row.size, files=row.files)
+    async def _record(self, submission: Submission, sha256: str, key: str | None, principal: Principal) -> tuple[str, int]:
+        """(the build, a position after its request). What was recorded under the key before is the answer, even when its inputs are gone since."""
+        request, build = request_name(principal.team, key) if key else self._ids(), self._ids()
+        try:
+            inputs = {name: await self._inputs.find(name, text, request, principal) for name, text in submission.inputs.items()}
+        except Problem as problem:
+            if key is None:
+                raise
+            try:
+                return await self._execute(RecallBuild(request=request, body_sha256=sha256), build, principal)
+            except Refused as refused:
+                raise (problem if refused.kind == "missing" else refused) from None
+        command = RequestBuild(
+            request=request,
+            build=build,
+            plan=submission.plan,
+            inputs=inputs,
+            name=submission.name,
+            body_sha256=sha256,
+            keep_seconds=-1 if submission.keep == "forever" else submission.keep,
+        )
+        return await self._execute(command, build, principal)
 
-    async def _execute(self, command: RequestBuild | AbortBuild, build: str, principal: Principal) -> tuple[str, int]:
+    async def _execute(self, command: RequestCommand, build: str, principal: Principal) -> tuple[str, int]:
         """(the build that the request stands for, a position after it). Raises LogUnavailable within PATIENCE."""
         cause = Cause(team=principal.team, correlation_id=build, causation_id=build, actor=principal.actor)
         try:
@@ -205,7 +211,3 @@ def _wait(request: web.Request) -> int:
     """Seconds of `Prefer: wait=N` (RFC 7240), 0 without."""
     match = _WAIT.search(request.headers.get("Prefer", ""))
     return min(int(match[1]), MAX_WAIT) if match else 0
-
-
-def _invalid(path: str, rule: str, **more: Any) -> Problem:
-    return Problem(422, "invalid", "The request does not say what it must", f"{path}: {rule}", path=path, **more)

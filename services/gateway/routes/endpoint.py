@@ -6,9 +6,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from libs.runtime.http import Problem, expect_later
+from libs.runtime.http import expect_later
 from proto.events.team import Role
-from services.gateway.auth import Authenticator, Principal, absent, require
+from services.gateway.auth import Authenticator, Principal, require
+from services.gateway.refusals import absent, invalid
 
 PREFIX = "/api/v1"
 MAX_PAGE = 200
@@ -27,7 +28,8 @@ class Parameter(msgspec.Struct, frozen=True, kw_only=True):
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """`path` below the prefix. `least` is the role that it takes (None: no token needed); with `{team}` in its path it is for that team's tokens,
-    and for all others as if absent, unless `any_team`. `answers`: status → type of the JSON body, or a media type. `body`: type, or a media type."""
+    and for all others as if absent, unless `any_team`. `answers`: status → type of the JSON body, or a media type. `body`: type, or a media type;
+    or several."""
 
     method: str
     path: str
@@ -37,12 +39,18 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     any_team: bool = False
     parameters: tuple[Parameter, ...] = ()
     body: Any = None
+    body_required: bool = True
     answers: dict[int, Any]
 
 
 PAGE = (
     Parameter(name="limit", about=f"at most this many (1 to {MAX_PAGE})", schema=int),
     Parameter(name="cursor", about="`next` of the page before"),
+)
+
+LAST_EVENT = (
+    Parameter(name="Last-Event-ID", place="header", about="go on after the message with this id"),
+    Parameter(name="last_event_id", about="the same, for who can set no header"),
 )
 
 ANYBODY = Principal("", "viewer", "")
@@ -57,14 +65,17 @@ def add(app: web.Application, endpoints: Iterable[Endpoint], authenticator: Auth
 def _guarded(endpoint: Endpoint, authenticator: Authenticator) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     handler, least = endpoint.handler, endpoint.least
     for_team = "{team}" in endpoint.path and not endpoint.any_team
+    known = {parameter.name for parameter in endpoint.parameters if parameter.place == "query"}
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        if least is None:
-            return await handler(request, ANYBODY)
-        principal = await authenticator.principal(request)
-        if for_team and request.match_info["team"] != principal.team:
-            raise absent("team")
-        require(principal, least)
+        principal = ANYBODY
+        if least is not None:
+            principal = await authenticator.principal(request)
+            if for_team and request.match_info["team"] != principal.team:
+                raise absent("team", request.match_info["team"])
+            require(principal, least)
+        if unknown := request.query.keys() - known:
+            raise invalid(min(unknown), f"is no parameter here; there is {', '.join(sorted(known))}" if known else "is no parameter here")
         return await handler(request, principal)
 
     return handle
@@ -81,7 +92,7 @@ def number(request: web.Request, name: str, default: int | None, least: int = 0,
     if text is None or text == "":
         return default
     if not (text.isascii() and text.isdigit() and len(text) <= 19 and least <= int(text) <= most):
-        raise Problem(422, "invalid", "The request does not say what it must", f"{name}: a whole number from {least} to {most}", path=name)
+        raise invalid(name, f"a whole number from {least} to {most}")
     return int(text)
 
 

@@ -5,12 +5,13 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from libs.runtime.http import Problem
+from proto.api import ProblemDetails
 from proto.catalogue import OWNERS, category_of
 from proto.envelope import CloudEvent, Recorded
 from services.gateway.auth import Principal
 from services.gateway.feed import LogFeed
-from services.gateway.routes.endpoint import Endpoint, Parameter, number
+from services.gateway.refusals import invalid
+from services.gateway.routes.endpoint import LAST_EVENT, Endpoint, Parameter, number
 from services.gateway.sse import Streams, bad_token, last_event_id, message
 
 
@@ -29,11 +30,11 @@ class EventRoutes:
                 summary="Every event of the token's team as it is recorded (CloudEvents); the message's id is its position in the log",
                 handler=self.events,
                 parameters=(
-                    Parameter(name="Last-Event-ID", place="header", about="go on after this position"),
+                    *LAST_EVENT,
                     Parameter(name="from", about="begin at this position; left away: now", schema=int),
                     Parameter(name="category", about=f"only these, separated by commas: {', '.join(OWNERS)}"),
                 ),
-                answers={200: (CloudEvent, "text/event-stream"), 400: "application/problem+json"},
+                answers={200: (CloudEvent, "text/event-stream"), 400: ProblemDetails},
             )
         ]
 
@@ -45,7 +46,7 @@ class EventRoutes:
         after = int(token) if token is not None else None if begin is None else max(begin - 1, 0)
         categories = frozenset(filter(None, request.query.get("category", "").split(","))) or None
         if unknown := sorted((categories or frozenset()) - OWNERS.keys()):
-            raise Problem(422, "invalid", "The request does not say what it must", f"category: there is no `{unknown[0]}`", path="category")
+            raise invalid("category", f"there is no `{unknown[0]}`")
         async with aclosing(self._messages(principal.team, after, categories)) as messages:
             return await self._streams.respond(request, messages)
 

@@ -9,14 +9,15 @@ from aiohttp import web
 
 from libs.bus.bus import BusUnavailable
 from libs.runtime.http import Problem, unavailable
-from proto.api import Build, LogEvent, LogLine, LogPage
+from proto.api import Build, LogEvent, LogLine, LogPage, ProblemDetails
 from proto.messages import count_lines
 from services.gateway.artifacts import ArchiveUnavailable
 from services.gateway.auth import Principal
 from services.gateway.logs import Line, LogReader
 from services.gateway.projection import BuildRow
+from services.gateway.refusals import invalid
 from services.gateway.routes.builds import BuildRoutes
-from services.gateway.routes.endpoint import Endpoint, Parameter, answer, number
+from services.gateway.routes.endpoint import LAST_EVENT, Endpoint, Parameter, answer, number
 from services.gateway.sse import Streams, cut, last_event_id, send
 from services.gateway.watch import Hub, resume
 
@@ -41,8 +42,8 @@ class LogRoutes:
                 summary="The build as it goes: `status` (a whole Build, at once and at each change), `log` (consecutive lines), "
                 "`end` (the Build; the log is complete), `error` (a problem; come back)",
                 handler=self.events,
-                parameters=(Parameter(name="Last-Event-ID", place="header", about="go on after this message"),),
-                answers={200: (Build, LogEvent, "text/event-stream"), 400: "application/problem+json"},
+                parameters=LAST_EVENT,
+                answers={200: (Build, LogEvent, "text/event-stream"), 400: ProblemDetails},
             ),
             Endpoint(
                 method="GET",
@@ -147,7 +148,7 @@ def _parts(request: web.Request, row: BuildRow, one: bool) -> list[tuple[str, in
         raise Problem(404, "not-found", "There is no such thing", f"the build has no stage `{wanted}`")
     if len(stages) > 1 and (one or "from" in request.query or "attempt" in request.query):
         names = ", ".join(stage.name for stage in stages)
-        raise Problem(422, "invalid", "The request does not say what it must", f"stage: one of {names}", path="stage")
+        raise invalid("stage", f"one of {names}")
     attempt = number(request, "attempt", None, 1)
     if attempt is not None and attempt > stages[0].attempt:
         raise Problem(404, "not-found", "There is no such thing", f"stage `{stages[0].name}` has no attempt {attempt}")

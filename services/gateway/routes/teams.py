@@ -1,4 +1,4 @@
-"""Teams and their tokens."""
+"""Teams, their tokens and their policies."""
 
 import hashlib
 import re
@@ -8,12 +8,15 @@ from aiohttp import web
 
 from libs.runtime.commands import CommandLoop, Outcome
 from libs.runtime.decisions import Cause
-from libs.runtime.http import Problem, read_body, strict_json
-from proto.api import NewToken, Team, Token
+from libs.runtime.http import read_body, strict_json
+from proto.api import NewToken, Policy, Team, Token
 from services.gateway import decider
-from services.gateway.auth import Principal, absent
-from services.gateway.commands import CreateTeam, IssueToken
+from services.gateway.auth import Principal
+from services.gateway.commands import CreateTeam, IssueToken, SetPolicy, TeamCommand
+from services.gateway.queries import Queries
+from services.gateway.refusals import absent, invalid
 from services.gateway.routes.endpoint import Endpoint, answer
+from services.gateway.views import policy_view
 
 MAX_BODY = 16 << 10
 
@@ -26,12 +29,14 @@ class TeamRoutes:
     def __init__(
         self,
         *,
-        teams: CommandLoop[CreateTeam | IssueToken, decider.Team],
+        queries: Queries,
+        teams: CommandLoop[TeamCommand, decider.Team],
         passed: Callable[[int, float], Awaitable[bool]],
         first: str,
         ids: Callable[[], str],
         secret: Callable[[], str],
     ) -> None:
+        self._queries = queries
         self._teams = teams
         self._passed = passed
         self._first = first
@@ -59,28 +64,55 @@ class TeamRoutes:
                 body=NewToken,
                 answers={201: Token},
             ),
+            Endpoint(
+                method="GET",
+                path="/teams/{team}/policy",
+                summary="How long artifacts are kept, and how many bytes may be stored",
+                handler=self.policy,
+                answers={200: Policy},
+            ),
+            Endpoint(
+                method="PUT",
+                path="/teams/{team}/policy",
+                summary="Set the policy; artifacts that are there already keep their time",
+                handler=self.set_policy,
+                least="owner",
+                body=Policy,
+                answers={200: Policy},
+            ),
         ]
 
     async def create(self, request: web.Request, principal: Principal) -> web.Response:
         team = request.match_info["team"]
         if principal.team != self._first:
-            raise absent("team")
+            raise absent("team", team)
         if not _TEAM.fullmatch(team):
-            raise Problem(422, "invalid", "This is no name for a team", "team: lower-case letters, digits and `-`; at most 63", path="team")
+            raise invalid("team", "lower-case letters, digits and `-`; at most 63")
         outcome = await self._execute(CreateTeam(team=team), team, principal)
         return answer(Team(name=team), status=201 if outcome.events else 200)
 
     async def issue(self, request: web.Request, principal: Principal) -> web.Response:
         team = request.match_info["team"]
         if principal.team not in (team, self._first) or not _TEAM.fullmatch(team):
-            raise absent("team")
+            raise absent("team", team)
         wanted = strict_json(await read_body(request, MAX_BODY), NewToken)
         token, token_id = self._secret(), self._ids()
         command = IssueToken(team=team, token_id=token_id, sha256=sha256_of(token), role=wanted.role, description=wanted.description)
         await self._execute(command, team, principal)
         return answer(Token(id=token_id, token=token, team=team, role=wanted.role, description=wanted.description), status=201)
 
-    async def _execute(self, command: CreateTeam | IssueToken, team: str, principal: Principal) -> Outcome:
+    async def policy(self, _: web.Request, principal: Principal) -> web.Response:
+        return answer(policy_view(await self._queries.team(principal.team)))
+
+    async def set_policy(self, request: web.Request, principal: Principal) -> web.Response:
+        policy = strict_json(await read_body(request, MAX_BODY), Policy)
+        command = SetPolicy(
+            team=principal.team, input_seconds=policy.input_seconds, output_seconds=policy.output_seconds, quota_bytes=policy.quota_bytes
+        )
+        await self._execute(command, principal.team, principal)
+        return answer(policy)
+
+    async def _execute(self, command: TeamCommand, team: str, principal: Principal) -> Outcome:
         cause = Cause(team=team, correlation_id=self._ids(), causation_id=principal.actor, actor=principal.actor)
         outcome = await self._teams.execute(command, cause)
         await self._passed(outcome.position, 1.0)

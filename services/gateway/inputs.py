@@ -1,0 +1,104 @@
+"""A build's inputs, found by what names them: each must be there when the build is asked for."""
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlencode
+
+import msgspec
+
+from libs.runtime.http import Problem, unavailable
+from proto.api import ENDED
+from proto.events.base import ArtifactRef
+from services.gateway.artifacts import ArtifactsClient, Whose
+from services.gateway.auth import Principal
+from services.gateway.projection import ArtifactRow, BuildRow
+from services.gateway.queries import Queries
+from services.gateway.references import OfArtifact, OfBuild, Wanted, wanted
+from services.gateway.refusals import GONE, invalid
+
+_PARTS = uuid.UUID("5c0a1d1e-7d0f-4a55-9a3b-2f6e8f0c7b11")
+_decode = msgspec.json.Decoder(ArtifactRef).decode
+
+
+class Inputs:
+    """Finds them. `now` is unix seconds."""
+
+    def __init__(self, queries: Queries, artifacts: ArtifactsClient, now: Callable[[], float]) -> None:
+        self._queries = queries
+        self._artifacts = artifacts
+        self._now = now
+
+    async def find(self, name: str, reference: str, request: str, principal: Principal) -> ArtifactRef:
+        """The tree that `reference` names for the input `name`. A part of an artifact becomes an artifact of its own, the same one however often the
+        `request` asks for it. Raises Problem 422 naming the input, 503."""
+        place = f"inputs.{name}"
+        try:
+            meant = wanted(reference)
+        except ValueError as error:
+            raise invalid(place, str(error)) from None
+        row = await self._artifact(place, meant, principal)
+        if over := row.over(self._now()):
+            raise invalid(place, _gone(row, over))
+        if not meant.path:
+            return ArtifactRef(id=row.id, digest=row.digest, size=row.size, files=row.files)
+        return await self._part(place, row, meant.path, request, principal)
+
+    async def _artifact(self, place: str, meant: Wanted, principal: Principal) -> ArtifactRow:
+        match meant:
+            case OfArtifact():
+                artifact = meant.artifact
+            case OfBuild():
+                artifact = await self._output(place, meant, principal)
+        row = await self._queries.artifact(artifact)
+        if row is None or row.team != principal.team:
+            raise invalid(place, f"there is no artifact `{artifact}`")
+        return row
+
+    async def _output(self, place: str, meant: OfBuild, principal: Principal) -> str:
+        build = await self._queries.build_of_team(principal.team, meant.build)
+        if build is None:
+            raise invalid(place, f"there is no build `{meant.build}`")
+        if meant.output not in build.outputs:
+            raise invalid(place, _no_output(build, meant.output))
+        return build.outputs[meant.output].id
+
+    async def _part(self, place: str, row: ArtifactRow, path: str, request: str, principal: Principal) -> ArtifactRef:
+        part = str(uuid.uuid5(_PARTS, "\0".join((principal.team, request, row.id, path))))
+        whose = Whose(principal.team, part, principal.actor)
+        query = urlencode({"from": row.id, "path": path, "name": path.rpartition("/")[2][:200]})
+        async with self._artifacts.ask("put", whose, "POST", query=query) as answer:
+            body = await answer.read()
+            match answer.status:
+                case 201:
+                    return _decode(body)
+                case 404:
+                    raise invalid(place, f"there is no `{path}` in artifact `{row.id}`")
+                case 410:
+                    raise invalid(place, _gone(row, "expired"))
+                case 413 | 422:
+                    raise invalid(place, _detail(body) or f"`{path}` cannot be an input")
+                case 429 | 507:
+                    raise Problem(answer.status, "refused", "The input cannot be made now", f"{place}: {_detail(body)}", headers={"Retry-After": "1"})
+        raise unavailable(f"the artifacts service answered {answer.status}")
+
+
+def _gone(row: ArtifactRow, why: str) -> str:
+    """Says what to do about it."""
+    what = f"artifact `{row.id}`" + (f" (`{row.name}`)" if row.name else "")
+    if row.kind == "output":
+        return f"{what} {GONE[why]}: run build {row.build_number} again, and keep what it makes longer (`keep`, or pin it)"
+    return f"{what} {GONE[why]}: upload it again (POST /api/v1/teams/{row.team}/user-artifacts), and keep it longer (`keep=`, or pin it)"
+
+
+def _no_output(build: BuildRow, output: str) -> str:
+    made = f"it has made {', '.join(f'`{name}`' for name in build.outputs)}" if build.outputs else "it has made none"
+    return f"build {build.number} has no output `{output}`" + (f"; {made}" if build.status in ENDED else f" yet: it is {build.status}, and {made}")
+
+
+def _detail(body: bytes) -> str:
+    try:
+        found: dict[str, Any] = msgspec.json.decode(body, type=dict)
+    except msgspec.DecodeError:
+        return ""
+    return str(found.get("detail", ""))
