@@ -1,11 +1,11 @@
 """`penstock builds` and `penstock abort`."""
 
-import sys
 from datetime import datetime
 
 import click
 
 from penstock.cli.running import BuildRef, Failure, connect, json_option, print_json, run, team_option
+from penstock.cli.tables import print_table
 from penstock.cli.terminal import STATUS_COLOURS, Terminal
 from penstock.client import Build, Client, Conflict
 
@@ -22,14 +22,8 @@ def builds(ctx: click.Context, limit: int, status: str | None, as_json: bool, te
     if as_json:
         print_json(found)
         return
-    rows = [("number", "status", "name", "created", "took", "by"), *(_row(build) for build in found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    colour = sys.stdout.isatty() and Terminal().coloured
-    for n, row in enumerate(rows):
-        cells = [cell.rjust(width) if i == 0 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        if colour and n:
-            cells[1] = click.style(cells[1], fg=STATUS_COLOURS.get(found[n - 1].status))
-        click.echo("  ".join(cells).rstrip(), color=True)
+    colours = {(n, "status"): STATUS_COLOURS[build.status] for n, build in enumerate(found) if build.status in STATUS_COLOURS}
+    print_table(("number", "status", "name", "created", "took", "by"), [_row(build) for build in found], right=["number"], colours=colours)
 
 
 async def _listed(client: Client, status: str, limit: int) -> list[Build]:

@@ -2,25 +2,26 @@
 
 import asyncio
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import msgspec
 
 from penstock.cli.fetching import check_folders, fetch, output_of
 from penstock.cli.following import exit_code_of, follow, say_end, say_why
+from penstock.cli.inputs import Inputs, choose_inputs, find_inputs, known
 from penstock.cli.interruption import Interruption
-from penstock.cli.running import Assignment, Failure, Mistake, connect, print_json, run, team_option
+from penstock.cli.quantities import Duration, Keep
+from penstock.cli.running import Assignment, BuildRef, Failure, Mistake, connect, print_json, run, team_option
+from penstock.cli.sending import send
 from penstock.cli.terminal import Terminal
-from penstock.client import Artifact, Build, Client, Conflict, PenstockError, Selection, select
-from penstock.taskfile import Task, TaskFileProblem, overridden_params, plan_of, read_task
+from penstock.client import Artifact, Build, Client, Conflict, PenstockError
+from penstock.taskfile import TaskFileProblem, overridden_params, plan_of, read_task
 from penstock.variables import VariableProblem, gather_variables
 
-_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
-_LONGEST = 30 * 24 * 3600
+LONGEST_TIMEOUT = 30 * 24 * 3600
 
 
 class TaskCommand(click.Command):
@@ -37,36 +38,29 @@ class TaskCommand(click.Command):
         return [*super().collect_usage_pieces(ctx), "[-- ARGS…]"]
 
 
-class Duration(click.ParamType[int]):
-    """Seconds, as `90`, `90s`, `10m`, `1h30m`."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = _DURATION.fullmatch(str(value).strip())
-        hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match and len(str(value)) < 20 else (0, 0, 0)
-        total = hours * 3600 + minutes * 60 + seconds
-        if not 1 <= total <= _LONGEST:
-            self.fail(f"`{value}` must be a time like 90s, 10m or 1h30m, 30 days at most", param, ctx)
-        return total
-
-
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for, checked against the task file and this machine's folders: nothing has been sent yet. `folders` are to be uploaded under a
-    name; `inputs` say which of them each of the task's inputs gets."""
+    """What is asked for, checked against the task file and this machine's folders: nothing has been sent yet. `keep`: the outputs, for so many
+    seconds (0: as the team's policy says)."""
 
     plan: dict[str, Any]
     name: str
-    folders: dict[str, Selection]
-    inputs: dict[str, str]
+    inputs: Inputs
     outputs: dict[str, Path]
+    keep: int | Literal["forever"]
 
 
 @click.command(cls=TaskCommand, short_help="Run a task on folders of yours.")
 @click.option("-c", "--config", "task_file", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The task file.")
-@click.option("-i", "--input", "inputs", multiple=True, metavar="NAME=PATH", type=Assignment(), help="Upload a folder as an input of the task.")
+@click.option(
+    "-i",
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=WHAT",
+    type=Assignment(),
+    help="An input: a folder to upload, artifact:ID or build:N/OUTPUT.",
+)
+@click.option("--inputs-from", "earlier", metavar="BUILD", type=BuildRef(), help="The inputs that -i does not give are those of this earlier build.")
 @click.option("-o", "--output", "outputs", multiple=True, metavar="NAME=PATH", type=Assignment(), help="Bring an output back into a folder.")
 @click.option("-m", "--input-mapping", "mapping", multiple=True, metavar="NAME=OTHER", type=Assignment(), help="The task's input NAME is -i OTHER.")
 @click.option("--include-ignored", is_flag=True, help="Upload what git ignores, too.")
@@ -75,7 +69,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 @click.option("-y", "--yaml-var", "yamls", multiple=True, metavar="NAME=YAML", help="Set a variable to a YAML value.")
 @click.option("-l", "--load-vars-from", "files", multiple=True, metavar="FILE", type=click.Path(path_type=Path), help="Variables from a YAML file.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Run on a worker with this tag.")
-@click.option("--timeout", type=Duration(), metavar="TIME", help="Interrupt the task after this long: 90s, 10m, 1h30m.")
+@click.option(
+    "--timeout",
+    type=Duration(LONGEST_TIMEOUT, "a time like 90s, 10m or 1h30m, 30 days at most"),
+    metavar="TIME",
+    help="Interrupt the task after this long: 90s, 10m, 1h30m.",
+)
+@click.option("--keep", type=Keep(), default=0, metavar="TIME", help="Keep its outputs so long: 12h, 7d, forever; else as the team's policy says.")
 @click.option("--name", default="", help="A name for the build.")
 @click.option("-b", "--detach", is_flag=True, help="Do not wait: print the build's number only.")
 @team_option
@@ -84,8 +84,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 def execute(ctx: click.Context, /, detach: bool, team: str | None, as_json: bool, **options: Any) -> None:
     """Upload folders, run a task on them on a worker, watch it live, and bring the outputs back.
 
-    A folder in a git work tree is uploaded as git shows it: tracked and untracked, without the ignored. The current folder is uploaded without -i if
-    an input of the task has its name. The exit code is the task's own; else 1 failed, 2 errored, 3 aborted, 255 the events broke off. Ctrl-C aborts
+    A folder in a git work tree is uploaded as git shows it: tracked and untracked, without the ignored; only what the server lacks is sent. The
+    current folder is uploaded without -i if an input of the task has its name. What is stored already is named instead of a folder, and nothing is
+    sent: `-i src=artifact:ID[/path]`, `-i src=build:7/dist[/path]`, or all inputs of an earlier build by --inputs-from.
+
+    The exit code is the task's own; else 1 failed, 2 errored, 3 aborted, 255 the events broke off. Ctrl-C aborts
     the build; a second one leaves at once.
     """
     client = connect(ctx, team)
@@ -115,6 +118,8 @@ def _request(
     tags: Sequence[str],
     timeout: int | None,
     name: str,
+    keep: int | Literal["forever"],
+    earlier: str | None,
 ) -> Request:
     text = _read(task_file)
     try:
@@ -124,53 +129,21 @@ def _request(
         raise Failure(str(problem)) from problem
     for param in overridden_params(text, os.environ):
         terminal.say(f"param {param}: taken from the environment, not from {task_file}")
-    wanted = _folders("-o", outputs)
-    _known("-o", wanted, [output.name for output in task.outputs], "output", task_file)
+    wanted = _output_folders(outputs)
+    known("-o", list(wanted), [output.name for output in task.outputs], "output", task_file)
     check_folders(wanted)
-    given = _folders("-i", inputs)
-    chosen = _chosen(task, given, dict(mapping), task_file)
-    folders: dict[str, Selection] = {}
-    for source in dict.fromkeys(chosen.values()):
-        try:
-            folders[source] = select(given.get(source, Path.cwd()), include_ignored=include_ignored, include_git=include_git)
-        except PenstockError as error:
-            raise Mistake(f"-i {source}={given.get(source, '.')}: {error}") from error
-        for path in folders[source].skipped:
-            terminal.say(f"{source}: {path} is no file, folder or link: not uploaded")
+    chosen = choose_inputs(task, inputs, dict(mapping), earlier or "", task_file, terminal, include_ignored=include_ignored, include_git=include_git)
     plan = plan_of(task, arguments=arguments, tags=tags, timeout=timeout)
-    return Request(plan=plan, name=name, folders=folders, inputs=chosen, outputs=wanted)
+    return Request(plan=plan, name=name, inputs=chosen, outputs=wanted, keep=keep)
 
 
-def _chosen(task: Task, given: dict[str, Path], mapping: dict[str, str], task_file: Path) -> dict[str, str]:
-    """Which of the given folders each of the task's inputs gets; the current folder goes by its own name when none is given."""
-    names = [item.name for item in task.inputs]
-    _known("-m", mapping, names, "input", task_file)
-    sources = {name: mapping.get(name, name) for name in names}
-    _known("-i", given, list(sources.values()), "input", task_file)
-    here = Path.cwd().name
-    chosen: dict[str, str] = {}
-    for item in task.inputs:
-        source = sources[item.name]
-        if source in given or (not given and source == here):
-            chosen[item.name] = source
-        elif not item.optional:
-            raise Mistake(f"the task's input `{item.name}` is not given: add -i {source}=PATH")
-    return chosen
-
-
-def _folders(option: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Path]:
+def _output_folders(pairs: Sequence[tuple[str, str]]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for name, path in pairs:
         if name in folders:
-            raise Mistake(f"{option} {name}=…: given twice")
+            raise Mistake(f"-o {name}=…: given twice")
         folders[name] = Path(path).expanduser()
     return folders
-
-
-def _known(option: str, named: dict[str, Any], names: Sequence[str], kind: str, task_file: Path) -> None:
-    for name in named:
-        if name not in names:
-            raise Mistake(f"{option} {name}=…: {task_file} has no {kind} `{name}` (it has {', '.join(dict.fromkeys(names)) or 'none'})")
 
 
 def _read(path: Path) -> bytes:
@@ -187,11 +160,13 @@ async def _executed(client: Client, request: Request, terminal: Terminal, detach
             interruption.cancels()
             try:
                 await client.info()  # a wrong token is said before an upload, not after it
-                artifacts = await _upload(client, request, terminal)
+                inputs: dict[str, Artifact | str] = {**await find_inputs(client, request.inputs, terminal)}
+                uploaded = await send(client, request.inputs.folders, terminal)
             except asyncio.CancelledError:
                 raise click.Abort from None
+            inputs |= {name: uploaded[source] for name, source in request.inputs.chosen.items() if source in uploaded}
             interruption.first(None, "left; the build may have been started")
-            build = await client.create_build(request.plan, {name: artifacts[source] for name, source in request.inputs.items()}, name=request.name)
+            build = await client.create_build(request.plan, inputs, name=request.name, keep=request.keep)
             if not detach or request.outputs:
                 terminal.say(f"build {build.number}: {build.url}")
             if detach:
@@ -201,20 +176,6 @@ async def _executed(client: Client, request: Request, terminal: Terminal, detach
                 return build, 0
             build = await _watched(client, build, terminal, interruption)
             return build, await _ended(client, build, request, terminal, interruption)
-
-
-async def _upload(client: Client, request: Request, terminal: Terminal) -> dict[str, Artifact]:
-    """All folders at once, by the name that they were given under."""
-    with terminal.bars("uploaded") as bars:
-
-        async def one(name: str, selection: Selection) -> Artifact:
-            artifact = await client.upload(selection, name, bars.add(name, selection.size))
-            bars.done(name, selection.size, selection.files)
-            return artifact
-
-        async with asyncio.TaskGroup() as group:
-            uploads = {name: group.create_task(one(name, selection)) for name, selection in request.folders.items()}
-    return {name: upload.result() for name, upload in uploads.items()}
 
 
 async def _watched(client: Client, build: Build, terminal: Terminal, interruption: Interruption) -> Build:

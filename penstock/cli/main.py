@@ -1,15 +1,16 @@
 """The commands by name, and what the process says and exits with when one of them fails.
 
 Exit codes: 2 for a command line that cannot be meant, 1 for everything else that goes wrong, 130 for an interrupt, 141 when nobody reads stdout
-any more; `execute` and `watch` add the build's own (penstock.cli.following).
+any more; `execute` and `watch` add the build's own (penstock.cli.following), and `artifact diff` has those of diff.
 """
 
-import importlib
 import os
 import sys
 from typing import NoReturn
 
 import click
+
+from penstock.cli.lazy import LazyGroup
 
 NOBODY_READS = 141  # as a shell shows a death by SIGPIPE
 
@@ -19,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "watch": ("watch", "watch", "Watch a build live, from its start to its end."),
     "logs": ("watch", "logs", "Print what a build has written so far."),
     "download": ("download", "download", "Bring a build's outputs back, also later and elsewhere."),
+    "artifact": ("artifact", "artifact", "Folders and outputs on the server: upload, list, read, compare, keep, remove."),
     "abort": ("builds", "abort", "End a build."),
     "builds": ("builds", "builds", "List builds, newest first."),
     "login": ("login", "login", "Remember a Penstock and a token for it."),
@@ -30,25 +32,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group that imports a command when it is called; their names and one line each are known without."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _ = COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(f"penstock.cli.{module}"), attribute)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("-t", "--target", metavar="NAME", help="Which of the known Penstocks to talk to (see `penstock targets`).")
 @click.version_option(package_name="penstock", message="penstock %(version)s", help="Show this program's version and exit.")
 @click.pass_context
@@ -73,8 +57,8 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo(str(error) or "interrupted", err=True)
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go either

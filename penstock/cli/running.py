@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from penstock.client import Client, Forbidden, PenstockError, StreamBroken, Unauthorized
+from penstock.client import Client, Forbidden, Full, PenstockError, StreamBroken, Unauthorized
 
 T = TypeVar("T")
 
@@ -37,6 +37,9 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         raise Failure(f"{error}: log in with `penstock login`") from error
     except Forbidden as error:
         raise Failure(f"not allowed: {error}") from error
+    except Full as error:
+        quota = error.problem and error.problem.type.endswith("quota-exceeded")
+        raise Failure(f"{error}: `penstock artifact rm` what is not needed, or let an owner set another --quota" if quota else str(error)) from error
     except StreamBroken as error:
         raise LostSight(str(error)) from error
     except PenstockError as error:

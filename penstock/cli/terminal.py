@@ -4,6 +4,7 @@ stderr. Colours and bars only on a terminal that wants them (NO_COLOR, TERM=dumb
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -12,6 +13,9 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from penstock.client import Transfer
+
+UNWATCHED = 0.25  # seconds: what is over sooner gets no bar
 STATUS_COLOURS = {"succeeded": "green", "failed": "red", "errored": "magenta", "aborted": "yellow", "started": "cyan"}
 
 
@@ -23,19 +27,23 @@ class Terminal:
         self._err: BinaryIO = sys.stderr.buffer
         self._fancy = sys.stderr.isatty() and environ.get("TERM", "") not in ("", "dumb")
         self._colour = self._fancy and not environ.get("NO_COLOR")
-        self.coloured = not environ.get("NO_COLOR") and environ.get("TERM", "") not in ("", "dumb")
+        self._colour_out = sys.stdout.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "") not in ("", "dumb")
         self._shared = log_to_stderr or _same_file(sys.stdout.fileno(), sys.stderr.fileno())
         self._open = {"stdout": False, "stderr": False}  # whether the last line that was written there lacks its end
         self.reader_gone = False
 
+    def styled(self, text: str, colour: str | None = None, *, dim: bool = False) -> str:
+        """The text as stdout shows it: in colour on a terminal that wants it."""
+        return click.style(text, fg=colour, dim=dim or None) if (colour or dim) and self._colour_out else text
+
     def say(self, text: str, colour: str | None = None) -> None:
         """A line of our own."""
-        self._end_line()
+        self.end_line()
         with contextlib.suppress(OSError):
             self._err.write((click.style(text, fg=colour) if colour and self._colour else text).encode("utf-8", "replace") + b"\n")
             self._err.flush()
 
-    def _end_line(self) -> None:
+    def end_line(self) -> None:
         """End what a task left unended where our lines and bars go."""
         if self._open["stderr"] or (self._shared and self._open["stdout"]):
             self._open = {"stdout": self._open["stdout"] and not self._shared, "stderr": False}
@@ -68,18 +76,13 @@ class Terminal:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
     @contextlib.contextmanager
-    def bars(self, verb: str) -> Iterator["Bars"]:
-        """Progress of several transfers at once; without a terminal, one line for each when it is done."""
-        if not self._fancy:
-            yield Bars(verb, self, None)
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-        self._end_line()  # a bar would be drawn over it
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=Console(stderr=True), auto_refresh=True) as progress:
-            yield Bars(verb, self, progress)
+    def bars(self) -> Iterator["Bars"]:
+        """Progress of several transfers at once, drawn while they take long enough to be watched, and a line for each when it is done."""
+        bars = Bars(self, drawn=self._fancy)
+        try:
+            yield bars
+        finally:
+            bars.close()
 
 
 def _same_file(one: int, other: int) -> bool:
@@ -91,34 +94,80 @@ def _same_file(one: int, other: int) -> bool:
 
 
 class Bars:
-    """One bar for each transfer."""
+    """One bar for each transfer, for its phases one after another; what need not be moved is not counted in it."""
 
-    def __init__(self, verb: str, terminal: Terminal, progress: "Progress | None") -> None:
-        self._verb = verb
+    def __init__(self, terminal: Terminal, *, drawn: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._terminal = terminal
-        self._progress = progress
-        self._ids: dict[str, TaskID] = {}
+        self._drawn = drawn
+        self._clock = clock
+        self._began = clock()
+        self._progress: Progress | None = None
+        self._bars: dict[str, tuple[TaskID, str]] = {}  # with the phase that it shows
+        self._seen: dict[str, dict[str, Transfer]] = {}
 
-    def add(self, name: str, size: int) -> Callable[[int], None]:
-        """A transfer of so many bytes; call the result with the bytes done."""
+    def add(self, name: str) -> Callable[["Transfer"], None]:
+        """A transfer; call the result with how far it is."""
+        self._seen[name] = {}
+
+        def told(transfer: "Transfer") -> None:
+            self._seen[name][transfer.phase] = transfer
+            if self._drawn and (self._progress or self._clock() - self._began > UNWATCHED):
+                self._draw(name, transfer)
+
+        return told
+
+    def moved(self, name: str, phase: str) -> int | None:
+        """The bytes that the transfer moved in the phase; None when it did not come to it."""
+        transfer = self._seen[name].get(phase)
+        return transfer.done if transfer else None
+
+    def done(self, name: str, line: str) -> None:
+        """The transfer is complete, which the line says in place of its bar."""
         if self._progress is None:
-            return lambda done: None
-        progress = self._progress
-        bar = self._ids[name] = progress.add_task(f"{self._verb} {name}", total=size)
-        return lambda done: progress.update(bar, completed=done)
+            self._terminal.say(line)
+            return
+        if name in self._bars:
+            self._progress.remove_task(self._bars.pop(name)[0])
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def done(self, name: str, size: int, files: int) -> None:
-        """The transfer is complete."""
-        if self._progress is not None:
-            self._progress.update(self._ids[name], completed=size, total=size)
+    def close(self) -> None:
+        """Take the bars away."""
+        if self._progress:
+            self._progress.stop()
+
+    def _draw(self, name: str, transfer: "Transfer") -> None:
+        progress = self._progress = self._progress or self._begun()
+        bar, phase = self._bars.get(name) or (progress.add_task("", total=None), "")
+        self._bars[name] = bar, transfer.phase
+        if phase == transfer.phase:
+            progress.update(bar, total=transfer.total, completed=transfer.done)
         else:
-            self._terminal.say(f"{self._verb} {name}: {files:,} file{'' if files == 1 else 's'}, {readable_size(size)}")
+            progress.reset(bar, description=f"{transfer.phase} {name}", total=transfer.total, completed=transfer.done)  # its speed is its own
+
+    def _begun(self) -> "Progress":
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        self._terminal.end_line()  # a bar would be drawn over it
+        text = TextColumn("{task.description}", markup=False)
+        progress = Progress(
+            text,
+            BarColumn(bar_width=30),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        progress.start()
+        return progress
 
 
-def readable_size(size: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+def printable(text: str) -> str:
+    """A name from elsewhere, in which nothing can move the cursor or end the line."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code & 0xFF:02x}" if code < 0x100 or 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"  # surrogates are the bytes that were no UTF-8
