@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from penstock.client.api import Client as Client
+    from penstock.client.errors import Changed as Changed
     from penstock.client.errors import Conflict as Conflict
     from penstock.client.errors import Damaged as Damaged
+    from penstock.client.errors import Expired as Expired
     from penstock.client.errors import Forbidden as Forbidden
+    from penstock.client.errors import Full as Full
     from penstock.client.errors import NoTarget as NoTarget
     from penstock.client.errors import NotFound as NotFound
     from penstock.client.errors import PenstockError as PenstockError
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from penstock.client.errors import StreamBroken as StreamBroken
     from penstock.client.errors import Unauthorized as Unauthorized
     from penstock.client.errors import Unavailable as Unavailable
+    from penstock.client.errors import Unreadable as Unreadable
+    from penstock.client.errors import Unwritable as Unwritable
     from penstock.client.model import Artifact as Artifact
     from penstock.client.model import Build as Build
     from penstock.client.model import BuildEnded as BuildEnded
@@ -27,19 +32,28 @@ if TYPE_CHECKING:
     from penstock.client.model import Info as Info
     from penstock.client.model import LogLine as LogLine
     from penstock.client.model import LogPage as LogPage
+    from penstock.client.model import Policy as Policy
     from penstock.client.model import Problem as Problem
+    from penstock.client.model import Progress as Progress
     from penstock.client.model import Stage as Stage
     from penstock.client.model import Step as Step
+    from penstock.client.model import Transfer as Transfer
+    from penstock.client.model import TreeEntry as TreeEntry
+    from penstock.client.model import Usage as Usage
     from penstock.client.selection import Selection as Selection
     from penstock.client.selection import select as select
     from penstock.client.targets import Target as Target
+    from penstock.client.tree import Entry as Entry
 
 _NAMES = {
     "api": ["Client"],
     "errors": [
+        "Changed",
         "Conflict",
         "Damaged",
+        "Expired",
         "Forbidden",
+        "Full",
         "NoTarget",
         "NotFound",
         "PenstockError",
@@ -47,6 +61,8 @@ _NAMES = {
         "StreamBroken",
         "Unauthorized",
         "Unavailable",
+        "Unreadable",
+        "Unwritable",
     ],
     "model": [
         "Artifact",
@@ -58,12 +74,18 @@ _NAMES = {
         "Info",
         "LogLine",
         "LogPage",
+        "Policy",
         "Problem",
+        "Progress",
         "Stage",
         "Step",
+        "Transfer",
+        "TreeEntry",
+        "Usage",
     ],
     "selection": ["Selection", "select"],
     "targets": ["Target"],
+    "tree": ["Entry"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

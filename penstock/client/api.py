@@ -7,33 +7,53 @@ from contextlib import aclosing
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote
 
 import aiohttp
+import msgspec
 
 from penstock.client.errors import Damaged, Unavailable
 from penstock.client.events import build_events
 from penstock.client.http import Http
-from penstock.client.model import Artifact, ArtifactPage, Build, BuildEnded, BuildEvent, BuildPage, Info, LogPage
-from penstock.client.packing import Progress, pack
-from penstock.client.selection import Selection, select
+from penstock.client.model import (
+    Artifact,
+    ArtifactPage,
+    Build,
+    BuildEnded,
+    BuildEvent,
+    BuildPage,
+    Info,
+    LogPage,
+    Policy,
+    Progress,
+    Transfer,
+    TreeEntry,
+    TreePage,
+    Usage,
+)
+from penstock.client.selection import Selection
 from penstock.client.targets import find_target
-from penstock.client.unpacking import unpack
+
+if TYPE_CHECKING:
+    from penstock.client.tree import Entry
 
 CHUNK = 256 * 1024
+P = TypeVar("P", ArtifactPage, TreePage)
 
 
 class Client:
     """Talks to one Penstock for one team.
 
     `async with Client(url, token, team) as client:` or, with the command line's targets, `Client.from_target()`. Methods raise PenstockError and
-    its kin. Calls that may be repeated are, for `patience` seconds, when the server goes away; making a build is one of them.
+    its kin. Calls that may be repeated are, for `patience` seconds, when the server goes away; making a build is one of them. Uploads and downloads
+    of folders go on for as long as something moves within `patience_upload` seconds.
     """
 
-    def __init__(self, url: str, token: str, team: str = "main", *, patience: float = 10.0) -> None:
+    def __init__(self, url: str, token: str, team: str = "main", *, patience: float = 10.0, patience_upload: float = 120.0) -> None:
         self.team = team
         self.patience = patience
+        self.patience_upload = patience_upload
         self._http = Http(url, token, patience)
         self._base = f"/api/v1/teams/{quote(team, safe='')}"
 
@@ -60,67 +80,161 @@ class Client:
 
     # --- artifacts
 
-    async def upload(self, source: Path | Selection | bytes | AsyncIterable[bytes], name: str = "", progress: Progress | None = None) -> Artifact:
-        """Store a folder (what git shows of it, see `select`), or a tar, tgz or tzst as bytes or as a stream. `progress` is told the bytes read.
-        A folder or bytes are sent again when the connection breaks; a stream can be read only once. Raises Unreadable for a folder's faults."""
-        selection = select(source) if isinstance(source, Path) else source
-        if isinstance(selection, AsyncIterable):
-            return await self._upload(_told(selection, progress), name, "application/octet-stream")
-        if isinstance(selection, bytes):
-            data = selection
-            return await self._http.repeated(lambda: self._upload(BytesIO(data), name, "application/octet-stream"))
-        return await self._http.repeated(lambda: self._upload_folder(selection, name, progress))
+    async def upload(
+        self,
+        source: Path | Selection | bytes | AsyncIterable[bytes],
+        name: str = "",
+        progress: Progress | None = None,
+        keep: int | Literal["forever"] | None = None,
+    ) -> Artifact:
+        """Store a folder (what git shows of it, see `select`), or a tar, tgz or tzst as bytes or as a stream. `keep`: for so many seconds, else as
+        long as the team's policy says.
 
-    async def _upload_folder(self, selection: Selection, name: str, progress: Progress | None) -> Artifact:
-        async with aclosing(pack(selection, progress)) as stream:
-            return await self._upload(stream, name, "application/zstd")
+        Of a folder only what the server lacks is sent, and the sending goes on after a broken connection or a restart of the server, until nothing
+        has moved for `patience_upload` seconds. A stream can be read only once. Raises Unreadable for a folder's faults, Changed when it does not
+        hold still."""
+        params = {**({"name": name} if name else {}), **({"keep": str(keep)} if keep is not None else {})}
+        if isinstance(source, AsyncIterable):
+            return await self._upload_tar(source, params)
+        if isinstance(source, bytes):
+            data = source
+            key = secrets.token_hex(16)
+            return await self._http.repeated(lambda: self._upload_tar(BytesIO(data), params, key), self.patience_upload)
+        from penstock.client.upload import upload_folder
 
-    async def _upload(self, data: BytesIO | AsyncIterable[bytes], name: str, kind: str) -> Artifact:
+        return await upload_folder(self._http, self._base, source, params, progress, self.patience_upload)
+
+    async def _upload_tar(self, data: BytesIO | AsyncIterable[bytes], params: Mapping[str, str], key: str = "") -> Artifact:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)  # the answer comes when all is stored
-        request: dict[str, Any] = {"data": data, "headers": {"Content-Type": kind}, "timeout": timeout, "params": {"name": name} if name else None}
-        async with self._http.open("POST", f"{self._base}/user-artifacts", **request) as response:
+        headers = {"Content-Type": "application/octet-stream", **({"Idempotency-Key": key} if key else {})}
+        async with self._http.open("POST", f"{self._base}/user-artifacts", data=data, headers=headers, timeout=timeout, params=params) as response:
             return self._http.decoded(await response.read(), Artifact)
 
-    async def artifacts(self) -> AsyncIterator[Artifact]:
-        """The team's artifacts, newest first."""
-        cursor: str | None = ""
-        while cursor is not None:
-            page = await self._http.get(f"{self._base}/user-artifacts", ArtifactPage, {"cursor": cursor} if cursor else None)
+    async def artifacts(self, kind: Literal["", "user", "output"] = "", build: int | str | None = None, name: str = "") -> AsyncIterator[Artifact]:
+        """The team's artifacts, newest first: all, or those of a kind, of a build (its number or id), of a name."""
+        params: dict[str, str | int] = {"kind": kind, "build": "" if build is None else build, "name": name}
+        params = {key: value for key, value in params.items() if value != ""}
+        async for page in self._pages(f"{self._base}/user-artifacts", ArtifactPage, params):
             for artifact in page.items:
                 yield artifact
-            cursor = page.next
 
-    async def download(self, artifact: Artifact | str, into: Path | Callable[[bytes], Awaitable[None]], progress: Progress | None = None) -> int:
-        """Bring an artifact back: into a folder (made when absent, files replaced one by one, each whole), or as a tar, given piece by piece to a
-        function. The number of files, or of bytes of the tar. Raises Damaged for what is cut short or must not be written, OSError for what the
-        disk refuses."""
-        path = f"{self._base}/user-artifacts/{quote(artifact if isinstance(artifact, str) else artifact.id, safe='')}"
-        async with self._http.open("GET", path, params={"format": "tzst" if isinstance(into, Path) else "tar"}) as response:
+    async def artifact(self, artifact: Artifact | str) -> Artifact:
+        """What is known of an artifact now. Raises NotFound, or Expired when it is gone."""
+        return await self._http.get(self._at(artifact), Artifact, headers={"Accept": "application/json"})
+
+    async def tree(self, artifact: Artifact | str, path: str | bytes = "", recursive: bool = False) -> AsyncIterator[TreeEntry]:
+        """The names in an artifact, or in a folder of it; with `recursive`, those below them, too, each folder before what lies in it."""
+        params: dict[str, str | int] = {"recursive": "true"} if recursive else {}
+        async for page in self._pages(f"{self._at(artifact)}/tree", TreePage, params, path):
+            for entry in page.items:
+                yield entry
+
+    async def manifest(self, artifact: Artifact | str) -> "list[Entry]":
+        """All that an artifact holds, in order. Raises Damaged when it is no tree that may be written to a disk."""
+        from penstock.client.download import fetch_manifest
+
+        return await self._http.repeated(lambda: fetch_manifest(self._http, self._at(artifact)))
+
+    async def read_file(self, artifact: Artifact | str, path: str | bytes, start: int = 0, length: int | None = None) -> AsyncGenerator[bytes, None]:
+        """The bytes of one file, or `length` of them from `start`, as they come. Taken up where it broke, while something comes within `patience`."""
+        from penstock.client.download import read_file
+
+        async with aclosing(read_file(self._http, self._at(artifact), path, start, length)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def download(
+        self,
+        artifact: Artifact | str,
+        into: Path | Callable[[bytes], Awaitable[None]],
+        progress: Progress | None = None,
+        path: str | bytes = "",
+    ) -> int:
+        """Bring an artifact back, or the folder or file `path` of it: into a folder (made when absent), or as a tar, given piece by piece to a
+        function. The number of files, or of bytes of the tar.
+
+        What the folder has already is not fetched. Each file is replaced in one step, others are left alone, no link that is there is followed. A
+        broken connection is taken up until nothing has come for `patience_upload` seconds; called again, it goes on where it was. Raises Damaged
+        for what must not be written, Unwritable for what the disk refuses."""
+        if isinstance(into, Path):
+            from penstock.client.download import download_folder
+
+            return await download_folder(self._http, self._at(artifact), into, os.fsencode(path), progress, self.patience_upload)
+        done = 0
+        size = artifact.size if isinstance(artifact, Artifact) else 0
+        params = {"format": "tar", **({"path": path} if path else {})}
+        async with self._http.open("GET", self._at(artifact), params=params) as response:
             try:
-                if isinstance(into, Path):
-                    return await unpack(response.content.read, into, progress)
-                done = 0
                 async for piece in response.content.iter_chunked(CHUNK):
                     await into(piece)
                     done += len(piece)
                     if progress:
-                        progress(done)
-                return done
+                        progress(Transfer("receiving", done, max(size, done), 0))
             except aiohttp.ClientPayloadError as error:
                 raise Damaged("the download was cut short: try again") from error
+        return done
+
+    async def pin(self, artifact: Artifact | str) -> Artifact:
+        """Keep it until it is unpinned, whatever its expiry."""
+        return await self._http.send("PATCH", self._at(artifact), Artifact, {"pinned": True})
+
+    async def unpin(self, artifact: Artifact | str) -> Artifact:
+        """Let its expiry count again."""
+        return await self._http.send("PATCH", self._at(artifact), Artifact, {"pinned": False})
+
+    async def touch(self, artifact: Artifact | str, seconds: int, shorten: bool = False) -> Artifact:
+        """Let it expire so many seconds from now, unless it stays longer already; with `shorten` also then."""
+        return await self._http.send("PATCH", self._at(artifact), Artifact, {"keep": seconds, **({"shorten": True} if shorten else {})})
+
+    async def delete(self, artifact: Artifact | str) -> None:
+        """Let it go now. Raises NotFound, Expired when it is gone already, Conflict while a build needs it."""
+        await self._http.delete(self._at(artifact))
+
+    async def usage(self) -> Usage:
+        """What the team stores."""
+        return await self._http.get(f"{self._base}/usage", Usage)
+
+    async def policy(self) -> Policy:
+        """How long the team's artifacts are kept, and how much it may store."""
+        return await self._http.get(f"{self._base}/policy", Policy)
+
+    async def set_policy(self, *, input_seconds: int | None = None, output_seconds: int | None = None, quota_bytes: int | None = None) -> Policy:
+        """Change what is given of the policy; an owner may. The policy as it is then."""
+        changes = {"input_seconds": input_seconds, "output_seconds": output_seconds, "quota_bytes": quota_bytes}
+        policy = msgspec.structs.replace(await self.policy(), **{key: value for key, value in changes.items() if value is not None})
+        return await self._http.send("PUT", f"{self._base}/policy", Policy, policy)
+
+    async def _pages(self, path: str, answer: type[P], params: Mapping[str, str | int], inside: str | bytes = "") -> AsyncIterator[P]:
+        cursor: str | None = ""
+        while cursor is not None:
+            page = await self._http.get(path, answer, {**params, **({"path": inside} if inside else {}), **({"cursor": cursor} if cursor else {})})
+            yield page
+            cursor = page.next
+
+    def _at(self, artifact: Artifact | str) -> str:
+        return f"{self._base}/user-artifacts/{quote(artifact if isinstance(artifact, str) else artifact.id, safe='')}"
 
     # --- builds
 
     async def create_build(
-        self, plan: Mapping[str, Any], inputs: Mapping[str, Artifact | str] | None = None, key: str | None = None, *, name: str = "", wait: float = 0
+        self,
+        plan: Mapping[str, Any],
+        inputs: Mapping[str, Artifact | str] | None = None,
+        key: str | None = None,
+        *,
+        name: str = "",
+        wait: float = 0,
+        keep: int | Literal["forever"] = 0,
     ) -> Build:
-        """Start a build of the plan; `inputs` are artifacts by the name that the plan uses. The same `key` gives the same build, however often it
-        is sent (a fresh one by default). With `wait`, the answer is kept back until the build has ended, for so many seconds at most."""
+        """Start a build of the plan; `inputs` are artifacts by the name that the plan uses: as they are, by id, or as `artifact:ID[/path]` or
+        `build:N/output[/path]`. The same `key` gives the same build, however often it is sent (a fresh one by default). With `wait`, the answer is
+        kept back until the build has ended, for so many seconds at most. `keep`: its outputs, for so many seconds (0: as the policy says)."""
         ids = {input_name: artifact if isinstance(artifact, str) else artifact.id for input_name, artifact in (inputs or {}).items()}
         headers = {"Idempotency-Key": key or secrets.token_hex(16)}
         if wait:
             headers["Prefer"] = f"wait={wait:g}"
-        return await self._http.send("POST", f"{self._base}/builds", Build, {"plan": plan, "inputs": ids, "name": name}, headers, wait)
+        body = {"plan": plan, "inputs": ids, "name": name, **({"keep": keep} if keep else {})}
+        return await self._http.send("POST", f"{self._base}/builds", Build, body, headers, wait)
 
     async def build(self, build: str | int) -> Build:
         """A build by number or id."""
@@ -179,12 +293,3 @@ class Client:
 
     def _of(self, build: str | int) -> str:
         return f"{self._base}/builds/{quote(str(build), safe='')}"
-
-
-async def _told(stream: AsyncIterable[bytes], progress: Progress | None) -> AsyncIterator[bytes]:
-    done = 0
-    async for piece in stream:
-        yield piece
-        done += len(piece)
-        if progress:
-            progress(done)

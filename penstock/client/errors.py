@@ -14,7 +14,9 @@ class NoTarget(PenstockError):
 
 
 class Unavailable(PenstockError):
-    """Nobody answers, or the answer is that it cannot be done now; trying again later is right."""
+    """Nobody answers, or the answer is that it cannot be done now; trying again later is right: in `retry_after` seconds, if the server says so."""
+
+    retry_after: float = 0.0
 
 
 class StreamBroken(Unavailable):
@@ -23,6 +25,18 @@ class StreamBroken(Unavailable):
 
 class Damaged(PenstockError):
     """What came back cannot be used: cut short, or a member of an archive that must not be written."""
+
+
+class Unreadable(PenstockError):
+    """A folder, or a file in it, cannot be taken; the message names it."""
+
+
+class Changed(Unreadable):
+    """A file changed while it was uploaded."""
+
+
+class Unwritable(PenstockError):
+    """A download cannot be written where it should; the message says where and why."""
 
 
 class Answered(PenstockError):
@@ -49,6 +63,14 @@ class Conflict(Answered):
     """409: it is not in a state that allows it, or the idempotency key was used for something else."""
 
 
+class Expired(Answered):
+    """410: it was there, and has expired or was deleted."""
+
+
+class Full(Answered):
+    """507: the store is full, or the team's quota is used up."""
+
+
 class Refused(Answered):
     """400, 413, 422 and the like: the request itself is wrong; `path` names the part when the server says it."""
 
@@ -63,7 +85,7 @@ class Failed(Answered):
 
 def error_for(problem: Problem) -> Answered | Unavailable:
     """The exception that a problem is raised as."""
-    kinds: dict[int, type[Answered]] = {401: Unauthorized, 403: Forbidden, 404: NotFound, 409: Conflict}
+    kinds: dict[int, type[Answered]] = {401: Unauthorized, 403: Forbidden, 404: NotFound, 409: Conflict, 410: Expired, 507: Full}
     if problem.status in (429, 502, 503, 504):
         error = Unavailable(problem.detail or problem.title or f"the server answered {problem.status}")
         error.problem = problem

@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import aiohttp
 import msgspec
+import yarl
 
 from penstock.client.errors import PenstockError, Unavailable, error_for
 from penstock.client.model import Problem
@@ -23,6 +25,7 @@ T = TypeVar("T")
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
 NEVER_REACHED_PATIENCE = 0.5
+LONGEST_PAUSE = 60.0
 LARGEST_PROBLEM = 64 * 1024
 
 
@@ -38,7 +41,7 @@ class Http:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Http":
-        headers = {"User-Agent": "penstock"}
+        headers = {"User-Agent": "penstock", "Accept-Encoding": "identity"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS)
@@ -50,9 +53,11 @@ class Http:
             await self._session.close()
             self._session = None
 
-    async def get(self, path: str, answer: type[T], params: Mapping[str, str | int] | None = None) -> T:
+    async def get(
+        self, path: str, answer: type[T], params: Mapping[str, str | bytes | int] | None = None, headers: Mapping[str, str] | None = None
+    ) -> T:
         """GET, repeated while the server is away."""
-        return await self.repeated(lambda: self._ask("GET", path, answer, params=params))
+        return await self.repeated(lambda: self._ask("GET", path, answer, params=params, headers=headers))
 
     async def send(
         self, method: str, path: str, answer: type[T], body: object = None, headers: Mapping[str, str] | None = None, wait: float = 0
@@ -62,6 +67,15 @@ class Http:
         sent = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS + wait)
         return await self.repeated(lambda: self._ask(method, path, answer, data=data, headers=sent, timeout=timeout))
+
+    async def delete(self, path: str) -> None:
+        """DELETE, repeated while the server is away."""
+
+        async def once() -> None:
+            async with self.open("DELETE", path):
+                pass
+
+        await self.repeated(once)
 
     async def _ask(self, method: str, path: str, answer: type[T], **request: Any) -> T:
         async with self.open(method, path, **request) as response:
@@ -78,16 +92,19 @@ class Http:
             ) from error
 
     @asynccontextmanager
-    async def open(self, method: str, path: str, **request: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def open(
+        self, method: str, path: str, params: Mapping[str, str | bytes | int] | None = None, **request: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One try: the response, its body still to be read. Raises PenstockError for an answer that is a problem, Unavailable when there is none,
-        also while the body is read."""
+        also while the body is read. Bytes in the query go as they are."""
         if self._session is None:
             raise RuntimeError("use the client as an async context manager: `async with Client(…) as client:`")
         try:
-            async with self._session.request(method, self.url + path, allow_redirects=False, **request) as response:
+            url = yarl.URL(f"{self.url}{path}?{urlencode(params)}" if params else self.url + path, encoded=True)
+            async with self._session.request(method, url, allow_redirects=False, **request) as response:
                 self._reached = True
                 if response.status >= 300:
-                    raise error_for(_problem(response, await response.content.read(LARGEST_PROBLEM)))
+                    raise _error(response, await response.content.read(LARGEST_PROBLEM))
                 yield response
         except aiohttp.InvalidURL as error:
             raise PenstockError(f"`{self.url}` is no URL: it looks like http://127.0.0.1:7420") from error
@@ -96,18 +113,52 @@ class Http:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(f"the connection to {self.url} broke ({str(error) or type(error).__name__})") from error
 
-    async def repeated(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def repeated(self, call: Callable[[], Awaitable[T]], patience: float | None = None) -> T:
         """The call's answer, tried again with growing pauses while it raises Unavailable and there is patience."""
-        began = self._clock()
-        pause = 0.05
+        waiting = self.waiting(patience)
         while True:
             try:
                 return await call()
-            except Unavailable:
-                if self._clock() - began + pause > (self._patience if self._reached else NEVER_REACHED_PATIENCE):
-                    raise
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
-            pause = min(pause * 2, 1.0)
+            except Unavailable as error:
+                await waiting.after(error)
+
+    def waiting(self, patience: float | None = None) -> "Waiting":
+        """Patience for something that is tried again; that of the client when no seconds are given."""
+        return Waiting(self._clock, lambda: (self._patience if patience is None else patience) if self._reached else NEVER_REACHED_PATIENCE)
+
+
+class Waiting:
+    """The pauses between tries of one thing: growing, as long as the server asks for, and over when nothing has moved for too long."""
+
+    def __init__(self, clock: Callable[[], float], patience: Callable[[], float]) -> None:
+        self._clock = clock
+        self._patience = patience
+        self.moved()
+
+    def moved(self) -> None:
+        """There is progress: patience begins anew."""
+        self._began = self._clock()
+        self._pause = 0.05
+
+    def excuse(self, seconds: float) -> None:
+        """Something may be moving: so much time does not count."""
+        self._began += seconds
+
+    async def after(self, error: Unavailable) -> None:
+        """Pause before the next try. Raises the error when there is no patience left."""
+        pause = max(self._pause, error.retry_after)
+        if self._clock() - self._began + pause > self._patience():
+            raise error
+        await asyncio.sleep(pause * random.uniform(1.0, 1.2) if error.retry_after else pause * random.uniform(0.5, 1.0))  # noqa: S311
+        self._pause = min(self._pause * 2, 1.0)
+
+
+def _error(response: aiohttp.ClientResponse, body: bytes) -> PenstockError:
+    error = error_for(_problem(response, body))
+    asked = response.headers.get("Retry-After", "")
+    if isinstance(error, Unavailable) and asked.isascii() and asked.isdigit():
+        error.retry_after = min(float(asked), LONGEST_PAUSE)
+    return error
 
 
 def _problem(response: aiohttp.ClientResponse, body: bytes) -> Problem:

@@ -1,5 +1,7 @@
 """What the public API speaks, as frozen structs. Fields that a newer server adds are ignored; all but the identity have defaults."""
 
+import base64
+from collections.abc import Callable
 from datetime import datetime
 from typing import Literal
 
@@ -33,15 +35,73 @@ class Info(_Answer, frozen=True, kw_only=True):
 
 
 class Artifact(_Answer, frozen=True, kw_only=True):
-    """A stored folder. `size` is the bytes of its files, `digest` names its content."""
+    """A stored tree of files: what somebody uploaded (`user`), or an `output` of a build, `build` by number. `size` is the bytes of its files,
+    `digest` names its content. `expires_at`: None while it stays."""
 
     id: str
+    kind: Literal["user", "output"] = "user"
     digest: str = ""
     size: int = 0
     files: int = 0
     name: str = ""
+    build: int | None = None
+    build_id: str = ""
     created_at: datetime | None = None
     expires_at: datetime | None = None
+    pinned: bool = False
+
+
+class TreeEntry(_Answer, frozen=True, kw_only=True):
+    """A name in an artifact. `digest` is a file's public name: the sha256 of its contents up to 8 MiB. In `path`, bytes that are no UTF-8 are shown
+    as `\\xNN`; `path_base64` has them as they are."""
+
+    path: str
+    kind: Literal["file", "folder", "link"] = "file"
+    size: int = 0
+    executable: bool = False
+    digest: str = ""
+    target: str = ""
+    path_base64: str | None = None
+
+    @property
+    def path_bytes(self) -> bytes:
+        """The path as it is."""
+        return self.path.encode() if self.path_base64 is None else base64.b64decode(self.path_base64)
+
+
+class Usage(_Answer, frozen=True, kw_only=True):
+    """What a team stores, in bytes: `stored_bytes` with the same content counted once, `artifact_bytes` without."""
+
+    stored_bytes: int = 0
+    artifacts: int = 0
+    artifact_bytes: int = 0
+    quota_bytes: int | None = None
+
+
+class Policy(_Answer, frozen=True, kw_only=True):
+    """How long a team's artifacts are kept by default, in seconds, and how much it may store (0: as much as there is room)."""
+
+    input_seconds: int = 0
+    output_seconds: int = 0
+    quota_bytes: int = 0
+
+
+class PendingUpload(_Answer, frozen=True, kw_only=True):
+    """What the server lacks: first and last of runs of distinct chunks, counted as they first appear in the manifest, from 0."""
+
+    id: str
+    missing: list[tuple[int, int]]
+    missing_bytes: int = 0
+    missing_blobs: int = 0
+
+
+class Transfer(msgspec.Struct, frozen=True):
+    """How far a transfer is, in bytes. `skipped` need not be read, sent or received because it is known to be there already."""
+
+    phase: Literal["hashing", "sending", "receiving"]
+    done: int
+    total: int
+    skipped: int
 
 
 class Step(_Answer, frozen=True, kw_only=True):
@@ -155,3 +215,12 @@ class BuildPage(_Answer, frozen=True, kw_only=True):
 class ArtifactPage(_Answer, frozen=True, kw_only=True):
     items: list[Artifact] = []
     next: str | None = None
+
+
+class TreePage(_Answer, frozen=True, kw_only=True):
+    items: list[TreeEntry] = []
+    next: str | None = None
+
+
+Progress = Callable[[Transfer], None]
+"""Told how far a transfer is, often, on the event loop's thread; each phase ends with done = total."""

@@ -1,0 +1,314 @@
+"""Sending a folder: what it is like first, then what the server lacks of it, and again what it still lacks, until it has everything."""
+
+import asyncio
+import hashlib
+import ipaddress
+import os
+import secrets
+import sys
+from array import array
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yarl
+
+from penstock.client.errors import Changed, NotFound, PenstockError, Refused, Unavailable
+from penstock.client.http import CONNECT_SECONDS, Http
+from penstock.client.index import is_known, note_known, stamp_of
+from penstock.client.model import Artifact, PendingUpload, Progress, Transfer
+from penstock.client.scan import hash_files, opened, read_chunk, save
+from penstock.client.selection import Selection, select
+from penstock.client.threads import Threads
+from penstock.client.tree import CHUNK, DIGEST, ZERO_CHUNK, manifest_of
+
+if sys.version_info >= (3, 14):
+    from compression.zstd import ZstdCompressor
+else:
+    from backports.zstd import ZstdCompressor
+
+TREE_TYPE = "application/vnd.penstock.tree"
+BLOBS_TYPE = "application/vnd.penstock.blobs"
+END_FRAME = bytes(DIGEST + 4)
+AT_ONCE = 2
+"""Streams to the server."""
+STREAM = 64 << 20
+"""Bytes in one of them."""
+GATHERED = 1 << 20
+"""Bytes that are read before they are handed on."""
+
+
+async def upload_folder(
+    http: Http, base: str, source: Path | Selection, params: Mapping[str, str], progress: Progress | None, patience: float
+) -> Artifact:
+    """Store the selection below `base`, the team's URL. A file that changes meanwhile is noticed, and all is looked at once more."""
+    selection = None if isinstance(source, Path) else source
+    look = (
+        partial(select, source)
+        if isinstance(source, Path)
+        else partial(select, source.root, include_ignored=source.include_ignored, include_git=source.include_git)
+    )
+    for last in (False, True):
+        async with Threads(2) as threads:
+            if selection is None:
+                selection = await threads.run(look)
+            try:
+                return await _Upload(http, base, selection, params, progress, patience, threads).run()
+            except Changed:
+                if last:
+                    raise
+        selection = None
+    raise AssertionError
+
+
+class _Upload:
+    def __init__(
+        self, http: Http, base: str, selection: Selection, params: Mapping[str, str], progress: Progress | None, patience: float, threads: Threads
+    ) -> None:
+        self._http = http
+        self._path = f"{base}/user-artifacts"
+        self._selection = selection
+        self._params = params
+        self._progress = progress
+        self._patience = patience
+        self._stalled = max(patience, CONNECT_SECONDS)
+        self._threads = threads
+        self._headers = {"Idempotency-Key": secrets.token_hex(16)}
+        self._packed = not is_loopback(http.url)
+        self._total: int | None = None
+        self._sent = 0
+        self._waiting = http.waiting(patience)
+
+    async def run(self) -> Artifact:
+        selection = self._selection
+        total = sum(selection.entries[n].size for n in selection.unread)
+        skipped = selection.size - total
+        tree = await hash_files(selection, self._threads, lambda done: self._tell("hashing", min(done, total), total, skipped))
+        self._tell("hashing", total, total, skipped)
+        saving = self._threads.start(save, selection)
+        artifact = await self._store(tree)
+        await saving
+        server = f"{self._http.url}{self._path}"
+        if not is_known(selection.index, server, tree):
+            note_known(selection.index, server, tree)
+        self._tell("sending", self._total or 0, self._total or 0, selection.size - (self._total or 0))
+        return artifact
+
+    def _tell(self, phase: Any, done: int, total: int, skipped: int) -> None:
+        if self._progress:
+            self._progress(Transfer(phase, done, total, skipped))
+
+    async def _store(self, tree: bytes) -> Artifact:
+        if is_known(self._selection.index, f"{self._http.url}{self._path}", tree):
+            try:
+                return await self._http.repeated(lambda: self._name(tree), self._patience)
+            except NotFound:
+                pass  # it has expired there since
+        lacked = 1 << 63
+        kept = True  # what was sent
+        while True:
+            try:
+                answer = await self._offer()
+                if isinstance(answer, Artifact):
+                    return answer
+                if answer.missing_bytes < lacked:
+                    self._waiting.moved()
+                elif not kept:
+                    await self._waiting.after(Unavailable(f"{self._http.url} does not keep what it is sent: look at its log"))
+                lacked, kept = answer.missing_bytes, True
+                stored = await self._send(answer)
+                if stored is not None:
+                    return stored
+                kept = False
+            except Unavailable as error:
+                await self._waiting.after(error)
+
+    async def _name(self, tree: bytes) -> Artifact:
+        params = {**self._params, "tree": tree.hex()}
+        async with self._http.open("POST", self._path, params=params, headers=self._headers) as response:
+            return self._http.decoded(await response.read(), Artifact)
+
+    async def _offer(self) -> Artifact | PendingUpload:
+        """Show the manifest."""
+        headers = {**self._headers, "Content-Type": TREE_TYPE}
+        return await self._asked("POST", self._path, self._offered(manifest_of(self._selection.entries)), headers, self._params)
+
+    async def _asked(
+        self, method: str, path: str, body: AsyncIterator[bytes], headers: dict[str, str], params: Mapping[str, str]
+    ) -> Artifact | PendingUpload:
+        """One request with a body that may take any time, while it moves. Raises Unavailable when it does not."""
+        if self._packed:
+            headers["Content-Encoding"] = "zstd"
+        fault: list[PenstockError] = []
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+        try:
+            async with asyncio.timeout(self._stalled) as limit:
+
+                async def moving() -> AsyncIterator[bytes]:
+                    loop = asyncio.get_running_loop()
+                    try:
+                        began = loop.time()
+                        async for piece in body:
+                            yield piece
+                            limit.reschedule(loop.time() + self._stalled)
+                            self._waiting.excuse(loop.time() - began)
+                            began = loop.time()
+                    except PenstockError as error:  # aiohttp would call it a broken connection
+                        fault.append(error)
+                        raise
+
+                async with self._http.open(method, path, params=params, data=moving(), headers=headers, timeout=timeout) as response:
+                    answer = await response.read()
+                    return self._http.decoded(answer, Artifact) if response.status == 201 else self._http.decoded(answer, PendingUpload)
+        except TimeoutError:
+            raise Unavailable(f"nothing has moved to {self._http.url} for {self._stalled:g} s") from None
+        except PenstockError as error:
+            raise fault[0] if fault else error from None
+
+    async def _offered(self, pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+        compressor = ZstdCompressor(level=3) if self._packed else None
+        for piece in pieces:
+            yield compressor.compress(piece) if compressor else piece
+        if compressor:
+            yield compressor.flush(ZstdCompressor.FLUSH_FRAME)
+
+    # --- what is missing
+
+    async def _send(self, pending: PendingUpload) -> Artifact | None:
+        """Send all of it, in a few streams; the artifact, if one of them was the last."""
+        entries = self._selection.entries
+        if self._total is None:
+            self._total = pending.missing_bytes
+        self._sent = self._total - pending.missing_bytes
+        streams = iter(_streams(entries, self._located(pending)))
+        stored: list[Artifact] = []
+
+        async def sender() -> None:
+            for places in streams:
+                answer = await self._put(pending.id, places)
+                if isinstance(answer, Artifact):
+                    stored.append(answer)
+                else:
+                    self._waiting.moved()
+
+        senders = [asyncio.ensure_future(sender()) for _ in range(AT_ONCE)]
+        try:
+            await asyncio.gather(*senders)
+        finally:
+            for task in senders:
+                task.cancel()
+            await asyncio.wait(senders)
+        return stored[0] if stored else None
+
+    def _located(self, pending: PendingUpload) -> "array[int]":
+        """Where the missing chunks are: file << 32 | chunk."""
+        places = array("Q")
+        seen: set[bytes] = set()
+        ranges = iter(sorted(pending.missing))
+        first, last = next(ranges, (1 << 62, 1 << 62))
+        for n, entry in enumerate(self._selection.entries):
+            if entry.target or not entry.digest:
+                continue
+            for chunk in range(len(entry.digest) // DIGEST):
+                digest = entry.digest[chunk * DIGEST : (chunk + 1) * DIGEST] if len(entry.digest) > DIGEST else entry.digest
+                if digest in seen:
+                    continue
+                number = len(seen)
+                seen.add(digest)
+                while number > last:
+                    first, last = next(ranges, (1 << 62, 1 << 62))
+                if number >= first:
+                    places.append(n << 32 | chunk)
+        return places
+
+    async def _put(self, upload: str, places: Sequence[int]) -> Artifact | PendingUpload:
+        headers = {**self._headers, "Content-Type": BLOBS_TYPE}
+        try:
+            return await self._asked("PUT", f"{self._path}/{upload}/blobs", self._framed(places), headers, {})
+        except NotFound as error:  # it lapsed, or the server has made the artifact of it: to be offered again
+            lapsed = Unavailable(str(error))
+            raise lapsed from error
+        except Refused as error:
+            if error.problem and error.problem.status == 422:
+                await self._threads.run(self._verify, places)
+            raise
+
+    async def _framed(self, places: Sequence[int]) -> AsyncIterator[bytes]:
+        frames = self._frames(places)
+        while (ready := await self._threads.run(next, frames, None)) is not None:
+            piece, size = ready
+            yield piece
+            if self._total is not None:
+                self._sent += size
+                self._tell("sending", min(self._sent, self._total), self._total, self._selection.size - self._total)
+
+    def _frames(self, places: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+        """The stream in pieces, with the bytes of contents in each. Runs in a thread, a piece at a time."""
+        compressor = ZstdCompressor(level=3) if self._packed else None
+        gathered: list[bytes] = []
+        size = 0
+        for place in places:
+            self._threads.check()
+            digest, contents = self._chunk(place >> 32, place & 0xFFFFFFFF)
+            gathered += [digest, len(contents).to_bytes(4, "big"), contents]
+            size += len(contents)
+            if size >= GATHERED:
+                data = b"".join(gathered)
+                yield compressor.compress(data) if compressor else data, size
+                gathered, size = [], 0
+        data = b"".join([*gathered, END_FRAME])
+        yield compressor.compress(data, ZstdCompressor.FLUSH_FRAME) if compressor else data, size
+
+    def _chunk(self, n: int, chunk: int) -> tuple[bytes, bytes]:
+        """A chunk as it was hashed. Raises Changed when the file is not the same any more."""
+        entry = self._selection.entries[n]
+        digest = entry.digest[chunk * DIGEST : (chunk + 1) * DIGEST]
+        size = min(CHUNK, entry.size - chunk * CHUNK)
+        if digest == ZERO_CHUNK:
+            return digest, bytes(CHUNK)
+        path = os.fsencode(self._selection.root) + b"/" + entry.path
+        with opened(path) as handle:
+            before = stamp_of(os.fstat(handle))
+            contents = read_chunk(handle, chunk, size)
+            if len(contents) != size or before != self._selection.stamps[n] or stamp_of(os.fstat(handle)) != before:
+                raise Changed(f"{os.fsdecode(path)} changed while it was uploaded: try again when nothing writes to it")
+        return digest, contents
+
+    def _verify(self, places: Sequence[int]) -> None:
+        """The server says that something does not match: find what was written to without a trace in its times, and do not trust it again.
+        Raises Changed when there is such a file."""
+        changed = b""
+        for place in places:
+            n = place >> 32
+            digest, contents = self._chunk(n, place & 0xFFFFFFFF)
+            if hashlib.sha256(contents).digest() != digest:
+                changed = self._selection.entries[n].path
+                self._selection.index.stamps[n] = b""
+                self._selection.stale = True
+        if changed:
+            save(self._selection)
+            path = os.fsdecode(os.fsencode(self._selection.root) + b"/" + changed)
+            raise Changed(f"{path} changed while it was uploaded: try again when nothing writes to it")
+
+
+def _streams(entries: Sequence[Any], places: "array[int]") -> Iterator[Sequence[int]]:
+    """Parts of about STREAM bytes."""
+    begin = size = 0
+    for end, place in enumerate(places, 1):
+        size += min(CHUNK, entries[place >> 32].size - (place & 0xFFFFFFFF) * CHUNK)
+        if size >= STREAM:
+            yield places[begin:end]
+            begin, size = end, 0
+    if begin < len(places):
+        yield places[begin:]
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the server is on this machine, where compressing costs more than it saves."""
+    host = yarl.URL(url).host or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
