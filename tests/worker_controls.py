@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from nacl.public import PrivateKey, PublicKey, SealedBox
 from prometheus_client import CollectorRegistry
 
@@ -36,12 +37,15 @@ from proto.messages import (
 from proto.plan import Run, RunStep, Stage, TaskConfig, TaskInput, TaskOutput
 from proto.topology import CONSUMERS, STREAMS
 from services.worker.artifacts import Artifacts
+from services.worker.cache import Cache
 from services.worker.executors.commands import Commands
 from services.worker.executors.orphans import Orphans
 from services.worker.executors.processes import everything
 from services.worker.executors.sandboxes import Choice, first_that_works, interpreter_folders
 from services.worker.folders import FolderPool
+from services.worker.mounts import private_mounts
 from services.worker.outbox import Outbox
+from services.worker.placing import Means, means_here
 from services.worker.session import Session
 from services.worker.spool import Spool
 from services.worker.stage import Tools
@@ -65,6 +69,24 @@ def sandboxes_here() -> list[Choice]:
             first_that_works(choice, Path(folder), interpreter_folders(PATH))
             found.append(choice)
     return found
+
+
+@pytest.fixture(scope="session")
+def all_means(tmp_path_factory: pytest.TempPathFactory) -> Means:
+    """All that this machine allows; from now on this process's mounts are its own."""
+    return means_here(tmp_path_factory.mktemp("means") / "trial", private_mounts())
+
+
+@pytest.fixture(params=["overlay", "reflink", "copy"])
+def means(request: pytest.FixtureRequest, all_means: Means) -> Means:
+    """Each way to place a tree."""
+    if request.param == "copy":
+        return Means(None, False)
+    if request.param == "reflink" and not all_means.reflinks:
+        pytest.skip("this file system shares no contents")
+    if request.param == "overlay" and all_means.overlays is None:
+        pytest.skip("this machine allows no mounts")
+    return Means(all_means.overlays, False) if request.param == "overlay" else Means(None, True)
 
 
 def sh(script: str, name: str = "step", **more: Any) -> RunStep:
@@ -255,8 +277,10 @@ async def a_worker(
     log_limit: int = 64 << 20,
     path: str = PATH,
     patience: float = 5.0,
+    means: Means | None = None,
+    cache_bytes: int = 1 << 30,
 ) -> AsyncIterator[Running]:
-    """A worker in this process; nothing of it is left afterwards."""
+    """A worker in this process; nothing of it is left afterwards. Its trees are copied unless `means` says otherwise."""
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
     orphans = Orphans(folder / "spool" / "processes", work)
@@ -268,7 +292,10 @@ async def a_worker(
     if not chosen.wraps:
         orphans.adopt()
     pool = FolderPool(work, session.boot)
-    tools = Tools("w1", chosen, Commands(chosen), orphans, pool, outbox, Artifacts(patience), path, grace, log_limit)
+    cache = Cache(folder / "cache", cache_bytes)
+    cache.open()
+    artifacts = Artifacts(cache, patience)
+    tools = Tools("w1", chosen, Commands(chosen), orphans, pool, outbox, artifacts, cache, means or Means(None, False), path, grace, log_limit)
     worker = Worker(bus, session, tools, IDENTITY, public_key(SERVER), box, Metrics(CollectorRegistry()))
     task = asyncio.ensure_future(worker.run())
     try:

@@ -1,27 +1,37 @@
-"""Trees of files in and out, by the artifacts service and an attempt's build token.
+"""Trees of files in and out, by the artifacts service and an attempt's build token: manifests, and of the contents only what the other side lacks.
 
-The service may be restarting: what fails by connection or 5xx is tried again for a minute, always as a whole, so nothing half-done is left.
+The service may be restarting: what fails by connection or 5xx is tried again for two minutes, counted from the last that went well. Every chunk that
+has arrived has arrived, on either side, so that what is tried again is the rest.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import aiohttp
 import msgspec
 
-from libs.archives.extract import extract
-from libs.archives.rules import ArchiveRefused, Limits
-from libs.archives.writer import FileChanged, pack
+from libs.archives.blobstream import MEDIA_TYPE, BlobStreamReader, frames
+from libs.archives.pump import drawn, in_thread, pump
+from libs.archives.rules import ArchiveRefused
+from libs.archives.tree import Entry, InvalidManifest, TreeCheck, read_manifest, root_of
+from proto.api import PendingUpload
 from proto.events.base import ArtifactRef
 from proto.messages import Package
+from services.worker.cache import Cache, name_of
+from services.worker.capture import Captured, Chunk, FileChanged
+from services.worker.filling import Filling
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _CHUNK = 256 << 10
+_MAX_MANIFEST = 512 << 20
+
+TREE_TYPE = "application/vnd.penstock.tree"
 
 
 class Unobtainable(Exception):
@@ -33,6 +43,7 @@ class _Again(Exception):
 
 
 class _Problem(msgspec.Struct):
+    type: str = ""
     title: str = ""
     detail: str = ""
 
@@ -40,29 +51,48 @@ class _Problem(msgspec.Struct):
 class Artifacts:
     """A client; it connects only when there is something to move."""
 
-    def __init__(self, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, cache: Cache, patience: float = PATIENCE_SECONDS) -> None:
+        self._cache = cache
         self._patience = patience
         self._session: aiohttp.ClientSession | None = None
+        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def fetch(self, package: Package, name: str, into: Path) -> None:
-        """Put the input's tree into folder `into`, which is absent or empty. Raises Unobtainable, OSError (disk)."""
+    async def fetch(self, package: Package, name: str, pins: ExitStack) -> Sequence[Entry]:
+        """Bring an input's tree, which the caller has pinned, into the cache; its entries. Its files are pinned there until `pins` are closed.
+        Raises Unobtainable, OSError (disk)."""
+        digest = package.inputs[name].digest
+        async with self._fetching.setdefault(digest, asyncio.Lock()):
+            known = await in_thread(lambda: self._cache.tree(digest))
+            entries = known if known is not None else await self._patiently(lambda _: self._manifest(package, name, digest))
+            files = {name_of(entry): entry for entry in entries if entry.kind == "file"}
+            pins.enter_context(self._cache.pinned(files))
+            missing = await in_thread(lambda: [entry for entry in files.values() if not self._cache.has(entry)])
+            if missing:
+                filling = await in_thread(lambda: Filling(self._cache, missing))
+                try:
+                    if filling.sizes:
+                        await self._patiently(lambda went_well: self._blobs(package, name, filling, went_well))
+                finally:
+                    await in_thread(filling.close)
+            return entries
 
-        async def once() -> None:
-            async with self._http().get(f"{package.artifacts_url}/inputs/{name}", headers=_bearer(package)) as answer:
-                await _check(answer, 200)
-                await extract(answer.content.iter_chunked(_CHUNK), into, Limits())
+    async def store(self, package: Package, step: str, name: str, captured: Captured) -> ArtifactRef:
+        """Keep a captured folder as the step's output. Raises Unobtainable, OSError (reading it)."""
+        chunks = await in_thread(captured.chunks)
+        url = f"{package.artifacts_url}/outputs/{step}/{name}"
+        least: int | None = None
 
-        await self._patiently(once)
-
-    async def store(self, package: Package, step: str, name: str, folder: Path) -> ArtifactRef:
-        """Keep a folder as the step's output. Raises Unobtainable, OSError (reading it)."""
-
-        async def once() -> ArtifactRef:
-            headers = {**_bearer(package), "Content-Type": "application/x-tar"}
-            url = f"{package.artifacts_url}/outputs/{step}/{name}"
-            async with self._http().post(url, data=pack(folder), headers=headers) as answer:
-                await _check(answer, 201)
-                return msgspec.json.decode(await answer.read(), type=ArtifactRef)
+        async def once(went_well: Callable[[], None]) -> ArtifactRef:
+            nonlocal least
+            answer = await self._send(package, "POST", url, TREE_TYPE, _sent(captured.manifest))
+            while isinstance(answer, PendingUpload):
+                if least is not None and answer.missing_bytes >= least:
+                    raise _Again("it asks again for what it was sent")
+                least = answer.missing_bytes
+                went_well()
+                lacking = [chunk for first, last in answer.missing for chunk in chunks[first : last + 1]]
+                answer = await self._send(package, "PUT", f"{url}/blobs", MEDIA_TYPE, drawn(_frames(captured, lacking)))
+            return answer
 
         return await self._patiently(once)
 
@@ -70,19 +100,92 @@ class Artifacts:
         if self._session is not None:
             await self._session.close()
 
+    async def _manifest(self, package: Package, name: str, digest: str) -> Sequence[Entry]:
+        manifest = bytearray()
+        headers = {**_bearer(package), "Accept": TREE_TYPE}
+        async with self._http().get(f"{package.artifacts_url}/inputs/{name}", headers=headers) as answer:
+            await _check(answer)
+            async for piece in answer.content.iter_chunked(_CHUNK):
+                manifest += piece
+                if len(manifest) > _MAX_MANIFEST:
+                    raise Unobtainable(f"its manifest has more than {_MAX_MANIFEST} bytes")
+
+        def taken() -> Sequence[Entry]:
+            whole = bytes(manifest)
+            if root_of(whole).digest.hex() != digest:
+                raise Unobtainable("its manifest is not that of the tree")
+            entries, check = read_manifest(whole), TreeCheck()
+            for entry in entries:
+                check.add(entry)
+            check.finish(b"")
+            self._cache.add_tree(digest, [whole])
+            return entries
+
+        return await in_thread(taken)
+
+    async def _blobs(self, package: Package, name: str, filling: Filling, went_well: Callable[[], None]) -> None:
+        lacking = filling.lacking
+        wanted = set(lacking)
+        reader = BlobStreamReader(lambda digest: filling.sizes[digest] if digest in wanted else None)
+
+        def feed(data: bytes) -> None:
+            for digest, contents in reader.feed(data):
+                filling.put(digest, contents)
+                went_well()
+
+        def finish() -> None:
+            try:
+                reader.finish()
+            except ArchiveRefused as error:
+                raise _Again(str(error)) from None
+            if filling.lacking:
+                raise _Again("it sent less than it was asked for")
+
+        url = f"{package.artifacts_url}/inputs/{name}/blobs"
+        async with self._http().post(url, data=_sent([b"".join(lacking)]), headers=_bearer(package)) as answer:
+            await _check(answer)
+            await pump(answer.content.iter_chunked(_CHUNK), feed, finish)
+
+    async def _send(self, package: Package, method: str, url: str, kind: str, body: AsyncIterator[bytes]) -> ArtifactRef | PendingUpload:
+        failures: list[Exception] = []
+
+        async def pieces() -> AsyncIterator[bytes]:
+            try:
+                async for piece in body:
+                    yield piece
+            except (FileChanged, OSError) as error:
+                failures.append(error)  # the connection's failure would say nothing of it
+                raise
+
+        headers = {**_bearer(package), "Content-Type": kind}
+        try:
+            async with self._http().request(method, url, data=pieces(), headers=headers) as answer:
+                await _check(answer)
+                text = await answer.read()
+                return msgspec.json.decode(text, type=ArtifactRef) if answer.status == 201 else msgspec.json.decode(text, type=PendingUpload)
+        except aiohttp.ClientError as error:
+            raise failures[0] if failures else error from None
+
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=120)
-            self._session = aiohttp.ClientSession(timeout=timeout, auto_decompress=False, trust_env=False)
+            plain = {"Accept-Encoding": "identity"}  # aiohttp would offer zstd by itself
+            self._session = aiohttp.ClientSession(timeout=timeout, headers=plain, auto_decompress=False, trust_env=False)
         return self._session
 
-    async def _patiently(self, once: Callable[[], Awaitable[T]]) -> T:
+    async def _patiently(self, once: Callable[[Callable[[], None]], Awaitable[T]]) -> T:
+        """`once` until it succeeds; it says when something went well."""
         clock = asyncio.get_running_loop().time
         deadline, pause = clock() + self._patience, _FIRST_PAUSE
+
+        def went_well() -> None:
+            nonlocal deadline, pause
+            deadline, pause = clock() + self._patience, _FIRST_PAUSE
+
         while True:
             try:
-                return await once()
-            except (ArchiveRefused, FileChanged, msgspec.DecodeError) as error:
+                return await once(went_well)
+            except (ArchiveRefused, FileChanged, InvalidManifest, msgspec.DecodeError) as error:
                 raise Unobtainable(str(error)) from error
             except (_Again, aiohttp.ClientError, TimeoutError) as error:
                 if clock() + pause > deadline:
@@ -93,12 +196,21 @@ class Artifacts:
             pause = min(pause * 2, _LONGEST_PAUSE)
 
 
+async def _sent(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+def _frames(captured: Captured, chunks: Sequence[Chunk]) -> Generator[bytes, None, None]:
+    yield from frames((chunk.digest, captured.read(chunk)) for chunk in chunks)
+
+
 def _bearer(package: Package) -> dict[str, str]:
     return {"Authorization": f"Bearer {package.token}"}
 
 
-async def _check(answer: aiohttp.ClientResponse, expected: int) -> None:
-    if answer.status == expected:
+async def _check(answer: aiohttp.ClientResponse) -> None:
+    if answer.status < 300:
         return
     text = await answer.content.read(4096)
     try:
@@ -106,6 +218,6 @@ async def _check(answer: aiohttp.ClientResponse, expected: int) -> None:
     except msgspec.DecodeError:
         problem = _Problem()
     words = f"{answer.status} {': '.join(part for part in (problem.title, problem.detail) if part) or answer.reason or ''}".strip()
-    if answer.status >= 500 and answer.status != 507:
+    if (answer.status >= 500 and answer.status != 507) or answer.status == 429 or problem.type.endswith(":upload-unknown"):
         raise _Again(words)
     raise Unobtainable(words)

@@ -4,18 +4,17 @@ import asyncio
 import contextlib
 import errno
 import os
-import shutil
 import signal
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import structlog
 
 from proto.events.base import ArtifactRef, Status
 from proto.messages import Package, ReportBody, ReportStageFinished, ReportStepFinished, ReportStepProgressed, ReportStepStarted
-from proto.plan import RunStep, TaskConfig
+from proto.plan import RunStep
 from services.worker.artifacts import Artifacts, Unobtainable
+from services.worker.cache import Cache
 from services.worker.executors.commands import Commands, NotRunnable
 from services.worker.executors.orphans import Orphans
 from services.worker.executors.sandboxes import Folders, Sandbox
@@ -23,7 +22,9 @@ from services.worker.executors.spawned import Spawned, Stream
 from services.worker.folders import FolderPool
 from services.worker.logs import AttemptLog
 from services.worker.outbox import Outbox
+from services.worker.placing import Means
 from services.worker.progress import Progress
+from services.worker.workspace import Unplaceable, Workspace
 
 logger = structlog.get_logger()
 
@@ -43,6 +44,8 @@ class Tools(NamedTuple):
     folders: FolderPool
     outbox: Outbox
     artifacts: Artifacts
+    cache: Cache
+    means: Means
     path: str
     grace: float
     log_limit: int
@@ -75,16 +78,17 @@ class StageRun:
         self._process: Spawned | None = None
         self._stop: Stop | None = None
         self._stopped = asyncio.Event()
-        self._placed: dict[str, Path] = {}
         self._stderr_bytes = 0
         self._last_stderr = b""
 
     async def run(self) -> Status:
         """Until the stage is over and its folders are gone. When cancelled: everything is killed, nothing more is said."""
         folders: Folders | None = None
+        workspace: Workspace | None = None
         try:
             try:
                 folders = self._folders = self._tools.folders.take()
+                workspace = self._workspace = Workspace(folders, self.package, self._tools.artifacts, self._tools.cache, self._tools.means)
                 ended, error = await self._steps()
             except OSError as failure:
                 ended, error = [], _words(failure)
@@ -103,6 +107,8 @@ class StageRun:
             if self._process is not None and not self._process.ended.done():
                 self._process.kill()
                 await asyncio.wait([self._process.ended])
+            if workspace is not None:
+                await workspace.close()
             if folders is not None:
                 await self._tools.folders.give_back(folders)
 
@@ -148,18 +154,16 @@ class StageRun:
         except _Stopped:
             assert self._stop is not None
             return ReportStepFinished(step=step.name, status=self._stop.status, error=self._stop.error)
-        except (_Errored, NotRunnable) as error:
+        except (_Errored, Unplaceable, NotRunnable) as error:
             return ReportStepFinished(step=step.name, status="errored", error=str(error))
         except OSError as error:
             return ReportStepFinished(step=step.name, status="errored", error=_words(error))
 
     async def _unless_stopped(self, step: RunStep) -> ReportStepFinished:
         config = step.config
-        await self._place_inputs(config)
-        for path in [*(output.path or output.name for output in config.outputs), *(cache.path for cache in config.caches)]:
-            if link := self._link_in(path):
-                raise _Errored(f"the folder `{path}` leads through a link, `{link}`")
-            (self._folders.workspace / path).mkdir(parents=True, exist_ok=True)
+        if config.inputs:
+            await self._or_stopped(self._workspace.place_inputs(config.inputs))
+        self._workspace.begin_step(config)
         if self._stop is not None:
             raise _Stopped
         progress = Progress(lambda percent: self._report(ReportStepProgressed(step=step.name, percent=percent)))
@@ -230,62 +234,23 @@ class StageRun:
                 return "failed", f"killed by {signal.Signals(number).name}"
         return "failed", ""
 
-    async def _place_inputs(self, config: TaskConfig) -> None:
-        """Inputs from the package or from an earlier step's folders, shallow paths first. Raises _Errored naming the input, OSError."""
-        workspace = self._folders.workspace
-        for each in sorted(config.inputs, key=lambda i: (i.path or i.name).count("/") + ((i.path or i.name) != ".")):
-            into = workspace / (each.path or each.name)
-            held = self._placed.get(each.name)
-            if held == into:
-                continue
-            for path in (into, held or into):
-                if link := self._link_in(path):
-                    raise _Errored(f"input `{each.name}`: its folder `{path.relative_to(workspace)}` leads through a link, `{link}`")
-            into.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                if held is not None:
-                    await asyncio.to_thread(shutil.copytree, held, into, symlinks=True, dirs_exist_ok=True, ignore=_refusing_links(held, into))
-                elif each.name in self.package.inputs:
-                    await self._or_stopped(self._tools.artifacts.fetch(self.package, each.name, into))
-                elif not each.optional:
-                    raise _Errored(f"input `{each.name}` is missing")
-                else:
-                    continue
-            except Unobtainable as error:
-                raise _Errored(f"input `{each.name}`: {error}") from error
-            except FileExistsError as error:
-                raise _Errored(f"input `{each.name}`: its folder `{each.path or each.name}` is there already") from error
-            self._placed[each.name] = into
-        for output in config.outputs:
-            self._placed[output.name] = workspace / (output.path or output.name)
-
     async def _take_outputs(self, step: RunStep) -> tuple[dict[str, ArtifactRef], tuple[Status, str] | None]:
         outputs: dict[str, ArtifactRef] = {}
         problem: tuple[Status, str] | None = None
         for output in step.config.outputs:
             path = output.path or output.name
             folder = self._folders.workspace / path
-            if (link := self._link_in(path)) or not folder.is_dir():
+            if (link := self._workspace.link_in(path)) or not folder.is_dir():
                 what = f"leads through a link, `{link}`" if link else "is not a folder" if folder.exists() else "is gone"
                 problem = problem or ("failed", f"output `{output.name}`: the folder `{path}` {what}")
                 continue
             try:
-                outputs[output.name] = await self._or_stopped(self._tools.artifacts.store(self.package, step.name, output.name, folder))
+                outputs[output.name] = await self._or_stopped(self._workspace.store(step.name, output.name, path))
             except Unobtainable as error:
                 problem = problem or ("errored", f"output `{output.name}` could not be stored: {error}")
             except OSError as error:
                 problem = problem or ("errored", f"output `{output.name}` could not be read: {_words(error)}")
         return outputs, problem
-
-    def _link_in(self, path: str | Path) -> Path | None:
-        """The first link on the way to a folder of the workspace. A step makes it for its own side of the sandbox; followed by the worker, it would
-        lead to what the step may not see. Nothing of a step runs any more when the worker looks."""
-        here = workspace = self._folders.workspace
-        for part in (workspace / path).relative_to(workspace).parts:
-            here /= part
-            if here.is_symlink():
-                return here.relative_to(workspace)
-        return None
 
     async def _or_stopped(self, work: Awaitable[T]) -> T:
         """Await it, unless a stop comes first: then it is cancelled."""
@@ -303,19 +268,6 @@ class StageRun:
 
     def _report(self, *bodies: ReportBody) -> None:
         self._on_reported(self._tools.outbox.report(self.package.attempt, list(bodies)))
-
-
-def _refusing_links(source: Path, target: Path) -> Callable[[str, list[str]], list[str]]:
-    """For `copytree`, which asks before it copies a folder's entries and would write through links that are where they go."""
-
-    def refuse(folder: str, names: list[str]) -> list[str]:
-        there = target / Path(folder).relative_to(source)
-        for name in names:
-            if (there / name).is_symlink():
-                raise _Errored(f"a link is in the way of the input `{target.name}`: `{(there / name).relative_to(target)}`")
-        return []
-
-    return refuse
 
 
 def _exit_code(code: int) -> int:

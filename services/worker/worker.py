@@ -105,6 +105,7 @@ class Worker:
         self._tools.orphans.sweep()
         self._tools.orphans.close()
         await self._tools.artifacts.close()
+        self._tools.cache.close()
         await self._outbox.close()
 
     def on_disk_full(self, attempt: Attempt, error: OSError) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from libs.bus.jetstream import connect_jetstream
+from proto.plan import TaskInput
 from services.worker.executors.sandboxes import Choice
 from tests.controls import eventually
 from tests.nats_fixture import NatsServer, fresh_nats, nats_server
 from tests.worker_controls import Scheduler, a_scheduler, alive, environment, sandboxes_here, sh, step
+from tests.worker_shop import TOKEN, a_shop
 
 __all__ = ["fresh_nats", "nats_server"]
 
@@ -159,3 +161,35 @@ async def test_a_full_disk_errors_the_build_and_the_worker_lives_on(tmp_path: Pa
         assert (await scheduler.finished(attempt)).status == "succeeded"
         assert await scheduler.log(attempt, "stdout") == "fine\n"
         assert process.poll() is None
+
+
+@in_each_sandbox
+async def test_a_killed_worker_leaves_no_mount_and_a_later_life_removes_its_folders(tmp_path: Path, fresh_nats: NatsServer, sandbox: Choice) -> None:
+    (tmp_path / "in" / "src").mkdir(parents=True)
+    (tmp_path / "in" / "src" / "file").write_text("from the input\n")
+    folder = tmp_path / "w"
+    src = [TaskInput(name="src")]
+    async with (
+        a_shop(tmp_path) as shop,
+        connect_jetstream(fresh_nats.url, "scheduler", "secret", "test") as bus,
+        a_scheduler(bus, artifacts_url=shop.url) as scheduler,
+    ):
+        refs = shop.refs("src")
+        with a_process(folder, fresh_nats, sandbox) as process:
+            attempt = await scheduler.send(sh("echo x > src/new; echo up; sleep 600", inputs=src), inputs=refs, token=TOKEN)
+            await eventually(lambda: "up" in scheduler.text(attempt))
+            assert str(folder) not in Path("/proc/self/mounts").read_text()
+            if '"inputs": "overlay"' in (tmp_path / "worker.log").read_text():
+                assert str(folder) in Path(f"/proc/{process.pid}/mounts").read_text()
+            left = list((folder / "work").iterdir())
+            assert left
+            first_life = scheduler.heartbeats[-1].boot
+            process.kill()
+            process.wait()
+        assert str(folder) not in Path("/proc/self/mounts").read_text()
+        with a_process(folder, fresh_nats, sandbox):
+            await eventually(lambda: scheduler.heartbeats[-1].boot != first_life)
+            assert not any(path.exists() for path in left)
+            attempt = await scheduler.send(sh("cat src/*", inputs=src), inputs=refs, token=TOKEN)
+            assert await scheduler.log(attempt, "stdout") == "from the input\n"
+            assert shop.requests == {"manifest": 1, "blobs": 1}

@@ -1,87 +1,33 @@
-"""Inputs and outputs, from and to an artifacts service that speaks the real protocol."""
+"""Inputs and outputs, from and to an artifacts service that speaks the real protocol; in each sandbox, and by each means to place a tree."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
-from libs.archives.extract import extract
-from libs.archives.rules import Limits
-from libs.archives.writer import pack
 from proto.events.base import ArtifactRef
 from proto.plan import TaskInput, TaskOutput
 from services.worker.executors.sandboxes import Choice
-from tests.worker_controls import a_system, sandboxes_here, sh
+from services.worker.placing import Means
+from tests.worker_controls import a_system, all_means, means, sandboxes_here, sh
+from tests.worker_shop import TOKEN, a_shop
+
+__all__ = ["all_means", "means"]
 
 REF = ArtifactRef(id="a1", digest="d1")
-TOKEN = "token-of-the-attempt"
-
-
-class Shop:
-    """`down` is how many requests are refused first, as by a service that restarts."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.url = ""
-        self.down = 0
-
-    async def get(self, request: web.Request) -> web.StreamResponse:
-        self._admit(request)
-        source = self.folder / "in" / request.match_info["name"]
-        answer = web.StreamResponse()
-        await answer.prepare(request)
-        async for piece in pack(source):
-            await answer.write(piece)
-        return answer
-
-    async def post(self, request: web.Request) -> web.Response:
-        step, name = request.match_info["step"], request.match_info["name"]
-        target = self.folder / "out" / step / name
-        await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
-        self._admit(request)
-        summary = await extract(request.content.iter_chunked(1 << 16), target, Limits())
-        body = {"id": f"{step}-{name}", "digest": "d", "size": summary.size, "files": summary.files}
-        return web.json_response(body, status=201)
-
-    def _admit(self, request: web.Request) -> None:
-        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise web.HTTPForbidden
-        if self.down:
-            self.down -= 1
-            raise web.HTTPServiceUnavailable
-
-
-@asynccontextmanager
-async def a_shop(folder: Path) -> AsyncIterator[Shop]:
-    shop = Shop(folder)
-    app = web.Application(client_max_size=1 << 30)
-    app.add_routes([web.get("/inputs/{name}", shop.get), web.post("/outputs/{step}/{name}", shop.post)])
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0][:2]
-    shop.url = f"http://{host}:{port}"
-    try:
-        yield shop
-    finally:
-        await runner.cleanup()
 
 
 @pytest.mark.parametrize("sandbox", sandboxes_here())
-async def test_inputs_are_placed_and_outputs_taken(tmp_path: Path, sandbox: Choice) -> None:
+async def test_inputs_are_placed_and_outputs_taken(tmp_path: Path, sandbox: Choice, means: Means) -> None:
     (tmp_path / "in" / "src" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "src" / "deep" / "tool").write_text("#!/bin/sh\necho made of $1 > dist/result\n")
     (tmp_path / "in" / "src" / "deep" / "tool").chmod(0o755)
-    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", sandbox=sandbox, artifacts_url=shop.url) as (scheduler, _):
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", sandbox=sandbox, means=means, artifacts_url=shop.url) as (scheduler, _):
         make = sh("source/deep/tool parts; ls dist", name="make", inputs=[TaskInput(name="src", path="source")], outputs=["dist"])
         use = sh("cat dist/result", name="use", inputs=[TaskInput(name="dist")])
-        attempt = await scheduler.send(make, use, inputs={"src": REF}, token=TOKEN)
+        attempt = await scheduler.send(make, use, inputs=shop.refs("src"), token=TOKEN)
         assert (await scheduler.finished(attempt)).status == "succeeded"
-        assert scheduler.step(attempt, "make").outputs == {"dist": ArtifactRef(id="make-dist", digest="d", size=14, files=1)}
+        ref = scheduler.step(attempt, "make").outputs["dist"]
+        assert (ref.id, ref.size, ref.files) == ("make-dist", 14, 1)
         assert (tmp_path / "out" / "make" / "dist" / "result").read_text() == "made of parts\n"
         assert await scheduler.log(attempt, "stdout") == "result\nmade of parts\n"
 
@@ -127,7 +73,7 @@ async def test_an_output_folder_that_is_none_at_the_end_fails_the_step(tmp_path:
         assert list(scheduler.step(attempt).outputs) == ["other"]
 
 
-async def test_no_link_of_a_step_leads_the_worker_out_of_the_workspace(tmp_path: Path) -> None:
+async def test_no_link_of_a_step_leads_the_worker_out_of_the_workspace(tmp_path: Path, means: Means) -> None:
     """The worker places and takes folders from outside of the sandbox: a path that is nothing to the step is the machine's own to the worker."""
     secret = tmp_path / "host" / "secret"
     secret.mkdir(parents=True)
@@ -151,9 +97,9 @@ async def test_no_link_of_a_step_leads_the_worker_out_of_the_workspace(tmp_path:
             sh("true", inputs=[two]),
         ],
     }
-    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, _):
         for what, steps in cases.items():
-            attempt = await scheduler.send(*steps, inputs={"src": REF}, token=TOKEN)
+            attempt = await scheduler.send(*steps, inputs=shop.refs("src"), token=TOKEN)
             extent = await scheduler.finished(attempt)
             assert extent.status in ("failed", "errored"), what
             assert "link" in extent.error, what
@@ -173,7 +119,7 @@ async def test_an_artifacts_service_that_restarts_is_waited_for(tmp_path: Path) 
     (tmp_path / "in" / "src").mkdir(parents=True)
     async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
         shop.down = 2
-        attempt = await scheduler.send(sh("true", inputs=[TaskInput(name="src")], outputs=["dist"]), inputs={"src": REF}, token=TOKEN)
+        attempt = await scheduler.send(sh("true", inputs=[TaskInput(name="src")], outputs=["dist"]), inputs=shop.refs("src"), token=TOKEN)
         assert (await scheduler.finished(attempt)).status == "succeeded"
 
 
@@ -187,8 +133,12 @@ async def test_one_that_stays_away_errors_the_step(tmp_path: Path) -> None:
 
 async def test_a_refusal_is_told_at_once(tmp_path: Path) -> None:
     async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
-        attempt = await scheduler.send(sh("true", inputs=[TaskInput(name="src")]), inputs={"src": REF}, token="another's")
-        assert "input `src`: 403 Forbidden" in (await scheduler.finished(attempt, timeout=3)).error
+        for name in ("src", "lib"):
+            (tmp_path / "in" / name).mkdir(parents=True)
+            (tmp_path / "in" / name / name).touch()
+        inputs = [TaskInput(name="src"), TaskInput(name="lib")]
+        attempt = await scheduler.send(sh("true", inputs=inputs), inputs=shop.refs("src", "lib"), token="another's")
+        assert "`: 403 Forbidden" in (await scheduler.finished(attempt, timeout=3)).error
 
 
 async def test_an_abort_does_not_wait_for_a_download(tmp_path: Path) -> None:

@@ -1,0 +1,315 @@
+"""The files and trees that this worker has had, so that what comes again is neither fetched nor written again.
+
+`files/` holds contents, each under its name (`name_of`), with the mode that it has in trees; `trees/<digest>/` holds a tree's manifest and, once it
+was used so, its layers: folders of hard links to `files/` that lie below overlays. Nothing here is ever written to by a step: an overlay only
+reads what lies below, and everywhere else contents are copied.
+
+What is here is whole: it is made in `new/` and renamed. There is no index beside the file system: a file's number of links says whether a tree holds
+it, so that only what nothing holds takes room by itself.
+"""
+
+import contextlib
+import errno
+import hashlib
+import heapq
+import itertools
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from libs.archives.place import place
+from libs.archives.tree import FILE_MODE, PROGRAM_MODE, Entry, InvalidManifest, read_manifest, root_of
+from services.worker.copying import copy_contents
+
+logger = structlog.get_logger()
+
+_FOLDER_BYTES = 4096
+_MANIFEST = "manifest"
+
+
+def name_of(entry: Entry) -> str:
+    """What a file is called here. Its size is part of it so that what a crash of the machine cut short is found out."""
+    return f"{entry.file_id}.{entry.size}{'x' if entry.executable else ''}"
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+class _File(msgspec.Struct):
+    name: str
+    bytes: int
+    links: int
+    used_at: int
+
+
+class Cache:
+    """All methods block, and may be called in several threads at once. `limit` in bytes; 0: only what is being used is kept."""
+
+    def __init__(self, root: Path, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._files = root / "files"
+        self._trees = root / "trees"
+        self._new = root / "new"
+        self._lock = threading.Lock()
+        self._trimming = threading.Lock()
+        self._pins: Counter[str] = Counter()
+        self._numbers = itertools.count(1)
+        self._folder = -1
+
+    def open(self) -> None:
+        """Take up what an earlier life left, less what is damaged. Raises OSError."""
+        shutil.rmtree(self._new, ignore_errors=True)
+        for each in (self._files, self._trees, self._new):
+            each.mkdir(parents=True, exist_ok=True)
+        self._folder = os.open(self._files, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        damaged = False
+        with os.scandir(self._files) as found:
+            for entry in found:
+                if _size_in(entry.name) != entry.stat(follow_symlinks=False).st_size:
+                    damaged = True
+                    Path(entry.path).unlink()
+        if damaged:
+            logger.warning("the cache was damaged: its trees are made anew")
+            for tree in self._trees.iterdir():
+                shutil.rmtree(tree, ignore_errors=True)
+        self.bytes = sum(file.bytes for file in self._scan().values()) + sum(_weight(tree) for tree in self._trees.iterdir())
+        self.trim()
+
+    def close(self) -> None:
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
+
+    @contextlib.contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        """Keep files (by name) and trees (by digest) while they are used, if they are there."""
+        kept = list(keys)
+        with self._lock:
+            self._pins.update(kept)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pins.subtract(kept)
+                for key in kept:
+                    if not self._pins[key]:
+                        del self._pins[key]
+
+    def tree(self, digest: str) -> Sequence[Entry] | None:
+        """The entries of a tree that is known."""
+        folder = self._trees / digest
+        try:
+            manifest = (folder / _MANIFEST).read_bytes()
+            if root_of(manifest).digest.hex() == digest:
+                entries = read_manifest(manifest)
+                os.utime(folder)
+                return entries
+        except FileNotFoundError:
+            return None
+        except InvalidManifest:
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    def add_tree(self, digest: str, manifest: Iterable[bytes]) -> None:
+        """Remember a tree's manifest, which is whole and right. Raises OSError."""
+        made = self.new_path()
+        made.mkdir()
+        with (made / _MANIFEST).open("xb") as file:
+            file.writelines(manifest)
+        self._publish(made, self._trees / digest)
+
+    def has(self, entry: Entry) -> bool:
+        """Whether the file's contents are here, and as many as there should be."""
+        name = name_of(entry)
+        try:
+            if os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_size == entry.size:
+                return True
+        except FileNotFoundError:
+            return False
+        os.unlink(name, dir_fd=self._folder)
+        return False
+
+    def new_path(self) -> Path:
+        """Where something may be made that is then added."""
+        return self._new / str(next(self._numbers))
+
+    def add(self, name: str, made: Path) -> None:
+        """Take over a file, on this file system, with its mode; it is known to be what its name says. Raises OSError."""
+        found = made.lstat()
+        made.rename(self._files / name)
+        with self._lock:
+            self.bytes += found.st_blocks * 512
+
+    def open_file(self, entry: Entry) -> int:
+        """A descriptor to read a file's contents from. Raises FileNotFoundError."""
+        opened = os.open(name_of(entry), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
+        # The change time says when it was used last, as it does when a layer links it.
+        modified = os.fstat(opened).st_mtime_ns
+        os.utime(opened, ns=(modified, modified))
+        return opened
+
+    def layer(self, digest: str, entries: Sequence[Entry], path: bytes, used: Counter[str]) -> Path:
+        """A folder that holds the tree at `path` (b"": it is the tree), as hard links. The tree and its files are here and pinned.
+
+        No two files in it share an inode, nor do they with the other layers, whose files `used` (updated) counts: a step's tools would take the two
+        for one file under two names. So a second file with equal contents gets an inode of its own. Raises OSError."""
+        names = [name_of(entry) for entry in entries if entry.kind == "file"]
+        shared = sorted((name, used[name]) for name in used.keys() & set(names))
+        folders = sum(entry.kind == "folder" for entry in entries) + path.count(b"/") + 2
+        tag = hashlib.sha256(msgspec.msgpack.encode((path, shared))).hexdigest()[:16]
+        layer = self._trees / digest / f"{tag}-{folders}"
+        if not layer.is_dir():
+            try:
+                self._link(entries, layer, path, used.copy())
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                self.trim(0)
+                self._link(entries, layer, path, used.copy())
+        used.update(names)
+        return layer
+
+    def _link(self, entries: Sequence[Entry], layer: Path, path: bytes, used: Counter[str]) -> None:
+        def put(entry: Entry, parent: int, name: bytes) -> None:
+            number = used[of := name_of(entry)]
+            used[of] += 1
+            source = f"{of}~{number}" if number else of
+            for _ in range(2):
+                try:
+                    os.link(source, name, src_dir_fd=self._folder, dst_dir_fd=parent, follow_symlinks=False)
+                    return
+                except OSError as error:
+                    # As many links as the file system allows (ext4: 65,000), or contents of its own that are not there yet.
+                    if error.errno != errno.EMLINK and not (number and error.errno == errno.ENOENT):
+                        raise
+                self._copy(entry, source)
+            raise OSError(errno.EMLINK, "a file that has just been made has too many links")
+
+        made = self.new_path()
+        root = made / os.fsdecode(path)
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            place(entries, root, put)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+        for each in (root, *(made / parent for parent in Path(os.fsdecode(path)).parents)):
+            each.chmod(0o755)
+        self._publish(made, layer)
+
+    def _copy(self, entry: Entry, name: str) -> None:
+        made = self.new_path()
+        source = self.open_file(entry)
+        try:
+            with made.open("xb") as file:
+                os.fchmod(file.fileno(), PROGRAM_MODE if entry.executable else FILE_MODE)
+                copy_contents(source, file.fileno(), entry.size)
+        finally:
+            os.close(source)
+        self.add(name, made)
+
+    def _publish(self, made: Path, target: Path) -> None:
+        try:
+            made.rename(target)
+        except OSError as error:
+            shutil.rmtree(made, ignore_errors=True)
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            return  # another attempt was first
+        with self._lock:
+            self.bytes += _weight(target) if target.parent == self._trees else _weight_of(target)
+
+    def trim(self, to: int | None = None) -> None:
+        """When there is more than the limit allows (or than `to` bytes): remove what was used longest ago, and a tenth more so that this is seldom
+        done. What a running attempt uses stays."""
+        room = self._room() if to is None else to
+        if self.bytes <= room:
+            return
+        goal = room * 9 // 10 if to is None else to
+        with self._trimming:
+            files = self._scan()
+            trees = {tree.name: _weight(tree) for tree in self._trees.iterdir()}
+            total = sum(file.bytes for file in files.values()) + sum(trees.values())
+            oldest = [(file.used_at, "", inode) for inode, file in files.items() if file.links == 1]
+            oldest += [((self._trees / name).stat().st_mtime_ns, name, 0) for name in trees]
+            heapq.heapify(oldest)
+            while total > goal and oldest:
+                used_at, tree, inode = heapq.heappop(oldest)
+                if not tree:
+                    total -= files[inode].bytes if self._take(files[inode].name, self._files) else 0
+                elif (taken := self._take(tree, self._trees)) is not None:
+                    total -= trees[tree]
+                    for inode in _inodes(taken):
+                        if (file := files.get(inode)) is not None:
+                            file.links -= 1
+                            if file.links == 1:
+                                heapq.heappush(oldest, (used_at, "", inode))
+                    shutil.rmtree(taken, ignore_errors=True)
+            with self._lock:
+                self.bytes = total
+
+    def _room(self) -> int:
+        """The limit, but never more than stays free on the disk: steps need it too."""
+        disk = os.statvfs(self._files)
+        return min(self.limit, (self.bytes + disk.f_bavail * disk.f_frsize) // 2)
+
+    def _take(self, key: str, folder: Path) -> Path | None:
+        """Out of the cache with it, unless it is pinned; where it is now."""
+        taken = self.new_path()
+        with self._lock:
+            if key.partition("~")[0] in self._pins:
+                return None
+            try:
+                (folder / key).rename(taken)
+            except FileNotFoundError:
+                return None
+        if folder == self._files:
+            taken.unlink()
+        return taken
+
+    def _scan(self) -> dict[int, _File]:
+        """The files, by inode."""
+        files: dict[int, _File] = {}
+        with os.scandir(self._files) as found:
+            for entry in found:
+                with contextlib.suppress(FileNotFoundError):
+                    seen = entry.stat(follow_symlinks=False)
+                    files[seen.st_ino] = _File(entry.name, seen.st_blocks * 512, seen.st_nlink, seen.st_ctime_ns)
+        return files
+
+
+def _weight(tree: Path) -> int:
+    """Bytes that a tree takes beside its files."""
+    return sum(_weight_of(each) for each in tree.iterdir())
+
+
+def _weight_of(part: Path) -> int:
+    """A layer's name ends in its number of folders."""
+    return part.stat().st_blocks * 512 if part.name == _MANIFEST else int(part.name.rpartition("-")[2]) * _FOLDER_BYTES
+
+
+def _size_in(name: str) -> int:
+    try:
+        return int(name.partition(".")[2].partition("~")[0].rstrip("x"))
+    except ValueError:
+        return -1
+
+
+def _inodes(folder: Path) -> Iterator[int]:
+    waiting = [str(folder)]
+    while waiting:
+        with os.scandir(waiting.pop()) as found:
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                else:
+                    yield entry.inode()

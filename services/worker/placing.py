@@ -1,0 +1,108 @@
+"""Trees into a workspace: below an overlay, or copied."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from libs.archives.place import place
+from libs.archives.tree import FILE_MODE, PROGRAM_MODE, Entry
+from services.worker.cache import Cache
+from services.worker.copying import copy_contents, reflinks_work
+from services.worker.folders import remove_tree
+from services.worker.mounts import Overlays, overlays_that_work
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+TICK_NS = 20_000_000
+"""More than a file's times are coarse."""
+
+
+class Means(NamedTuple):
+    """How this machine lets trees be placed."""
+
+    overlays: Overlays | None
+    reflinks: bool
+
+    @property
+    def name(self) -> str:
+        return "overlay" if self.overlays else "reflink" if self.reflinks else "copy"
+
+
+def means_here(trial: Path, private: bool) -> Means:
+    """Try them in a folder that is made for it; `private` says whether mounts are this process's own."""
+    try:
+        trial.mkdir(parents=True)
+        return Means(overlays_that_work(trial) if private else None, reflinks_work(trial))
+    except OSError:
+        return Means(None, False)
+    finally:
+        remove_tree(trial)
+
+
+class Stamp(NamedTuple):
+    """What changes of a file when its contents do, or when another takes its place."""
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def stamp_of(seen: os.stat_result) -> Stamp:
+    return Stamp(seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+
+
+class Copies:
+    """Files copied out of the cache into one workspace, and `known` by their stamps until a step changes them."""
+
+    def __init__(self, cache: Cache, reflinks: bool, go_on: Callable[[], None]) -> None:
+        """`go_on` is asked often, and may raise."""
+        self.known: dict[Stamp, bytes] = {}
+        self._go_on = go_on
+        self._cache = cache
+        self._reflinks = reflinks
+
+    def place(self, entries: Sequence[Entry], into: Path) -> None:
+        """A tree into a folder that is absent or empty. Blocking. Raises FileExistsError when it is neither, OSError."""
+        made: dict[Stamp, bytes] = {}
+
+        def put(entry: Entry, parent: int, name: bytes) -> None:
+            made[self._copy(entry, name, parent)] = entry.digest
+
+        place(entries, into, put)
+        self._learn(made)
+
+    def put_linked(self, entries: Iterable[Entry], root: Path) -> None:
+        """Hard links, and what they link to, where their folders are placed already. Blocking. Raises OSError."""
+        for entry in entries:
+            path = root / os.fsdecode(entry.path)
+            if entry.target:
+                os.link(root / os.fsdecode(entry.target), path, follow_symlinks=False)
+            else:
+                self._copy(entry, os.fsencode(path), None)
+
+    def _copy(self, entry: Entry, name: bytes, parent: int | None) -> Stamp:
+        self._go_on()
+        source = self._cache.open_file(entry)
+        try:
+            target = os.open(name, _NEW_FILE, FILE_MODE, dir_fd=parent)
+            try:
+                os.fchmod(target, PROGRAM_MODE if entry.executable else FILE_MODE)
+                copy_contents(source, target, entry.size, self._reflinks)
+                return stamp_of(os.fstat(target))
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+
+    def _learn(self, made: dict[Stamp, bytes]) -> None:
+        """What was made just now may yet be changed within the same tick of the file system's clock: it is not known."""
+        before = time.time_ns() - TICK_NS
+        self.known.update((stamp, digest) for stamp, digest in made.items() if stamp.changed < before)
+
+
+def linked_files(entries: Sequence[Entry]) -> list[Entry]:
+    """The hard links of a tree and what they link to. An overlay would not keep them together when one is written to."""
+    first = {entry.target for entry in entries if entry.kind == "file" and entry.target}
+    return [entry for entry in entries if entry.kind == "file" and (entry.target or entry.path in first)] if first else []

@@ -1,0 +1,311 @@
+"""One attempt's workspace: inputs come into it, outputs are taken from it, and at the end nothing of it is left.
+
+The inputs of the first step lie below one overlay, which is the whole workspace, so that to a step they are folders like any others: it may rename
+them, remove them, link from one into the other. What comes later, and everything where overlays do not work, is copied from the cache.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from libs.archives.pump import in_thread
+from libs.archives.rules import ArchiveRefused, shown
+from libs.archives.tree import FOLDER_MODE, Entry
+from proto.events.base import ArtifactRef
+from proto.messages import Package
+from proto.plan import TaskConfig, TaskInput
+from services.worker.artifacts import Artifacts, Unobtainable
+from services.worker.cache import Cache, is_full, name_of
+from services.worker.capture import Captured, FileChanged, capture
+from services.worker.executors.sandboxes import Folders
+from services.worker.folders import remove_tree
+from services.worker.mounts import unmount
+from services.worker.placing import TICK_NS, Copies, Means, Stamp, linked_files, stamp_of
+
+logger = structlog.get_logger()
+
+T = TypeVar("T")
+
+
+class Unplaceable(Exception):
+    """An input cannot be where it is wanted; the text names it."""
+
+
+class _GivenUp(Exception):
+    """Nobody waits for it any more."""
+
+
+class Workspace:
+    """`close` it when its processes are gone."""
+
+    def __init__(self, folders: Folders, package: Package, artifacts: Artifacts, cache: Cache, means: Means) -> None:
+        self.folder = folders.workspace
+        self._overlay = folders.root / "overlay"
+        self._package = package
+        self._artifacts = artifacts
+        self._cache = cache
+        self._overlays = means.overlays
+        self._copies = Copies(cache, means.reflinks, self._go_on)
+        self._given_up = threading.Event()
+        self._pins = ExitStack()
+        self._placed: dict[str, Path] = {}
+        self._upper = self.folder
+        self._layers: list[tuple[Path, Sequence[Entry]]] = []
+        self._lower: dict[int, bytes] | None = None
+        self._fresh = True
+        self._stored: list[tuple[Path, Entry, Stamp]] = []
+        self._used = False
+
+    async def place_inputs(self, inputs: Sequence[TaskInput]) -> None:
+        """What a step wants, from the package or from an earlier step's folders, shallow paths first. Raises Unplaceable, OSError."""
+        wanted = sorted(inputs, key=lambda each: _path(each).count("/") + (_path(each) != "."))
+        new = [each for each in wanted if each.name not in self._placed and each.name in self._package.inputs]
+        with ExitStack() as pins:
+            trees = await self._fetched(new, pins)
+            if new and self._fresh and self._overlays is not None:
+                await in_thread(lambda: self._mount(new, trees))
+            for each in wanted:
+                await self._place(each, trees.get(each.name))
+
+    def begin_step(self, config: TaskConfig) -> None:
+        """Its inputs are placed: make the folders that it expects. Raises Unplaceable, OSError."""
+        self._fresh = False
+        # It may change a stored file so soon that the file's times stay the same.
+        before = time.time_ns() - TICK_NS
+        self._stored = [each for each in self._stored if each[2].changed < before]
+        for output in config.outputs:
+            self._placed[output.name] = self.folder / (output.path or output.name)
+        for path in [*(output.path or output.name for output in config.outputs), *(cache.path for cache in config.caches)]:
+            if link := self.link_in(path):
+                raise Unplaceable(f"the folder `{path}` leads through a link, `{link}`")
+            (self.folder / path).mkdir(parents=True, exist_ok=True)
+
+    async def store(self, step: str, output: str, path: str) -> ArtifactRef:
+        """Keep a folder as an output. Raises Unobtainable, OSError."""
+        folder, upper = self.folder / path, self._upper / path
+        self._used = True
+        try:
+            captured = await self._in_thread(lambda: capture(os.fsencode(folder), os.fsencode(upper), self._known, self._go_on))
+        except (ArchiveRefused, FileChanged) as error:
+            raise Unobtainable(str(error)) from error
+        ref = await self._artifacts.store(self._package, step, output, captured)
+        if self._cache.limit:
+            await in_thread(lambda: self._note(captured, ref, upper))
+        return ref
+
+    def link_in(self, path: str | Path) -> Path | None:
+        """The first link on the way to a folder of the workspace. A step makes it for its own side of the sandbox; followed by the worker, it would
+        lead to what the step may not see. Nothing of a step runs any more when the worker looks."""
+        here = self.folder
+        for part in (self.folder / path).relative_to(self.folder).parts:
+            here /= part
+            if here.is_symlink():
+                return here.relative_to(self.folder)
+        return None
+
+    async def close(self) -> None:
+        """Whatever happened: take the mount away, and give the cache what is new and known."""
+        if self._used:
+            await in_thread(self._close)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """As `in_thread`; when it is cancelled, the work is told to end."""
+        working = asyncio.ensure_future(in_thread(work))
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            self._given_up.set()
+            await asyncio.wait([working])
+            working.exception()
+            raise
+
+    def _go_on(self) -> None:
+        if self._given_up.is_set():
+            raise _GivenUp
+
+    async def _fetched(self, inputs: Sequence[TaskInput], pins: ExitStack) -> dict[str, Sequence[Entry]]:
+        """The trees by their inputs' names, several at once."""
+
+        async def one(name: str) -> Sequence[Entry]:
+            self._pins.enter_context(self._cache.pinned([self._package.inputs[name].digest]))
+            try:
+                return await self._artifacts.fetch(self._package, name, pins)
+            except Unobtainable as error:
+                raise Unplaceable(f"input `{name}`: {error}") from error
+
+        if not inputs:
+            return {}
+        self._used = True
+        tasks = {each.name: asyncio.ensure_future(one(each.name)) for each in inputs}
+        try:
+            await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
+            # When one has failed the rest need not be waited for.
+            return {name: task.result() for name, task in sorted(tasks.items(), key=lambda each: not each[1].done())}
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    def _mount(self, inputs: Sequence[TaskInput], trees: dict[str, Sequence[Entry]]) -> None:
+        """All of them below one overlay. Where it cannot be mounted, nothing is done. Raises Unplaceable, OSError."""
+        assert self._overlays is not None
+        used: Counter[str] = Counter()
+        layers: list[tuple[Path, Sequence[Entry]]] = []
+        for number, each in enumerate(inputs):
+            path = _path(each)
+            for other in inputs[:number]:
+                _refuse_what_is_there(each, _inside(path, _path(other)), trees[other.name])
+            linked = {entry.path for entry in linked_files(trees[each.name])}
+            entries: Sequence[Entry] = [entry for entry in trees[each.name] if entry.path not in linked]
+            inside = b"" if path == "." else os.fsencode(path)
+            layers.append((self._cache.layer(self._package.inputs[each.name].digest, entries, inside, used), entries))
+        upper, work = self._overlay / "upper", self._overlay / "work"
+        for folder in (self._overlay, upper, work):
+            folder.mkdir()
+        upper.chmod(FOLDER_MODE)
+        try:
+            self._overlays.mount(self.folder, [layer for layer, _ in layers], upper, work)
+        except OSError as error:
+            logger.warning("no overlay: the inputs are copied", error=str(error))
+            return
+        self._upper = upper
+        for each, (layer, entries) in zip(inputs, layers, strict=True):
+            self._layers.append((layer / _path(each), entries))
+            self._copies.put_linked(linked_files(trees[each.name]), self.folder / _path(each))
+            self._placed[each.name] = self.folder / _path(each)
+
+    async def _place(self, each: TaskInput, tree: Sequence[Entry] | None) -> None:
+        into = self.folder / _path(each)
+        held = self._placed.get(each.name)
+        if held == into:
+            return
+        for path in (into, held or into):
+            if link := self.link_in(path):
+                raise Unplaceable(f"input `{each.name}`: its folder `{path.relative_to(self.folder)}` leads through a link, `{link}`")
+        if held is None and tree is None:
+            if each.optional:
+                return
+            raise Unplaceable(f"input `{each.name}` is missing")
+        into.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if held is not None:
+                source = held
+                await in_thread(lambda: shutil.copytree(source, into, symlinks=True, dirs_exist_ok=True, ignore=_refusing_links(source, into)))
+            elif tree is not None:
+                await self._in_thread(lambda: self._copy(tree, into))
+        except FileExistsError as error:
+            raise Unplaceable(f"input `{each.name}`: its folder `{_path(each)}` is there already") from error
+        self._placed[each.name] = into
+
+    def _copy(self, tree: Sequence[Entry], into: Path) -> None:
+        try:
+            self._copies.place(tree, into)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._cache.trim(0)
+            self._copies.place(tree, into)
+
+    def _known(self, stamp: Stamp, new: bool) -> bytes | None:
+        if new:
+            return self._copies.known.get(stamp)
+        if self._lower is None:
+            # Below one overlay every file has an inode of its own, which is seen through it.
+            self._lower = {
+                os.lstat(os.fsencode(layer) + b"/" + entry.path).st_ino: entry.digest
+                for layer, entries in self._layers
+                for entry in entries
+                if entry.kind == "file"
+            }
+        return self._lower.get(stamp.inode)
+
+    def _note(self, captured: Captured, ref: ArtifactRef, upper: Path) -> None:
+        """What is stored may become the cache's at the end."""
+        if ref.digest == captured.digest:
+            self._cache.add_tree(captured.digest, captured.manifest)
+        files = (entry for entry in captured.entries if entry.kind == "file")
+        self._stored += [(upper / os.fsdecode(file.path), entry, file.stamp) for entry, file in zip(files, captured.files, strict=True) if file.new]
+
+    def _close(self) -> None:
+        try:
+            if self._upper != self.folder:
+                unmount(self.folder)
+            for path, entry, stamp in self._stored:
+                with contextlib.suppress(FileNotFoundError):
+                    _give(self._cache, path, entry, stamp)
+        except OSError as error:
+            logger.warning("what an attempt made was not cached", error=str(error))
+        finally:
+            if self._overlay.exists():
+                remove_tree(self._overlay)
+            self._pins.close()
+            self._cache.trim()
+
+
+def _path(each: TaskInput) -> str:
+    return each.path or each.name
+
+
+def _inside(path: str, folder: str) -> bytes | None:
+    """What a path is from a folder, if it lies in it."""
+    there = Path(path)
+    return os.fsencode(there.relative_to(folder)) if there.is_relative_to(folder) else None
+
+
+def _refuse_what_is_there(each: TaskInput, path: bytes | None, tree: Sequence[Entry]) -> None:
+    """An input may lie at `path` of another one's tree if there is nothing, or an empty folder. Raises Unplaceable."""
+    if path is None:
+        return
+    for entry in tree:
+        if path == entry.path or path.startswith(entry.path + b"/"):
+            if entry.kind == "link":
+                raise Unplaceable(f"input `{each.name}`: its folder `{_path(each)}` leads through a link, `{shown(entry.path)}`")
+            if entry.kind == "folder":
+                continue
+        elif path != b"." and not entry.path.startswith(path + b"/"):
+            continue
+        raise Unplaceable(f"input `{each.name}`: its folder `{_path(each)}` is there already")
+
+
+def _give(cache: Cache, path: Path, entry: Entry, stamp: Stamp) -> None:
+    """A file that is still what was stored becomes the cache's, unless it has more about it than contents and mode. Raises OSError."""
+    if cache.has(entry):
+        return
+    seen = path.lstat()
+    plain = seen.st_nlink == 1 and seen.st_uid == os.geteuid() and seen.st_gid == os.getegid()
+    if plain and stamp_of(seen) == stamp and not _has_marks(path):
+        path.chmod(entry.mode)
+        cache.add(name_of(entry), path)
+
+
+def _has_marks(path: Path) -> bool:
+    try:
+        return any(name != "security.selinux" for name in os.listxattr(path, follow_symlinks=False))
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return False
+        raise
+
+
+def _refusing_links(source: Path, target: Path) -> Callable[[str, list[str]], list[str]]:
+    """For `copytree`, which asks before it copies a folder's entries and would write through links that are where they go."""
+
+    def refuse(folder: str, names: list[str]) -> list[str]:
+        there = target / Path(folder).relative_to(source)
+        for name in names:
+            if (there / name).is_symlink():
+                raise Unplaceable(f"a link is in the way of the input `{target.name}`: `{(there / name).relative_to(target)}`")
+        return []
+
+    return refuse

@@ -1,0 +1,295 @@
+"""The worker's cache on a real file system: what it keeps, what it lets go, what it survives."""
+
+import asyncio
+import hashlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from libs.archives.tree import CHUNK, ZERO_CHUNK, Entry, tree_of
+from proto.plan import TaskInput, TaskOutput
+from services.worker.cache import Cache, name_of
+from services.worker.filling import Filling
+from services.worker.placing import Means
+from tests.controls import eventually
+from tests.integration.test_blobstore import small_disk
+from tests.worker_controls import a_system, all_means, means, sh
+from tests.worker_shop import TOKEN, a_shop
+
+__all__ = ["all_means", "means"]
+
+SRC = [TaskInput(name="src")]
+KIB = 1 << 10
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    cache = Cache(tmp_path / "cache", 260 * KIB)
+    cache.open()
+    yield cache
+    cache.close()
+
+
+def contents(path: str, size: int) -> bytes:
+    return (path.encode() * size)[:size]
+
+
+def file(path: str, size: int = 20 * KIB, of: str = "") -> Entry:
+    return Entry(path.encode(), "file", 0o644, size, hashlib.sha256(contents(of or path, size)).digest() if size else b"")
+
+
+def fill(cache: Cache, entries: Sequence[Entry]) -> None:
+    filling = Filling(cache, list({name_of(entry): entry for entry in entries if entry.kind == "file" and not cache.has(entry)}.values()))
+    of = {entry.digest: contents(entry.path.decode(), entry.size) for entry in entries}
+    for digest in filling.lacking:
+        filling.put(digest, of[digest])
+    filling.close()
+
+
+def keep(cache: Cache, *entries: Entry) -> str:
+    """A tree as an attempt leaves it: its files, its manifest, a layer."""
+    fill(cache, entries)
+    tree = tree_of(entries)
+    cache.add_tree(tree.summary.digest, tree.root.blobs)
+    cache.layer(tree.summary.digest, tree.entries, b"src", Counter())
+    return tree.summary.digest
+
+
+def on_disk(folder: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in (folder / "files").iterdir())
+
+
+def test_what_was_used_longest_ago_goes_first_and_with_its_tree_only_what_no_other_holds(cache: Cache, tmp_path: Path) -> None:
+    both = file("both")
+    old = keep(cache, both, file("old"), file("older"))
+    used = keep(cache, file("used"), file("used too"))
+    new = keep(cache, both, file("new"))
+    assert cache.tree(used) is not None
+    keep(cache, *(file(f"last{n}") for n in range(5)))
+    cache.trim()
+    assert cache.tree(old) is None
+    assert cache.tree(used) and cache.tree(new)
+    assert not cache.has(file("old"))
+    assert cache.has(both) and cache.has(file("used"))
+    assert cache.bytes <= cache.limit
+    assert on_disk(tmp_path / "cache") <= cache.bytes
+
+
+def test_what_is_pinned_stays_whatever_the_limit(cache: Cache) -> None:
+    tree, loose = keep(cache, file("a")), file("loose")
+    fill(cache, [loose])
+    with cache.pinned([tree]), cache.pinned([name_of(loose)]):
+        cache.trim(0)
+        assert cache.tree(tree) is not None
+        assert cache.has(loose) and cache.has(file("a"))
+    cache.trim(0)
+    assert cache.tree(tree) is None
+    assert not cache.has(loose)
+    assert cache.bytes == 0
+
+
+def test_a_later_life_takes_up_what_is_whole(tmp_path: Path) -> None:
+    first = Cache(tmp_path / "cache", 1 << 20)
+    first.open()
+    tree = keep(first, file("a"), file("b"), file("empty", 0))
+    size = first.bytes
+    (tmp_path / "cache" / "new" / "half").write_text("half")
+    first.close()
+    second = Cache(tmp_path / "cache", 1 << 20)
+    second.open()
+    assert second.bytes == size
+    assert second.tree(tree) is not None
+    assert not list((tmp_path / "cache" / "new").iterdir())
+    second.close()
+    os.truncate(tmp_path / "cache" / "files" / name_of(file("a")), 5)
+    third = Cache(tmp_path / "cache", 1 << 20)
+    third.open()
+    assert third.tree(tree) is None
+    assert not third.has(file("a"))
+    assert third.has(file("b"))
+    third.close()
+
+
+def test_a_damaged_file_or_manifest_is_not_used(cache: Cache, tmp_path: Path) -> None:
+    tree = keep(cache, file("a"))
+    os.truncate(tmp_path / "cache" / "files" / name_of(file("a")), 5)
+    assert not cache.has(file("a"))
+    (tmp_path / "cache" / "trees" / tree / "manifest").write_bytes(b"x")
+    assert cache.tree(tree) is None
+
+
+def test_equal_files_of_one_workspace_have_inodes_of_their_own(cache: Cache) -> None:
+    one, other = file("one"), Entry(b"other", "file", 0o644, 20 * KIB, file("one").digest)
+    tree = tree_of([one, other])
+    fill(cache, [one])
+    cache.add_tree(tree.summary.digest, tree.root.blobs)
+    used: Counter[str] = Counter()
+    layers = [cache.layer(tree.summary.digest, tree.entries, path, used) / path.decode() for path in (b"a", b"b/c")]
+    inodes = {(layer / name).stat().st_ino for layer in layers for name in ("one", "other")}
+    assert len(inodes) == 4
+    again = cache.layer(tree.summary.digest, tree.entries, b"a", Counter())
+    assert again / "a" == layers[0]
+    assert all((layer / name).read_bytes() == contents("one", 20 * KIB) for layer in layers for name in ("one", "other"))
+
+
+def test_a_file_may_be_in_more_trees_than_it_may_have_links(cache: Cache, tmp_path: Path) -> None:
+    one = file("one", 10)
+    fill(cache, [one])
+    source = tmp_path / "cache" / "files" / name_of(one)
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(70_000):
+        try:
+            os.link(source, many / str(number))
+        except OSError:
+            break
+    keep(cache, one)
+    assert source.stat().st_nlink in (2, 70_002)
+
+
+def test_a_large_file_comes_in_any_order_and_its_zeros_are_neither_sent_nor_written(cache: Cache, tmp_path: Path) -> None:
+    last = b"the end"
+    first = b"a" * CHUNK
+    digests = [hashlib.sha256(first).digest(), ZERO_CHUNK, ZERO_CHUNK, hashlib.sha256(last).digest()]
+    big = Entry(b"big", "file", 0o755, 3 * CHUNK + len(last), b"".join(digests))
+    filling = Filling(cache, [big])
+    assert set(filling.lacking) == {digests[0], digests[3]}
+    filling.put(digests[3], last)
+    assert not cache.has(big)
+    filling.put(digests[0], first)
+    assert cache.has(big)
+    path = tmp_path / "cache" / "files" / name_of(big)
+    assert path.read_bytes() == first + bytes(2 * CHUNK) + last
+    assert path.stat().st_blocks * 512 < 2 * CHUNK
+    assert path.stat().st_mode & 0o777 == 0o755
+    filling.close()
+
+
+def test_what_did_not_come_whole_leaves_nothing(cache: Cache, tmp_path: Path) -> None:
+    digests = [hashlib.sha256(letter * CHUNK).digest() for letter in (b"a", b"b")]
+    filling = Filling(cache, [Entry(b"big", "file", 0o644, 2 * CHUNK, b"".join(digests))])
+    filling.put(digests[0], b"a" * CHUNK)
+    filling.close()
+    assert not list((tmp_path / "cache" / "new").iterdir())
+    assert not list((tmp_path / "cache" / "files").iterdir())
+
+
+FULL = """
+import errno, hashlib, os, sys
+from pathlib import Path
+from libs.archives.tree import Entry
+from services.worker.cache import Cache
+from services.worker.filling import Filling
+cache = Cache(Path(sys.argv[1]) / "cache", 1 << 30)
+cache.open()
+def fill(name, size):
+    contents = (name * size)[:size]
+    entry = Entry(name, "file", 0o644, size, hashlib.sha256(contents).digest())
+    filling = Filling(cache, [entry])
+    try:
+        filling.put(entry.digest, contents)
+    finally:
+        filling.close()
+    assert cache.has(entry)
+for number in range(12):
+    fill(b"%d" % number, 1 << 20)
+try:
+    fill(b"large", 7 << 20)
+except OSError as error:
+    assert error.errno == errno.ENOSPC, error
+else:
+    sys.exit("it was not full")
+fill(b"after", 1 << 20)
+assert not os.listdir(Path(sys.argv[1]) / "cache" / "new")
+"""
+
+
+async def test_on_a_full_disk_the_cache_makes_room_before_it_gives_up(tmp_path: Path) -> None:
+    """FAULTS 53"""
+    command = [*small_disk(tmp_path, "5m"), sys.executable, "-c", FULL, str(tmp_path)]
+    run = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
+    _, errors = await run.communicate()
+    assert run.returncode == 0, errors.decode()
+
+
+async def test_a_worker_that_may_keep_nothing_keeps_nothing(tmp_path: Path, means: Means) -> None:
+    (tmp_path / "in" / "src").mkdir(parents=True)
+    (tmp_path / "in" / "src" / "file").write_text("x" * 10_000)
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, cache_bytes=0, artifacts_url=shop.url) as (scheduler, running):
+        for _ in range(2):
+            attempt = await scheduler.send(
+                sh("cp src/file dist; cat src/file | wc -c", inputs=SRC, outputs=["dist"]), inputs=shop.refs("src"), token=TOKEN
+            )
+            assert await scheduler.log(attempt, "stdout") == "10000\n"
+            await eventually(lambda: not any(path.is_file() for path in (running.folder / "cache").rglob("*")))
+        assert shop.requests["blobs"] == 2
+
+
+async def test_two_stages_at_once_fetch_a_tree_once(tmp_path: Path, means: Means) -> None:
+    for number in range(50):
+        (tmp_path / "in" / "src").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "src" / str(number)).write_text(str(number))
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, _):
+        refs = shop.refs("src")
+        attempts = [await scheduler.send(sh("ls src | wc -l", inputs=SRC), inputs=refs, token=TOKEN) for _ in range(2)]
+        assert [await scheduler.log(attempt, "stdout") for attempt in attempts] == ["50\n", "50\n"]
+        assert (shop.requests["manifest"], shop.sent) == (1, 50)
+
+
+async def test_a_transfer_that_breaks_goes_on_where_it_was(tmp_path: Path) -> None:
+    """FAULTS 21: either way."""
+    (tmp_path / "in" / "src").mkdir(parents=True)
+    for number in range(40):
+        (tmp_path / "in" / "src" / str(number)).write_bytes(os.urandom(100_000))
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        shop.cut_sending, shop.cut_taking = [10, 10], [10, 10]
+        script = "for f in src/*; do (echo more; cat $f) > dist/${f#src/}; done"
+        attempt = await scheduler.send(sh(script, inputs=SRC, outputs=["dist"]), inputs=shop.refs("src"), token=TOKEN)
+        assert (await scheduler.finished(attempt)).status == "succeeded"
+        assert (shop.requests["blobs"], shop.requests["take"]) == (3, 3)
+        assert shop.sent <= 60
+        assert shop.received == 40
+        for number in range(40):
+            taken = (tmp_path / "out" / "step" / "dist" / str(number)).read_bytes()
+            assert taken == b"more\n" + (tmp_path / "in" / "src" / str(number)).read_bytes()
+
+
+async def test_an_input_whose_manifest_is_another_trees_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in" / "src").mkdir(parents=True)
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        refs = shop.refs("src")
+        (tmp_path / "in" / "src" / "file").touch()
+        shop.refs("src")
+        attempt = await scheduler.send(sh("true", inputs=SRC), inputs=refs, token=TOKEN)
+        assert "input `src`: its manifest is not that of the tree" in (await scheduler.finished(attempt, timeout=5)).error
+
+
+async def test_an_output_of_holes_and_one_of_many_chunks_come_back_as_they_were(tmp_path: Path, means: Means) -> None:
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, _):
+        script = "truncate -s 200M dist/holes; echo end >> dist/holes; seq 3000000 > dist/large; sha256sum dist/* | cut -c1-64"
+        first = await scheduler.send(sh(script, outputs=["dist"]), token=TOKEN)
+        assert (await scheduler.finished(first)).status == "succeeded"
+        assert shop.received == 4
+        running = tmp_path / "w" / "cache"
+        await eventually(lambda: (running / "files").exists() and len(list((running / "files").iterdir())) == 2)
+        for path in (running / "files").iterdir():
+            path.unlink()
+        using = sh("sha256sum dist/* | cut -c1-64; test $(du -m dist/holes | cut -f1) -lt 20", inputs=[TaskInput(name="dist")])
+        second = await scheduler.send(using, inputs={"dist": scheduler.step(first).outputs["dist"]}, token=TOKEN)
+        assert (await scheduler.finished(second)).status == "succeeded"
+        assert await scheduler.log(second, "stdout") == await scheduler.log(first, "stdout")
+
+
+async def test_a_file_that_changes_while_it_is_stored_is_refused(tmp_path: Path) -> None:
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, running):
+        shop.down = 1
+        attempt = await scheduler.send(sh("echo one > dist/file", outputs=[TaskOutput(name="dist")]), token=TOKEN)
+        await eventually(lambda: shop.requests["offer"])
+        (path,) = (running.folder / "work").glob("*/workspace/dist/file")
+        path.write_text("two")
+        assert "`file` changed while it was read" in (await scheduler.finished(attempt, timeout=5)).error
