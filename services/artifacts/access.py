@@ -9,6 +9,8 @@ from libs.runtime.http import Problem
 from libs.tokens import BadToken, BuildToken, Grant, read_token
 from services.artifacts.queries import Queries
 
+Action = Literal["put", "get", "see", "change", "log"]
+
 
 class Access:
     """Checks tokens. `now` is unix seconds."""
@@ -19,7 +21,7 @@ class Access:
         self._queries = queries
         self._now = now
 
-    def grant(self, request: web.Request, subject: str, action: Literal["put", "get", "log"]) -> Grant:
+    def grant(self, request: web.Request, subject: str, action: Action) -> Grant:
         """The gateway's grant for just this. Raises Problem 401, 403."""
         try:
             grant = read_token(self._grant_key, _bearer(request), self._now(), Grant)

@@ -12,8 +12,7 @@ import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter
 
-from libs.blobstore.objects import StoreUnavailable
-from libs.blobstore.store import BlobStore
+from libs.blobstore.store import StoreUnavailable
 from libs.bus.bus import Bus, BusUnavailable, Message
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
@@ -26,6 +25,7 @@ from proto.topology import ARTIFACTS_ARCHIVE, MAX_CHUNK
 from services.artifacts.commands import ArchiveLog, Command
 from services.artifacts.decider import State, log_stream
 from services.artifacts.log_archive import LogArchiveWriter
+from services.artifacts.logs import Logs
 from services.artifacts.reactions import EndedLog, on_event
 
 logger = structlog.get_logger()
@@ -101,7 +101,7 @@ class Archivist:
         bus: Bus,
         log: EventLog,
         commands: CommandLoop[Command, State],
-        store: BlobStore,
+        logs: Logs,
         registry: CollectorRegistry,
         patience: float = PATIENCE,
         quiet: float = QUIET,
@@ -109,7 +109,7 @@ class Archivist:
         self._bus = bus
         self._log = log
         self._commands = commands
-        self._store = store
+        self._logs = logs
         self._patience = patience
         self._quiet = quiet
         self._budget = _Budget(_IN_FLIGHT)
@@ -164,12 +164,12 @@ class Archivist:
         chunks = Chunks(ended, writer.add)
         await self._gather(ended, chunks)
         chunks.give_up()
-        digest = await self._store.put(ended.team, writer.close())
+        digest = await self._logs.keep(ended.team, log_stream(ended.build, ended.stage, ended.attempt), writer.close())
         command = ArchiveLog(
             build=ended.build,
             stage=ended.stage,
             attempt=ended.attempt,
-            digest=digest.hex(),
+            digest=digest,
             chunks=chunks.count,
             lines=max(writer.lines, ended.lines),
             bytes=writer.bytes,

@@ -8,7 +8,7 @@ from proto.events.artifact import LogGap
 
 
 class SealArtifact(msgspec.Struct, frozen=True, kw_only=True):
-    """All bytes of the tree are stored: it exists from now on. The fields are ArtifactSealed's."""
+    """All bytes of the tree are stored, and held by the session `upload`: it exists from now on. The fields are ArtifactSealed's."""
 
     artifact: str
     kind: Literal["user", "output"]
@@ -21,6 +21,31 @@ class SealArtifact(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     step: str = ""
     expires_at: int = 0
+    pinned: bool = False
+    upload: str = ""
+
+
+class ChangeLifetime(msgspec.Struct, frozen=True, kw_only=True):
+    """A member wants it pinned or not, or kept until `expires_at` (unix seconds), which is sooner than before only when it may `shorten`.
+    None: as it is."""
+
+    artifact: str
+    pinned: bool | None = None
+    expires_at: int | None = None
+    shorten: bool = False
+
+
+class ExpireArtifact(msgspec.Struct, frozen=True, kw_only=True):
+    """Its time seems to be up at `now` (unix seconds)."""
+
+    artifact: str
+    now: float
+
+
+class DeleteArtifact(msgspec.Struct, frozen=True, kw_only=True):
+    """A member wants it gone."""
+
+    artifact: str
 
 
 class ArchiveLog(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,4 +61,4 @@ class ArchiveLog(msgspec.Struct, frozen=True, kw_only=True):
     gaps: list[LogGap] = []
 
 
-Command = SealArtifact | ArchiveLog
+Command = SealArtifact | ChangeLifetime | ExpireArtifact | DeleteArtifact | ArchiveLog

@@ -1,14 +1,31 @@
-"""The life of an artifact and of a log's archive: sealed once, archived once (and again only with more of it). Pure."""
+"""The life of an artifact and of a log's archive: sealed once, kept for as long as is wanted, gone for ever; archived once (and again only with
+more of it). Pure."""
 
 from collections.abc import Sequence
 
-from libs.runtime.decisions import Refused
-from proto.events.artifact import ArtifactSealed, LogArchived
-from proto.events.base import Event
-from services.artifacts.commands import ArchiveLog, Command, SealArtifact
+import msgspec
 
-State = ArtifactSealed | LogArchived | None
-"""The last fact of the stream is all that matters; None: nothing has happened."""
+from libs.runtime.decisions import Refused
+from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
+from proto.events.base import Event
+from services.artifacts.commands import ArchiveLog, ChangeLifetime, Command, DeleteArtifact, ExpireArtifact, SealArtifact
+
+
+class Sealed(msgspec.Struct, frozen=True, kw_only=True):
+    """An artifact: as it was sealed, what holds of its lifetime now, and whether it is gone (`expires_at` and `pinned` as in ArtifactSealed)."""
+
+    as_sealed: ArtifactSealed
+    expires_at: int
+    pinned: bool
+    gone: bool = False
+
+    def over(self, now: float) -> bool:
+        """Whether nobody may ask for it any more at `now` (unix seconds), tombstone or not."""
+        return self.gone or (not self.pinned and 0 < self.expires_at <= now)
+
+
+State = Sealed | LogArchived | None
+"""None: nothing has happened."""
 
 
 def artifact_stream(artifact: str) -> str:
@@ -20,22 +37,22 @@ def log_stream(build: str, stage: str, attempt: int) -> str:
 
 
 class ArtifactDecider:
-    """An immutable thing under a name: the same again is nothing, another is refused."""
+    """An immutable thing under a name: the same again is nothing, another is refused. A tombstone is for ever."""
 
     initial: State = None
 
     def stream(self, command: Command) -> str:
         match command:
-            case SealArtifact():
-                return artifact_stream(command.artifact)
             case ArchiveLog():
                 return log_stream(command.build, command.stage, command.attempt)
+            case _:
+                return artifact_stream(command.artifact)
 
     def decide(self, command: Command, state: State) -> Sequence[Event]:
         match command, state:
             case SealArtifact(), None:
-                return [_sealed(command)]
-            case SealArtifact(), ArtifactSealed(digest=digest) if digest == command.digest:
+                return [ArtifactSealed(**msgspec.structs.asdict(command))]
+            case SealArtifact(), Sealed(as_sealed=ArtifactSealed(digest=digest)) if digest == command.digest:
                 return []
             case ArchiveLog(), None:
                 return [_archived(command, 1)]
@@ -43,42 +60,42 @@ class ArtifactDecider:
                 return [_archived(command, state.archive + 1)]
             case ArchiveLog(), LogArchived():
                 return []
-            case _:
+            case SealArtifact() | ArchiveLog(), _:
                 raise Refused("conflict", "there is another artifact under this id")
+            case ExpireArtifact(), Sealed(pinned=False, gone=False, expires_at=due) if 0 < due <= command.now:
+                return [ArtifactExpired(artifact=command.artifact)]
+            case DeleteArtifact(), Sealed(gone=False):
+                return [ArtifactDeleted(artifact=command.artifact)]
+            case ExpireArtifact() | DeleteArtifact(), _:
+                return []
+            case ChangeLifetime(), Sealed(gone=False):
+                return _changed(command, state)
+            case _:
+                raise Refused("missing", "there is no such artifact any more")
 
     def evolve(self, state: State, event: Event) -> State:
-        match event:
-            case ArtifactSealed() | LogArchived():
+        match event, state:
+            case ArtifactSealed(), _:
+                return Sealed(as_sealed=event, expires_at=event.expires_at, pinned=event.pinned)
+            case ArtifactLifetimeChanged(), Sealed():
+                return msgspec.structs.replace(state, expires_at=event.expires_at, pinned=event.pinned)
+            case ArtifactExpired() | ArtifactDeleted(), Sealed():
+                return msgspec.structs.replace(state, gone=True)
+            case LogArchived(), _:
                 return event
             case _:
                 return state
 
 
-def _sealed(command: SealArtifact) -> ArtifactSealed:
-    return ArtifactSealed(
-        artifact=command.artifact,
-        kind=command.kind,
-        digest=command.digest,
-        size=command.size,
-        files=command.files,
-        name=command.name,
-        build=command.build,
-        stage=command.stage,
-        attempt=command.attempt,
-        step=command.step,
-        expires_at=command.expires_at,
-    )
+def _changed(command: ChangeLifetime, state: Sealed) -> Sequence[Event]:
+    pinned = state.pinned if command.pinned is None else command.pinned
+    expires_at, wanted = state.expires_at, command.expires_at
+    if wanted is not None and (command.shorten or (expires_at and (wanted == 0 or wanted > expires_at))):
+        expires_at = wanted
+    if (pinned, expires_at) == (state.pinned, state.expires_at):
+        return []
+    return [ArtifactLifetimeChanged(artifact=command.artifact, expires_at=expires_at, pinned=pinned)]
 
 
 def _archived(command: ArchiveLog, archive: int) -> LogArchived:
-    return LogArchived(
-        build=command.build,
-        stage=command.stage,
-        attempt=command.attempt,
-        archive=archive,
-        digest=command.digest,
-        chunks=command.chunks,
-        lines=command.lines,
-        bytes=command.bytes,
-        gaps=command.gaps,
-    )
+    return LogArchived(**msgspec.structs.asdict(command), archive=archive)

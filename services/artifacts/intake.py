@@ -1,38 +1,54 @@
-"""An uploaded archive on its way into the store: a hostile stream in, blobs and a tree out. Blocking; fed in threads."""
+"""What is uploaded on its way into the store: hostile streams in, chunks and a tree out. Blocking; fed in threads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from libs.archives.reader import ArchiveReader, Member
+from libs.archives.blobstream import BlobStreamReader
+from libs.archives.compression import Decompressor, Format
+from libs.archives.reader import HOLE, ArchiveReader, Member
 from libs.archives.rules import Limits
-from libs.archives.tree import FILE_MODE, PROGRAM_MODE, Entry, TreeBuilder, TreeSummary
-from libs.blobstore.packs import PART, Place, Upload
+from libs.archives.tree import (
+    CHUNK,
+    FILE_MODE,
+    PROGRAM_MODE,
+    ZERO_CHUNK,
+    Entry,
+    ManifestReader,
+    RootBuilder,
+    TreeBuilder,
+    TreeCheck,
+    TreeSummary,
+)
+from libs.blobstore.store import Upload
 
 
-class Intake:
-    """One archive. Memory: one part of the store, whatever the sizes of its files."""
+class TarIntake:
+    """A tar, plain, gzip or zstd. Memory: one chunk and the tree's entries, whatever the sizes of its files."""
 
     def __init__(self, upload: Upload, limits: Limits) -> None:
         self._upload = upload
         self._reader = ArchiveReader(limits)
         self._tree = TreeBuilder(limits)
         self._member: Member | None = None
-        self._pieces: list[bytes] = []
         self._remaining = 0
+        self._chunk = bytearray()
+        self._digests = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Raises ArchiveRefused, StoreUnavailable."""
+        """Raises ArchiveRefused, QuotaExceeded, LogUnavailable, StoreUnavailable."""
         for found in self._reader.feed(data):
             if isinstance(found, Member):
                 self._begin(found)
             else:
                 self._more(found)
 
-    def finish(self) -> tuple[TreeSummary, Sequence[Place]]:
-        """The tree, and where its new blobs lie, its manifest among them. Raises as `feed`."""
+    def finish(self) -> TreeSummary:
+        """The tree; it is whole in the store. Raises as `feed`."""
         self._reader.finish()
         tree = self._tree.finish()
-        self._upload.add(tree.manifest)
-        return tree.summary, self._upload.seal()
+        for blob in tree.root.blobs:
+            self._upload.add(blob)
+        self._upload.flush()
+        return tree.summary
 
     def _begin(self, member: Member) -> None:
         self._tree.claim(member)
@@ -40,29 +56,81 @@ class Intake:
             self._tree.add_folder(member.path)
         elif member.kind == "file":
             self._member, self._remaining = member, member.size
-            if member.size > PART:
-                self._upload.begin()
-            elif not member.size:
-                self._end(self._upload.add(b""))
+            if not member.size:
+                self._end()
         else:
             self._tree.add(self._tree.link(member))
 
     def _more(self, piece: bytes) -> None:
-        assert self._member is not None
         self._remaining -= len(piece)
-        if self._member.size > PART:
-            self._upload.write(piece)
-            if not self._remaining:
-                self._end(self._upload.end())
-            return
-        self._pieces.append(piece)
+        if not self._chunk and (len(piece) == CHUNK or (not self._remaining and len(piece) < CHUNK)):
+            self._keep(piece)
+        else:
+            self._chunk += piece
+            while len(self._chunk) >= CHUNK or (self._chunk and not self._remaining):
+                self._keep(bytes(memoryview(self._chunk)[:CHUNK]))
+                del self._chunk[:CHUNK]
         if not self._remaining:
-            contents = b"".join(self._pieces) if len(self._pieces) > 1 else piece
-            self._pieces.clear()
-            self._end(self._upload.add(contents))
+            self._end()
 
-    def _end(self, digest: bytes) -> None:
+    def _keep(self, chunk: bytes) -> None:
+        self._digests += ZERO_CHUNK if chunk is HOLE or chunk == HOLE else self._upload.add(chunk)
+
+    def _end(self) -> None:
         member = self._member
         assert member is not None
         mode = PROGRAM_MODE if member.executable else FILE_MODE
-        self._tree.add(Entry(member.path, "file", mode, member.size, digest))
+        self._tree.add(Entry(member.path, "file", mode, member.size, bytes(self._digests)))
+        self._digests.clear()
+
+
+class ManifestIntake:
+    """A manifest; `sizes` are the distinct chunks of its tree (digest → size), in the order of their first appearance, and `blobs` the manifest
+    itself, as it is to be stored."""
+
+    def __init__(self, limits: Limits, form: Format = "tar") -> None:
+        self._unpacked = Decompressor(limits, form, limits.max_manifest)
+        self._reader = ManifestReader()
+        self._check = TreeCheck(limits)
+        self._root = RootBuilder()
+        self.sizes = self._check.sizes
+        self.blobs: list[bytes] = []
+
+    def feed(self, data: bytes) -> None:
+        """Raises ArchiveRefused, InvalidManifest."""
+        for piece in self._unpacked.feed(data):
+            for entry in self._reader.feed(piece):
+                self._check.add(entry)
+            self.blobs += self._root.feed(piece)
+
+    def finish(self) -> TreeSummary:
+        """The tree. Raises as `feed`."""
+        self._unpacked.finish()
+        self._reader.finish()
+        root = self._root.finish()
+        self.blobs += root.blobs
+        return self._check.finish(root.digest)
+
+
+class BlobIntake:
+    """A blob stream; `came` are the blobs of it that were wanted and whole, whatever became of the rest."""
+
+    def __init__(self, upload: Upload, sizes: Mapping[bytes, int], limits: Limits, form: Format = "tar") -> None:
+        self._upload = upload
+        self._unpacked = Decompressor(limits, form)
+        self._reader = BlobStreamReader(sizes.get)
+        self.came: list[bytes] = []
+
+    def feed(self, data: bytes) -> None:
+        """Raises as TarIntake."""
+        for piece in self._unpacked.feed(data):
+            for digest, contents in self._reader.feed(piece):
+                if digest != ZERO_CHUNK:
+                    self._upload.add(contents, digest)
+                self.came.append(digest)
+
+    def finish(self) -> None:
+        """All of it is in the store. Raises as `feed`."""
+        self._unpacked.finish()
+        self._reader.finish()
+        self._upload.flush()

@@ -1,10 +1,12 @@
-"""Archived logs out of the store, by range of lines."""
+"""Archived logs in and out of the store, by range of lines. One that is longer than a chunk is stored as a long manifest is: its pieces, and the list
+of them."""
 
-from collections.abc import AsyncGenerator, Generator
+import asyncio
+from collections.abc import AsyncGenerator, Generator, Sequence
 
-from libs.archives.pump import drawn
-from libs.blobstore.reading import BlobDamaged, BlobReader
-from libs.blobstore.store import BlobStore
+from libs.archives.pump import drawn, in_thread
+from libs.archives.tree import CHUNK, pieces_of, root_of
+from libs.blobstore.store import BlobDamaged, BlobMissing, BlobReader, BlobStore
 from services.artifacts.log_archive import DamagedArchive, frames_from, index_span, read_frames, records
 
 
@@ -14,28 +16,80 @@ class Logs:
     def __init__(self, store: BlobStore) -> None:
         self._store = store
 
-    async def read(self, team: str, digest: str, first: int, limit: int | None) -> AsyncGenerator[bytes, None]:
-        """Records that hold lines from `first` on, up to `limit` lines, some 256 KiB at a time. Raises BlobMissing, LogUnavailable at once;
-        BlobDamaged, StoreUnavailable while it is read."""
+    async def keep(self, team: str, stream: str, archive: bytes) -> str:
+        """Store the archive that `stream` tells of; its digest. Raises LogUnavailable, StoreUnavailable."""
+        root = await in_thread(lambda: root_of(archive), self._store.threads)
+        await asyncio.gather(*(self._store.put(team, _holder(stream), blob) for blob in root.blobs))
+        return root.digest.hex()
+
+    async def hold(self, team: str, stream: str, digest: str) -> None:
+        """Hold again what `stream` tells of. Raises BlobMissing, BlobDamaged, LogUnavailable, StoreUnavailable."""
         key = bytes.fromhex(digest)
-        reader = await self._store.reader(team, [key])
-        return drawn(_range(reader, key, first, limit), self._store.threads)
+        pieces = pieces_of(await self._store.get(team, key))
+        if await self._store.hold(team, _holder(stream), [key, *pieces]):
+            raise BlobMissing(digest)
+
+    async def read(self, team: str, digest: str, first: int, limit: int | None) -> AsyncGenerator[bytes, None]:
+        """Records that hold lines from `first` on, up to `limit` lines, some 256 KiB at a time. Raises BlobMissing, BlobDamaged, LogUnavailable at
+        once; BlobDamaged, StoreUnavailable while it is read."""
+        root = await self._store.get(team, bytes.fromhex(digest))
+        pieces = pieces_of(root)
+        archive = _Long(await self._store.reader(team, pieces), pieces) if pieces else _Short(root)
+        return drawn(_range(archive, digest, first, limit), self._store.threads)
 
 
-def _range(reader: BlobReader, digest: bytes, first: int, limit: int | None) -> Generator[bytes, None, None]:
+class _Short:
+    """An archive in one blob."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    def at(self, start: int, length: int) -> bytes:
+        return self._data[start : start + length]
+
+
+class _Long:
+    """An archive in pieces of a chunk each (the last: less), of which one is in memory. Blocking."""
+
+    def __init__(self, reader: BlobReader, pieces: Sequence[bytes]) -> None:
+        self._reader = reader
+        self._pieces = pieces
+        self._last = (-1, b"")
+
+    @property
+    def size(self) -> int:
+        return (len(self._pieces) - 1) * CHUNK + self._reader.size(self._pieces[-1])
+
+    def at(self, start: int, length: int) -> bytes:
+        found = bytearray()
+        while len(found) < length:
+            number, inside = divmod(start + len(found), CHUNK)
+            if number != self._last[0]:
+                self._last = number, self._reader.read(self._pieces[number])
+            piece = self._last[1][inside : inside + length - len(found)]
+            if not piece:
+                raise DamagedArchive("it ends before its index says so")
+            found += piece
+        return bytes(found)
+
+
+def _range(archive: _Short | _Long, digest: str, first: int, limit: int | None) -> Generator[bytes, None, None]:
     end = None if limit is None else first + limit
     try:
-        size = reader.size(digest)
-        start, length = index_span(size, reader.read_range(digest, size - 8, 8))
-        for frame in frames_from(read_frames(reader.read_range(digest, start, length)), first):
+        start, length = index_span(archive.size, archive.at(archive.size - 8, 8))
+        for frame in frames_from(read_frames(archive.at(start, length)), first):
             if end is not None and frame.first_line >= end:
                 return
-            found = [
-                record
-                for line, after, record in records(reader.read_range(digest, frame.offset, frame.size))
-                if after > first and (end is None or line < end)
-            ]
+            found = [record for line, after, record in records(archive.at(frame.offset, frame.size)) if after > first and (end is None or line < end)]
             if found:
                 yield b"".join(found)
     except DamagedArchive as error:
-        raise BlobDamaged(f"log archive {digest.hex()} is not what was stored: {error}") from None
+        raise BlobDamaged(f"log archive {digest} is not what was stored: {error}") from None
+
+
+def _holder(stream: str) -> str:
+    return f"log:{stream}"

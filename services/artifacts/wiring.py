@@ -23,20 +23,27 @@ from libs.runtime.service import Service
 from libs.runtime.settings import decode
 from proto.topology import CONSUMERS, STREAMS
 from services.artifacts.access import Access
+from services.artifacts.answers import Traffic
 from services.artifacts.archivist import PATIENCE, Archivist
-from services.artifacts.commands import Command
+from services.artifacts.commands import ArchiveLog, Command, SealArtifact
 from services.artifacts.decider import ArtifactDecider, State
+from services.artifacts.janitor import Janitor
 from services.artifacts.logs import Logs
-from services.artifacts.projection import OVER
+from services.artifacts.projection import ARTIFACTS
 from services.artifacts.queries import Queries
-from services.artifacts.routes import Routes
+from services.artifacts.receiving import UPLOADS, Receiving
+from services.artifacts.routes import application
+from services.artifacts.serving import Serving
+from services.artifacts.sessions import Sessions
 from services.artifacts.trees import Trees
+from services.artifacts.uploads import Uploads
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`store_url`: where blobs are kept (`file:///folder`, `s3://bucket/prefix`, …). `grant_public_key` is the gateway's, `server_public_key` the
-    scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact; `log_patience` is in seconds. `instance` is for
-    whoever sees to it that no two processes run under one name at a time: what a predecessor of that name left unfinished is collected at once."""
+    scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact, `max_uploads` what may come at once; `log_patience` and
+    `tidy_seconds` (how often what nobody needs is looked for) are in seconds. `instance` is for whoever sees to it that no two processes run
+    under one name at a time: what a predecessor of that name left unfinished is collected at once."""
 
     database_url: str
     nats_url: str
@@ -47,35 +54,47 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     server_public_key: str
     max_artifact_bytes: int = Limits().max_bytes
     max_artifact_files: int = Limits().max_members
+    max_uploads: int = UPLOADS
     log_patience: float = PATIENCE
+    tidy_seconds: float = 60.0
     instance: str = ""
 
 
 async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> web.Application | None:
-    """Build the service and start its parts: the store, the command loop, the projection, the archivist, and the routes."""
+    """Build the service and start its parts: the store, the command loop, the projection, the archivist, the janitor, and the routes."""
     settings = decode(Settings, environ)
     self_test()
     log = await service.enter(open_postgres_log(settings.database_url))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "artifacts"))
-    store = await service.enter(
-        open_blob_store(settings.store_url, log.pool, lambda: uuid4().hex[:12], instance=f"{settings.instance}-" if settings.instance else "")
-    )
-    commands: CommandLoop[Command, State] = CommandLoop(log, ArtifactDecider(), new_id, creates=lambda _: True)
-    projector = Projector(log, StoredProjection(log.pool, OVER), urgent=frozenset(), linger=0.1)
-    archivist = Archivist(bus, log, commands, store, service.registry, settings.log_patience)
-    queries = Queries(log, log.pool)
+    instance = f"{settings.instance}-" if settings.instance else ""
+    store = await service.enter(open_blob_store(settings.store_url, log.pool, lambda: uuid4().hex[:12], instance=instance))
+    commands: CommandLoop[Command, State] = CommandLoop(log, ArtifactDecider(), new_id, creates=_creates)
+    projector = Projector(log, StoredProjection(log.pool, ARTIFACTS), urgent=frozenset(), linger=0.1)
+    queries = Queries(log, log.pool, projector)
     access = Access(settings.grant_public_key, settings.server_public_key, queries, time.time)
     limits = Limits(max_bytes=settings.max_artifact_bytes, max_members=settings.max_artifact_files)
-    routes = Routes(access, queries, Trees(store, limits), Logs(store), commands, time.time, service.registry)
+    trees, logs, sessions, traffic = Trees(store), Logs(store), Sessions(log.pool), Traffic(service.registry)
+    archivist = Archivist(bus, log, commands, logs, service.registry, settings.log_patience)
+    uploads = Uploads(store, sessions, trees, commands, queries, limits, lambda: instance + uuid4().hex, time.time)
+    janitor = Janitor(log, log.pool, projector, store, sessions, uploads, trees, logs, commands, time.time, settings.tidy_seconds, instance)
+    receiving = Receiving(access, queries, uploads, limits, time.time, traffic, settings.max_uploads)
+    most_chunks = settings.max_artifact_files + (settings.max_artifact_bytes >> 23)
+    serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, janitor.wake)
 
     service.depends("database", lambda: projector.problem)
     service.depends("nats", lambda: None if bus.connected else "is not connected")
     service.depends("store", lambda: store.problem)
+    service.depends("uploads", lambda: janitor.problem)
     service.spawn("store", store.run())
     service.spawn("commands", commands.run())
     service.spawn("projector", projector.run())
     service.spawn("archivist", _archiving(bus, archivist))
-    return routes.application()
+    service.spawn("janitor", janitor.run())
+    return application(receiving, serving)
+
+
+def _creates(command: Command) -> bool:
+    return isinstance(command, SealArtifact | ArchiveLog)
 
 
 async def _archiving(bus: Bus, archivist: Archivist) -> None:

@@ -1,0 +1,216 @@
+"""What has had its time goes: artifacts that are due, uploads that lapsed, what nobody holds (sessions.py says why that is safe)."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+import asyncpg
+import structlog
+
+from libs.archives.tree import ZERO_CHUNK
+from libs.blobstore.store import BlobDamaged, BlobMissing, BlobStore, StoreUnavailable
+from libs.eventlog.log import EventLog, LogUnavailable
+from libs.eventlog.postgres import Pool, unavailable
+from libs.runtime.commands import CommandLoop
+from libs.runtime.decisions import Cause
+from proto.catalogue import category_of, decode
+from proto.events.artifact import LogArchived
+from services.artifacts.commands import Command, ExpireArtifact
+from services.artifacts.decider import State, log_stream
+from services.artifacts.logs import Logs
+from services.artifacts.projection import ARTIFACTS
+from services.artifacts.queries import Passing
+from services.artifacts.sessions import LAPSE, Session, Sessions, holder_of
+from services.artifacts.trees import Trees
+from services.artifacts.uploads import Uploads
+
+logger = structlog.get_logger()
+
+ACTOR = "artifacts"
+_AT_ONCE = 500
+_GATHER = 1.0
+"""Seconds for which more is waited for when there is something to release."""
+_DUE = """
+SELECT id, team FROM artifact a WHERE due_at > 0 AND due_at <= $1
+AND NOT EXISTS (SELECT FROM build_use u WHERE u.uploads ? a.upload) ORDER BY due_at LIMIT $2
+"""
+_NEXT = "SELECT min(due_at) FROM artifact WHERE due_at > $1"
+_GENERATION = "SELECT generation FROM checkpoint WHERE name = $1"
+_FREE = """
+WITH held AS MATERIALIZED (SELECT DISTINCT team, holder, substr(holder, 8) AS upload FROM hold WHERE holder LIKE 'upload:%')
+SELECT team, array_agg(holder) FROM held
+WHERE NOT EXISTS (SELECT FROM upload u WHERE u.id = held.upload)
+AND NOT EXISTS (SELECT FROM artifact a WHERE a.upload = held.upload)
+AND NOT EXISTS (SELECT FROM build_use u WHERE u.uploads ? held.upload)
+AND EXISTS (SELECT FROM checkpoint WHERE name = $1 AND generation = $2 AND position >= $3)
+GROUP BY team
+"""
+_ADOPTED = "SELECT EXISTS (SELECT FROM hold WHERE holder NOT LIKE 'upload:%' AND holder NOT LIKE 'log:%')"
+_UNHELD = """
+SELECT id, team, digest, upload FROM artifact a WHERE NOT EXISTS (SELECT FROM hold h WHERE h.team = a.team AND h.holder = 'upload:' || a.upload)
+"""
+
+
+class Janitor:
+    """One of them for each instance; several do no harm. `now` is unix seconds."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        pool: Pool,
+        read_models: Passing,
+        store: BlobStore,
+        sessions: Sessions,
+        uploads: Uploads,
+        trees: Trees,
+        logs: Logs,
+        commands: CommandLoop[Command, State],
+        now: Callable[[], float],
+        interval: float = 60.0,
+        instance: str = "",
+    ) -> None:
+        """It looks each `interval` seconds, when something is due before, and when it is woken; an upload that was to be sealed an interval ago is
+        its to seal. `instance`: how the ids of this instance's uploads, and of no other's, begin ("": as any)."""
+        self._log = log
+        self._pool = pool
+        self._read_models = read_models
+        self._store = store
+        self._sessions = sessions
+        self._uploads = uploads
+        self._trees = trees
+        self._logs = logs
+        self._commands = commands
+        self._now = now
+        self._interval = interval
+        self._instance = instance
+        self._begun = False
+        self._wanted = uploads.dropped
+        self.problem: str | None = "has not begun"
+        """Why no upload can be taken."""
+
+    async def run(self) -> None:
+        """Make the table of uploads; then tidy up for ever."""
+        while True:
+            try:
+                if self.problem is not None:
+                    await self._sessions.create()
+                    if self._instance:
+                        await self._sessions.succeed(self._instance)
+                    self.problem = None
+                await self.round()
+                pause = await self._until_next()
+            except (LogUnavailable, StoreUnavailable) as error:
+                logger.info("tidying up waits", why=str(error))
+                pause = min(self._interval, 5.0) if self.problem is None else 0.5
+            except asyncpg.UndefinedTableError:
+                pause = 0.1  # the read models, or the store's tables, are still to be made
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wanted.wait()
+                    await asyncio.sleep(_GATHER)
+
+    def wake(self) -> None:
+        """There may be something to release."""
+        self._wanted.set()
+
+    async def round(self) -> None:
+        """Everything once. Raises LogUnavailable, StoreUnavailable."""
+        self._wanted.clear()
+        if await self._expire() or not self._begun:
+            await self._read_models.passed(await self._log.head(), 5.0)
+        await self._end_uploads()
+        if not await self._release():
+            return
+        await self._store.collect()
+
+    async def _until_next(self) -> float:
+        now = self._now()
+        with unavailable():
+            due = await self._pool.fetchval(_NEXT, now)
+        return self._interval if due is None else max(min(self._interval, due - now), 0.1)
+
+    async def _expire(self) -> bool:
+        """Whether anything did. What an unfinished build uses stays; if one is requested just now, the log's order decides."""
+        now = self._now()
+        expired = False
+        while True:
+            with unavailable():
+                due = await self._pool.fetch(_DUE, now, _AT_ONCE)
+            outcomes = await asyncio.gather(
+                *(self._commands.execute(ExpireArtifact(artifact=row["id"], now=now), _cause(row["team"], row["id"])) for row in due)
+            )
+            positions = [outcome.position for outcome in outcomes if outcome.events]
+            expired = expired or bool(positions)
+            if len(due) < _AT_ONCE or not positions or not await self._read_models.passed(max(positions), 5.0):
+                return expired
+
+    async def _end_uploads(self) -> None:
+        now = self._now()
+        lapsed = await self._sessions.lapse(now - LAPSE)
+        if lapsed:
+            logger.info("uploads lapsed", uploads=lapsed)
+        await self._sessions.forget_sealed()
+        for session in await self._sessions.stale(now - self._interval):
+            await self._complete(session)
+
+    async def _complete(self, session: Session) -> None:
+        """Whoever marked it died, or sleeps, before it heard what became of it."""
+        sealed = await self._uploads.finish(session, _cause(session.team, session.seal.artifact))
+        if sealed is not None and sealed.as_sealed.upload == session.id and not await self._read_models.passed(await self._log.head(), 5.0):
+            return
+        await self._sessions.drop(session.id)
+
+    async def _release(self) -> bool:
+        """Release what neither an upload nor an artifact nor an unfinished build holds, as of a moment when the read models knew all that had
+        happened when this began; and hold what was lost with the index. False: they are behind."""
+        with unavailable():
+            generation = await self._pool.fetchval(_GENERATION, ARTIFACTS.name)
+        head = await self._log.head()
+        if not await self._read_models.passed(head, 5.0):
+            return False
+        if not self._begun:
+            await self._hold_again()
+            self._begun = True
+        with unavailable():
+            # the rows may be made anew from the log's start at any time: another generation, or a position before the head, says so
+            free = await self._pool.fetch(_FREE, ARTIFACTS.name, generation, head)
+        for team, holders in free:
+            for at in range(0, len(holders), _AT_ONCE):
+                await self._store.release(team, holders[at : at + _AT_ONCE])
+        return True
+
+    async def _hold_again(self) -> None:
+        """After the index was lost, what is in the store is held only because it was found there. Once a start."""
+        with unavailable():
+            lost = await self._pool.fetch(_UNHELD)
+            adopted = await self._pool.fetchval(_ADOPTED)
+        for row in lost:
+            try:
+                await self._hold_tree(row["team"], row["digest"], holder_of(row["upload"]))
+            except (BlobMissing, BlobDamaged) as error:
+                logger.error("an artifact is not whole", artifact=row["id"], team=row["team"], why=str(error))
+        if adopted:
+            await self._hold_logs()
+            await self._store.disown()
+
+    async def _hold_tree(self, team: str, digest: str, holder: str) -> None:
+        tree = await self._trees.open(team, digest)
+        sizes = await tree.select(lambda entries: {chunk: size for entry in entries for chunk, size in entry.chunks()})
+        sizes.pop(ZERO_CHUNK, None)
+        missing = await self._store.hold(team, holder, [bytes.fromhex(digest), *tree.pieces, *sizes])
+        if missing:
+            raise BlobMissing(f"{len(missing)} chunks")
+
+    async def _hold_logs(self) -> None:
+        after, head = 0, await self._log.head()
+        while after < head:
+            page = await self._log.read(after, _AT_ONCE, {category_of(log_stream("", "", 0))})
+            for recorded in page:
+                event = decode(recorded.type, recorded.data)
+                if isinstance(event, LogArchived):
+                    await self._logs.hold(recorded.team, recorded.stream, event.digest)
+            after = page[-1].position if page else head
+
+
+def _cause(team: str, artifact: str) -> Cause:
+    return Cause(team=team, correlation_id=artifact, causation_id="", actor=ACTOR)

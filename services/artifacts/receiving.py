@@ -1,0 +1,218 @@
+"""Handlers of what is sent here: tars, manifests, chunks; for the gateway, and for workers' outputs."""
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from libs.archives.blobstream import MEDIA_TYPE as BLOBS
+from libs.archives.compression import Format
+from libs.archives.rules import ArchiveRefused, Limits
+from libs.blobstore.store import BlobMissing
+from libs.runtime.decisions import Cause
+from libs.runtime.http import Problem, body_chunks
+from libs.tokens import BuildToken, Grant
+from proto.api import LONGEST, PendingUpload
+from proto.events.base import ArtifactRef
+from services.artifacts.access import Access
+from services.artifacts.answers import Traffic, absent, answer, invalid, path_of, refused
+from services.artifacts.commands import SealArtifact
+from services.artifacts.decider import Sealed
+from services.artifacts.queries import Queries
+from services.artifacts.uploads import Gone, TreeUnknown, Uploads
+
+TREE = "application/vnd.penstock.tree"
+UPLOADS = 16
+"""How many bodies may come at once."""
+
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_OUTPUTS = uuid.UUID("2f1d6c1e-5f0b-4c0e-9d5a-7b8f3a1c9e42")
+
+
+class Receiving:
+    """Handlers."""
+
+    def __init__(
+        self,
+        access: Access,
+        queries: Queries,
+        uploads: Uploads,
+        limits: Limits,
+        now: Callable[[], float],
+        traffic: Traffic,
+        at_once: int = UPLOADS,
+    ) -> None:
+        self._access = access
+        self._queries = queries
+        self._uploads = uploads
+        self._limits = limits
+        self._now = now
+        self._traffic = traffic
+        self._turns = at_once
+
+    async def put_artifact(self, request: web.Request) -> web.StreamResponse:
+        grant, artifact = self._granted(request)
+        team, query = grant.team, request.query
+        seal = SealArtifact(artifact=artifact, kind="user", digest="", size=0, files=0, name=query.get("name", "")[:255])
+        keep, cause = await self._keep(request, team), _cause(grant, artifact)
+        if "tree" in query:
+            if not _DIGEST.fullmatch(query["tree"]):
+                raise invalid("tree", "must be a digest in hex")
+            return _answer(await self._uploads.known(team, seal, keep, cause, query["tree"]))
+        if "from" in query:
+            return _answer(await self._part(request, team, seal, keep, cause))
+        with self._turn():
+            if request.content_type == TREE:
+                return _answer(await self._manifest(request, team, seal, keep, cause))
+            self._check_length(request, self._limits.max_stream)
+            return _answer(await self._uploads.tar(team, seal, keep, cause, self._received(request)))
+
+    async def put_blobs(self, request: web.Request) -> web.StreamResponse:
+        grant, artifact = self._granted(request)
+        return _answer(await self._blobs(request, grant.team, artifact, _cause(grant, artifact)), more=200)
+
+    async def put_output(self, request: web.Request) -> web.StreamResponse:
+        token, artifact, cause = await self._output(request)
+        if request.content_type != TREE:
+            raise Problem(415, "unsupported-media-type", "An output comes as a manifest", TREE)
+        seal = SealArtifact(
+            artifact=artifact,
+            kind="output",
+            digest="",
+            size=0,
+            files=0,
+            name=request.match_info["name"],
+            build=token.build,
+            stage=token.stage,
+            attempt=token.attempt,
+            step=request.match_info["step"],
+        )
+        with self._turn():
+            keep = await self._queries.output_lifetime(token.team, token.build)
+            return _answer_ref(await self._manifest(request, token.team, seal, keep, cause))
+
+    async def put_output_blobs(self, request: web.Request) -> web.StreamResponse:
+        token, artifact, cause = await self._output(request)
+        return _answer_ref(await self._blobs(request, token.team, artifact, cause), more=200)
+
+    def _granted(self, request: web.Request) -> tuple[Grant, str]:
+        artifact = request.match_info["artifact"]
+        grant = self._access.grant(request, artifact, "put")
+        if not _UUID.fullmatch(artifact):
+            raise invalid("id", "must be a UUID")
+        return grant, artifact
+
+    async def _output(self, request: web.Request) -> tuple[BuildToken, str, Cause]:
+        step, name = request.match_info["step"], request.match_info["name"]
+        token = await self._access.output(request, step, name)
+        cause = Cause(team=token.team, correlation_id=token.build, causation_id="", actor=f"worker:{token.worker}")
+        return token, output_id(token, step, name), cause
+
+    async def _manifest(self, request: web.Request, team: str, seal: SealArtifact, keep: int, cause: Cause) -> Sealed | PendingUpload:
+        self._check_length(request, self._limits.max_manifest)
+        try:
+            return await self._uploads.manifest(team, seal, keep, cause, self._received(request), _form(request))
+        except ArchiveRefused as error:
+            raise refused("manifest-refused", error) from None
+
+    async def _blobs(self, request: web.Request, team: str, artifact: str, cause: Cause) -> Sealed | PendingUpload:
+        if request.content_type != BLOBS:
+            raise Problem(415, "unsupported-media-type", "Chunks come as a blob stream", BLOBS)
+        self._check_length(request, self._limits.max_stream)
+        with self._turn():
+            try:
+                return await self._uploads.blobs(team, artifact, cause, self._received(request), _form(request))
+            except ArchiveRefused as error:
+                raise refused("blobs-refused", error) from None
+
+    async def _part(self, request: web.Request, team: str, seal: SealArtifact, keep: int, cause: Cause) -> Sealed:
+        """A new artifact of another, or of a part of it. No bytes are moved."""
+        source = await self._queries.artifact(team, request.query["from"])
+        if source is None:
+            raise absent()
+        if source.over(self._now()):
+            raise Gone
+        try:
+            if path := path_of(request):
+                return await self._uploads.part(team, seal, keep, cause, source.as_sealed.digest, path)
+            return await self._uploads.copy(team, seal, keep, cause, source)
+        except (BlobMissing, TreeUnknown):
+            raise Gone from None
+
+    async def _keep(self, request: web.Request, team: str) -> int:
+        """Seconds for which an upload is kept; 0: for ever."""
+        match request.query.get("keep"):
+            case None:
+                return (await self._queries.policy(team)).input_seconds
+            case "forever":
+                return 0
+            case text if text.isascii() and text.isdigit() and len(text) < 12 and 1 <= int(text) <= LONGEST:
+                return int(text)
+        raise invalid("keep", f"seconds, from 1 to {LONGEST}, or `forever`")
+
+    def _check_length(self, request: web.Request, most: int) -> None:
+        if (request.content_length or 0) > most:
+            raise Problem(413, "too-large", "What is sent is too large", f"at most {self._limits.max_bytes} bytes of files", limit=most)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Raises Problem 429 when too many bodies come at once."""
+        if not self._turns:
+            raise Problem(429, "too-many-uploads", "Too many uploads run at once", "try again soon", headers={"Retry-After": "1"})
+        self._turns -= 1
+        try:
+            yield
+        finally:
+            self._turns += 1
+
+    async def _received(self, request: web.Request) -> AsyncIterator[bytes]:
+        async for piece in body_chunks(request):
+            self._traffic.came(len(piece))
+            yield piece
+
+
+def output_id(token: BuildToken, step: str, name: str) -> str:
+    """The artifact of an attempt's output: always the same, so that a worker may try again."""
+    return str(uuid.uuid5(_OUTPUTS, "\0".join((token.team, token.build, token.stage, str(token.attempt), step, name))))
+
+
+def described(sealed: Sealed) -> dict[str, object]:
+    """An artifact, for the gateway. `expires_at` 0: never."""
+    event = sealed.as_sealed
+    return {
+        "id": event.artifact,
+        "digest": event.digest,
+        "size": event.size,
+        "files": event.files,
+        "expires_at": sealed.expires_at,
+        "pinned": sealed.pinned,
+    }
+
+
+def _answer(done: Sealed | PendingUpload, more: int = 202) -> web.Response:
+    """201; or `more`, when more is to come."""
+    return answer(more, done) if isinstance(done, PendingUpload) else answer(201, described(done))
+
+
+def _answer_ref(done: Sealed | PendingUpload, more: int = 202) -> web.Response:
+    if isinstance(done, PendingUpload):
+        return answer(more, done)
+    event = done.as_sealed
+    return answer(201, ArtifactRef(id=event.artifact, digest=event.digest, size=event.size, files=event.files))
+
+
+def _cause(grant: Grant, artifact: str) -> Cause:
+    return Cause(team=grant.team, correlation_id=artifact, causation_id="", actor=grant.actor or "gateway")
+
+
+def _form(request: web.Request) -> Format:
+    """How a body of one of our own types is packed. Raises Problem 415."""
+    match request.headers.get("Content-Encoding", "identity").lower():
+        case "identity":
+            return "tar"
+        case "zstd":
+            return "tzst"
+    raise Problem(415, "unsupported-encoding", "The body is packed in an unknown way", "Content-Encoding: zstd, or none")

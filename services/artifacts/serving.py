@@ -1,0 +1,273 @@
+"""Handlers of what is read and changed here: trees, files, chunks, archived logs, lifetimes; for the gateway, and for workers' inputs."""
+
+import base64
+import binascii
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from aiohttp import web
+
+from libs.archives.blobstream import MEDIA_TYPE as BLOBS
+from libs.archives.compression import Format, compressed
+from libs.archives.pump import gathered
+from libs.archives.tree import DIGEST, Entry, order
+from libs.blobstore.store import BlobMissing, BlobStore
+from libs.runtime.commands import CommandLoop
+from libs.runtime.decisions import Cause
+from libs.runtime.http import Problem, read_body, strict_json
+from libs.tokens import Grant
+from proto.api import ArtifactChange, TreeEntry, TreePage, Usage
+from services.artifacts.access import Access, Action
+from services.artifacts.answers import (
+    Traffic,
+    absent,
+    answer,
+    byte_range,
+    gone,
+    invalid,
+    number,
+    part_tag,
+    path_of,
+    ranged,
+    unchanged,
+)
+from services.artifacts.commands import ChangeLifetime, Command, DeleteArtifact
+from services.artifacts.decider import Sealed, State
+from services.artifacts.logs import Logs
+from services.artifacts.queries import Queries
+from services.artifacts.receiving import TREE, described
+from services.artifacts.trees import NoSuchPath, Trees
+from services.artifacts.uploads import Gone
+
+_TYPES: dict[str, str] = {"tar": "application/x-tar", "tgz": "application/gzip", "tzst": "application/zstd", "tree": TREE}
+_BYTES = "application/octet-stream"
+_PAGE, _MOST = 1000, 5000
+_MAX_CHANGE = 4096
+
+
+class Serving:
+    """Handlers. `now` is unix seconds; `most_chunks` is what one request may ask for, `tidy` is called when something has gone."""
+
+    def __init__(
+        self,
+        access: Access,
+        queries: Queries,
+        trees: Trees,
+        logs: Logs,
+        store: BlobStore,
+        commands: CommandLoop[Command, State],
+        now: Callable[[], float],
+        traffic: Traffic,
+        most_chunks: int,
+        tidy: Callable[[], None],
+    ) -> None:
+        self._access = access
+        self._queries = queries
+        self._trees = trees
+        self._logs = logs
+        self._store = store
+        self._commands = commands
+        self._now = now
+        self._traffic = traffic
+        self._most_chunks = most_chunks
+        self._tidy = tidy
+
+    async def get_artifact(self, request: web.Request) -> web.StreamResponse:
+        grant, sealed = await self._artifact(request, "get")
+        form, path, digest = request.query.get("format", "tar"), path_of(request), sealed.as_sealed.digest
+        if form not in _TYPES:
+            raise invalid("format", f"one of {', '.join(_TYPES)}")
+        if path:
+            return await self._send_path(request, grant.team, digest, path, form)
+        if form == "tree":
+            return await self._send_manifest(request, grant.team, digest)
+        return await self._send_archive(request, grant.team, digest, b"", form)
+
+    async def get_blobs(self, request: web.Request) -> web.StreamResponse:
+        grant, sealed = await self._artifact(request, "get")
+        return await self._send_blobs(request, grant.team, sealed.as_sealed.digest)
+
+    async def get_tree(self, request: web.Request) -> web.StreamResponse:
+        grant, sealed = await self._artifact(request, "see")
+        path, recursive = path_of(request) or b"", request.query.get("recursive", "").lower() in ("1", "true", "yes")
+        limit = number(request, "limit") or _PAGE
+        if limit > _MOST:
+            raise invalid("limit", f"at most {_MOST}")
+        after = _cursor(request)
+        tree = await self._trees.open(grant.team, sealed.as_sealed.digest)
+        found = await tree.select(lambda entries: list(islice(_listed(entries, path, recursive, after), limit + 1)))
+        following = base64.urlsafe_b64encode(found[limit - 1].path).decode() if len(found) > limit else None
+        return answer(200, TreePage(items=[_shown(entry) for entry in found[:limit]], next=following))
+
+    async def change_artifact(self, request: web.Request) -> web.StreamResponse:
+        grant, _ = await self._artifact(request, "change", also_due=True)
+        change = strict_json(await read_body(request, _MAX_CHANGE), ArtifactChange)
+        expires_at = None if change.keep is None else int(self._now()) + change.keep
+        command = ChangeLifetime(artifact=grant.artifact, pinned=change.pinned, expires_at=expires_at, shorten=change.shorten)
+        sealed = (await self._commands.execute(command, _cause(grant))).state
+        assert isinstance(sealed, Sealed)
+        return answer(200, described(sealed))
+
+    async def delete_artifact(self, request: web.Request) -> web.StreamResponse:
+        grant, _ = await self._artifact(request, "change", also_due=True)
+        await self._commands.execute(DeleteArtifact(artifact=grant.artifact), _cause(grant))
+        self._tidy()
+        return web.Response(status=204)
+
+    async def get_usage(self, request: web.Request) -> web.StreamResponse:
+        grant = self._access.grant(request, "", "see")
+        artifacts, size = await self._queries.artifacts(grant.team)
+        quota = (await self._queries.policy(grant.team)).quota_bytes
+        stored = await self._store.usage(grant.team)
+        return answer(200, Usage(stored_bytes=stored, artifacts=artifacts, artifact_bytes=size, quota_bytes=quota or None))
+
+    async def get_log(self, request: web.Request) -> web.StreamResponse:
+        build, stage = request.match_info["build"], request.match_info["stage"]
+        grant = self._access.grant(request, build, "log")
+        archived = await self._queries.log_archive(grant.team, build, stage, int(request.match_info["attempt"]))
+        if archived is None:
+            raise absent()
+        first = number(request, "from") or 0
+        records = await self._logs.read(grant.team, archived.digest, first, number(request, "limit"))
+        headers = {"Content-Type": _BYTES, "Penstock-Lines": str(archived.lines), "Penstock-Archive": str(archived.archive)}
+        return await self._traffic.send(request, records, headers)
+
+    async def get_input(self, request: web.Request) -> web.StreamResponse:
+        token, digest = await self._access.input(request, request.match_info["name"])
+        try:
+            return await self._send_manifest(request, token.team, digest)
+        except BlobMissing:
+            raise Gone from None
+
+    async def get_input_blobs(self, request: web.Request) -> web.StreamResponse:
+        token, digest = await self._access.input(request, request.match_info["name"])
+        try:
+            return await self._send_blobs(request, token.team, digest)
+        except BlobMissing:
+            raise Gone from None
+
+    async def _artifact(self, request: web.Request, action: Action, also_due: bool = False) -> tuple[Grant, Sealed]:
+        """One that is there; `also_due`: its time may be up, as long as it has no tombstone. Raises Problem 404, 410."""
+        grant = self._access.grant(request, request.match_info["artifact"], action)
+        sealed = await self._queries.artifact(grant.team, grant.artifact)
+        if sealed is None:
+            raise absent()
+        if sealed.gone or (not also_due and sealed.over(self._now())):
+            raise gone()
+        return grant, sealed
+
+    async def _send_manifest(self, request: web.Request, team: str, digest: str) -> web.StreamResponse:
+        etag = f'"{digest}"'
+        if has := unchanged(request, etag):
+            return has
+        tree = await self._trees.open(team, digest)
+        headers = {"Content-Type": TREE, "ETag": etag, "Vary": "Accept-Encoding"}
+        pieces: Iterator[bytes] = tree.manifest()
+        if "zstd" in request.headers.get("Accept-Encoding", ""):
+            headers["Content-Encoding"] = "zstd"
+            pieces = compressed(pieces, "tzst")
+        return await self._traffic.send(request, tree.drawn(gathered(pieces)), headers)
+
+    async def _send_path(self, request: web.Request, team: str, digest: str, path: bytes, form: str) -> web.StreamResponse:
+        """One file as it is, or a folder as an archive of what lies in it."""
+        tree = await self._trees.open(team, digest)
+        found = await tree.find(path)
+        if found.kind == "folder":
+            if form == "tree":
+                raise invalid("path", "a part has no manifest: make it an artifact")
+            return await self._send_archive(request, team, digest, path, form)
+        if found.kind == "link":
+            raise NoSuchPath
+        etag = f'"{found.file_id}"'
+        if has := unchanged(request, etag):
+            return has
+        headers = {"Content-Type": _BYTES, "ETag": etag}
+        status, start, length = ranged(headers, byte_range(request, etag, found.size), found.size)
+        return await self._traffic.send(request, tree.drawn(tree.file(found, start)), headers, status, length)
+
+    async def _send_archive(self, request: web.Request, team: str, digest: str, path: bytes, form: Format | str) -> web.StreamResponse:
+        etag = f'"{part_tag(digest, path) if path else digest}-{form}"'
+        if has := unchanged(request, etag):
+            return has
+        tree = await self._trees.open(team, digest)
+        headers = {"Content-Type": _TYPES[form], "ETag": etag}
+        match form:
+            case "tar":
+                size = await tree.tar_size(path)
+                status, start, length = ranged(headers, byte_range(request, etag, size), size)
+                return await self._traffic.send(request, tree.drawn(tree.archive(path, "tar", start)), headers, status, length)
+            case "tgz" | "tzst":
+                return await self._traffic.send(request, tree.drawn(tree.archive(path, form)), headers)
+        raise invalid("format", f"one of {', '.join(_TYPES)}")
+
+    async def _send_blobs(self, request: web.Request, team: str, digest: str) -> web.StreamResponse:
+        wanted = _digests(await read_body(request, self._most_chunks * DIGEST))
+        tree = await self._trees.open(team, digest)
+        if strange := await tree.select(lambda entries: _strange(entries, wanted)):
+            raise Problem(422, "invalid", "The tree does not have these chunks", f"{strange.hex()} is none of its chunks", path="body")
+        return await self._traffic.send(request, tree.drawn(tree.blobs(wanted)), {"Content-Type": BLOBS})
+
+
+def _digests(body: bytes) -> dict[bytes, bool]:
+    """Each with whether it is known to be of the tree: not yet."""
+    if len(body) % DIGEST:
+        raise invalid("body", f"must be digests of {DIGEST} bytes each")
+    return dict.fromkeys((body[at : at + DIGEST] for at in range(0, len(body), DIGEST)), False)
+
+
+def _strange(entries: Iterator[Entry], wanted: dict[bytes, bool]) -> bytes | None:
+    """One that is no chunk of the tree; there may be very many, so they are noted in place."""
+    left = len(wanted)
+    for entry in entries:
+        for digest in (entry.digest,) if len(entry.digest) == DIGEST else (digest for digest, _ in entry.chunks()):
+            if wanted.get(digest) is False:
+                wanted[digest] = True
+                left -= 1
+        if not left:
+            return None
+    return next((digest for digest, known in wanted.items() if not known), None)
+
+
+def _listed(entries: Iterator[Entry], path: bytes, recursive: bool, after: bytes) -> Iterator[Entry]:
+    """What lies in a folder, after the path `after`; of a file, itself. Raises NoSuchPath."""
+    inside = path + b"/" if path else b""
+    found = not path
+    cut = order(after) if after else b""
+    for entry in entries:
+        if not found:
+            if entry.path == path:
+                found = True
+                if entry.kind != "folder":
+                    yield entry
+                    return
+        elif not entry.path.startswith(inside):
+            if order(entry.path) > order(path) + b"\1":
+                break
+        elif (recursive or b"/" not in entry.path[len(inside) :]) and (not cut or order(entry.path) > cut):
+            yield entry
+    if not found:
+        raise NoSuchPath
+
+
+def _shown(entry: Entry) -> TreeEntry:
+    path = entry.path.decode("utf-8", "backslashreplace")
+    return TreeEntry(
+        path=path,
+        kind=entry.kind,
+        size=entry.size,
+        executable=entry.executable,
+        digest=entry.file_id if entry.kind == "file" else "",
+        target=entry.target.decode("utf-8", "backslashreplace"),
+        path_base64=None if path.encode() == entry.path else base64.b64encode(entry.path).decode(),
+    )
+
+
+def _cursor(request: web.Request) -> bytes:
+    try:
+        return base64.urlsafe_b64decode(request.query.get("cursor", ""))
+    except (binascii.Error, ValueError):
+        raise invalid("cursor", "must be one that a page gave") from None
+
+
+def _cause(grant: Grant) -> Cause:
+    return Cause(team=grant.team, correlation_id=grant.artifact, causation_id="", actor=grant.actor or "gateway")
