@@ -24,12 +24,13 @@ class System:
 
     def __init__(self, folder: Path, sandbox: str, slots: int) -> None:
         self._folder = folder
+        self.data = folder / "data"
         self._environ = {
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(folder),
             "LANG": "C.UTF-8",
             "PYTHONPATH": os.pathsep.join(sys.path),  # the very code that this process would import
-            "PENSTOCK_DATA": str(folder / "data"),
+            "PENSTOCK_DATA": str(self.data),
             "PENSTOCK_TARGETS": str(folder / "targets.json"),
         }
         self._options = ["--port", "0", "--slots", str(slots), "--sandbox", sandbox]
@@ -41,7 +42,7 @@ class System:
         seconds = time.monotonic() - began
         if said.returncode:
             raise RuntimeError(f"the system does not start:\n{said.stderr}")
-        run = DataDir(self._folder / "data").run()
+        run = DataDir(self.data).run()
         targets = read_targets(self._folder / "targets.json")
         assert run is not None
         target = targets.targets[targets.current]
@@ -52,7 +53,7 @@ class System:
 
     async def transactions(self) -> int:
         """How many Postgres has committed, reads included. Its processes tell of theirs a second late."""
-        data = DataDir(self._folder / "data")
+        data = DataDir(self.data)
         ports = msgspec.json.decode((data.path / "ports.json").read_bytes(), type=Ports)
         await asyncio.sleep(1.5)
         connection = await asyncpg.connect(
