@@ -5,8 +5,10 @@ import contextlib
 import itertools
 import os
 import secrets
+import shutil
+import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,13 @@ from proto.plan import Run, RunStep, Stage, TaskConfig, TaskInput, TaskOutput
 from proto.topology import CONSUMERS, STREAMS
 from services.worker.artifacts import Artifacts
 from services.worker.cache import Cache
+from services.worker.copying import reflinks_work
 from services.worker.executors.commands import Commands
 from services.worker.executors.orphans import Orphans
 from services.worker.executors.processes import everything
 from services.worker.executors.sandboxes import Choice, first_that_works, interpreter_folders
 from services.worker.folders import FolderPool
-from services.worker.mounts import private_mounts
+from services.worker.mounts import private_mounts, unmount
 from services.worker.outbox import Outbox
 from services.worker.placing import Means, means_here
 from services.worker.session import Session
@@ -56,6 +59,7 @@ from tests.controls import eventually
 SERVER = new_seed()
 IDENTITY = new_seed()
 PATH = "/usr/local/bin:/usr/bin:/bin"
+XFS_BYTES = 512 << 20
 
 
 def sandboxes_here() -> list[Choice]:
@@ -78,15 +82,42 @@ def all_means(tmp_path_factory: pytest.TempPathFactory) -> Means:
 
 
 @pytest.fixture(params=["overlay", "reflink", "copy"])
-def means(request: pytest.FixtureRequest, all_means: Means) -> Means:
-    """Each way to place a tree."""
+def means(request: pytest.FixtureRequest, all_means: Means, tmp_path: Path) -> Iterator[Means]:
+    """Each way to place a tree. `tmp_path` is on a file system that can do it."""
     if request.param == "copy":
-        return Means(None, False)
-    if request.param == "reflink" and not all_means.reflinks:
-        pytest.skip("this file system shares no contents")
-    if request.param == "overlay" and all_means.overlays is None:
-        pytest.skip("this machine allows no mounts")
-    return Means(all_means.overlays, False) if request.param == "overlay" else Means(None, True)
+        yield Means(None, False)
+    elif request.param == "overlay":
+        if all_means.overlays is None:
+            pytest.skip("this machine allows no mounts")
+        yield Means(all_means.overlays, False)
+    elif all_means.reflinks:
+        yield Means(None, True)
+    else:
+        if all_means.overlays is None or (make := shutil.which("mkfs.xfs", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")) is None:
+            pytest.skip("this file system shares no contents, and for one that does mkfs.xfs is missing, or the right to mount it")
+        with an_xfs(make, tmp_path):
+            yield Means(None, True)
+
+
+@contextlib.contextmanager
+def an_xfs(make: str, at: Path) -> Iterator[None]:
+    """An empty XFS mounted at a folder, for this process and its children. However they end, nothing is left: the image has no name once it is
+    mounted, and the loop device goes with the mount."""
+    image = at.with_name(f"{at.name}.xfs")
+    try:
+        with image.open("xb") as file:
+            file.truncate(XFS_BYTES)
+        subprocess.run([make, "-q", image], check=True)
+        subprocess.run(["mount", "-t", "xfs", "-o", "loop,nodiscard", image, at], check=True)
+    finally:
+        image.unlink()
+    try:
+        assert reflinks_work(at)
+        for name in ("one", "two"):
+            (at / name).unlink()
+        yield
+    finally:
+        unmount(at)
 
 
 def sh(script: str, name: str = "step", **more: Any) -> RunStep:
@@ -271,6 +302,7 @@ class Running(msgspec.Struct, frozen=True):
 async def a_worker(
     bus: Bus,
     folder: Path,
+    name: str = "w1",
     sandbox: Choice = "none",
     slots: int = 2,
     grace: float = 10.0,
@@ -279,6 +311,7 @@ async def a_worker(
     patience: float = 5.0,
     means: Means | None = None,
     cache_bytes: int = 1 << 30,
+    tags: tuple[str, ...] = (),
 ) -> AsyncIterator[Running]:
     """A worker in this process; nothing of it is left afterwards. Its trees are copied unless `means` says otherwise."""
     work = folder / "work"
@@ -287,15 +320,16 @@ async def a_worker(
     orphans.start()
     chosen = first_that_works(sandbox, folder, interpreter_folders(path))
     box = PrivateKey.generate()
-    session = Session("w1", secrets.token_hex(8), bytes(box.public_key), slots, Offers(sandbox=chosen.name), lambda: secrets.token_urlsafe(12))
-    outbox = Outbox("w1", session.boot, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
+    offers = Offers(sandbox=chosen.name, tags=tags)
+    session = Session(name, secrets.token_hex(8), bytes(box.public_key), slots, offers, lambda: secrets.token_urlsafe(12))
+    outbox = Outbox(name, session.boot, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
     if not chosen.wraps:
         orphans.adopt()
     pool = FolderPool(work, session.boot)
     cache = Cache(folder / "cache", cache_bytes)
     cache.open()
     artifacts = Artifacts(cache, patience)
-    tools = Tools("w1", chosen, Commands(chosen), orphans, pool, outbox, artifacts, cache, means or Means(None, False), path, grace, log_limit)
+    tools = Tools(name, chosen, Commands(chosen), orphans, pool, outbox, artifacts, cache, means or Means(None, False), path, grace, log_limit)
     worker = Worker(bus, session, tools, IDENTITY, public_key(SERVER), box, Metrics(CollectorRegistry()))
     task = asyncio.ensure_future(worker.run())
     try:

@@ -4,10 +4,12 @@ from proto.events.base import Event, Value
 
 
 class Candidate(Value, frozen=True, kw_only=True):
-    """One of the best workers for an attempt; `load` is the share of its slots in use."""
+    """One of the best workers for an attempt; `load` is the share of its slots in use, `missing` how many bytes of the inputs it was not known to
+    have."""
 
     worker: str
     load: float = 0.0
+    missing: int = 0
 
 
 class StageLeased(Event, frozen=True, kw_only=True):

@@ -5,9 +5,10 @@ A decision costs the logarithm of the groups that compete for the free workers, 
 nor classes that nobody can take matter to it."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 
@@ -73,8 +74,9 @@ def place(queue: Queue, pool: Pool, now: float, limit: int = LIMIT) -> list[Assi
         if not free:
             contest.leave(line)
             continue
-        best = draft.best(free, queued.inputs.values())
-        why = [Candidate(worker=pool.at(bit).worker, load=round(draft.load(bit), 3)) for bit in best]
+        trees = _trees(pool, free, queued.inputs.values())
+        best = draft.best(free, trees)
+        why = [Candidate(worker=pool.at(bit).worker, load=round(draft.load(bit), 3), missing=_missing(trees, bit)) for bit in best]
         view, credit = draft.take(best[0])
         contest.lease(line, queued)
         counts = _bounded({**standing.refused, "busy": (standing.able ^ free).bit_count()})
@@ -201,9 +203,9 @@ class _Draft:
     def load(self, bit: int) -> float:
         return self._pool.at(bit).load(self._used.get(bit, 0))
 
-    def best(self, free: int, inputs: Iterable[ArtifactRef]) -> list[int]:
-        """The best of `free`, which are some: with the most bytes of the inputs, then the least loaded, then by number."""
-        held = _held(self._pool, free, inputs)
+    def best(self, free: int, trees: Sequence["_Tree"]) -> list[int]:
+        """The best of `free`, which are some: with the most bytes of the trees, then the least loaded, then by number."""
+        held = _held(free, trees)
         best: list[int] = []
         while free and len(best) < CANDIDATES:
             leading = free
@@ -228,14 +230,28 @@ class _Draft:
         return view, view.credits[used]
 
 
-def _held(pool: Pool, free: int, inputs: Iterable[ArtifactRef]) -> list[int]:
-    """How much of the inputs each free worker has, as a number standing on edge: set i holds those in whose number bit i is one. Adding a tree to all
-    of its holders at once is then a sum by hand, with sets for digits."""
+class _Tree(NamedTuple):
+    """A tree that is wanted: its bytes, and which of the free workers have it."""
+
+    size: int
+    holders: int
+
+
+def _trees(pool: Pool, free: int, inputs: Iterable[ArtifactRef]) -> list[_Tree]:
     sizes = {ref.digest: ref.size for ref in inputs}
-    shift = max(0, sum(sizes.values()).bit_length() - PRECISION)
+    return [_Tree(size, free & pool.holders(digest[:TREE_HINT])) for digest, size in sizes.items()]
+
+
+def _missing(trees: Sequence[_Tree], bit: int) -> int:
+    return sum(tree.size for tree in trees if not tree.holders >> bit & 1)
+
+
+def _held(free: int, trees: Sequence[_Tree]) -> list[int]:
+    """How much of the trees each free worker has, as a number standing on edge: set i holds those in whose number bit i is one. Adding a tree to all
+    of its holders at once is then a sum by hand, with sets for digits."""
+    shift = max(0, sum(tree.size for tree in trees).bit_length() - PRECISION)
     held: list[int] = []
-    for digest, size in sizes.items():
-        holders = free & pool.holders(digest[:TREE_HINT])
+    for size, holders in trees:
         if not holders or holders == free:
             continue
         left, carry, i = size >> shift, 0, 0

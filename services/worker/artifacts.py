@@ -58,17 +58,17 @@ class Artifacts:
         self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def fetch(self, package: Package, name: str, pins: ExitStack) -> Sequence[Entry]:
-        """Bring an input's tree, which the caller has pinned, into the cache; its entries. Its files are pinned there until `pins` are closed.
-        Raises Unobtainable, OSError (disk)."""
+        """Bring an input's tree, which the caller has pinned, into the cache; its entries, whose files are pinned there until `pins` are closed. That
+        they make a tree is for `place` to say, unless something is fetched for them. Raises Unobtainable, OSError (disk)."""
         digest = package.inputs[name].digest
         async with self._fetching.setdefault(digest, asyncio.Lock()):
             known = await in_thread(lambda: self._cache.tree(digest))
             entries = known if known is not None else await self._patiently(lambda _: self._manifest(package, name, digest))
             files = {name_of(entry): entry for entry in entries if entry.kind == "file"}
             pins.enter_context(self._cache.pinned(files))
-            missing = await in_thread(lambda: [entry for entry in files.values() if not self._cache.has(entry)])
+            missing = await in_thread(lambda: self._cache.missing(files))
             if missing:
-                filling = await in_thread(lambda: Filling(self._cache, missing))
+                filling = await in_thread(lambda: self._filling(entries, missing))
                 try:
                     if filling.sizes:
                         await self._patiently(lambda went_well: self._blobs(package, name, filling, went_well))
@@ -114,14 +114,21 @@ class Artifacts:
             whole = bytes(manifest)
             if root_of(whole).digest.hex() != digest:
                 raise Unobtainable("its manifest is not that of the tree")
-            entries, check = read_manifest(whole), TreeCheck()
-            for entry in entries:
-                check.add(entry)
-            check.finish(b"")
+            entries = read_manifest(whole)
             self._cache.add_tree(digest, [whole])
             return entries
 
         return await in_thread(taken)
+
+    def _filling(self, entries: Sequence[Entry], missing: Sequence[Entry]) -> Filling:
+        check = TreeCheck()
+        try:
+            for entry in entries:
+                check.add(entry)
+            check.finish(b"")
+        except ArchiveRefused as error:
+            raise Unobtainable(str(error)) from error
+        return Filling(self._cache, missing)
 
     async def _blobs(self, package: Package, name: str, filling: Filling, went_well: Callable[[], None]) -> None:
         lacking = filling.lacking
@@ -217,7 +224,8 @@ async def _check(answer: aiohttp.ClientResponse) -> None:
         problem = msgspec.json.decode(text, type=_Problem)
     except msgspec.DecodeError:
         problem = _Problem()
+    lasting = answer.status == 507 or problem.type.endswith(":damaged")
     words = f"{answer.status} {': '.join(part for part in (problem.title, problem.detail) if part) or answer.reason or ''}".strip()
-    if (answer.status >= 500 and answer.status != 507) or answer.status == 429 or problem.type.endswith(":upload-unknown"):
+    if (answer.status >= 500 and not lasting) or answer.status == 429 or problem.type.endswith(":upload-unknown"):
         raise _Again(words)
     raise Unobtainable(words)

@@ -17,14 +17,16 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from libs.archives.place import place
-from libs.archives.tree import FILE_MODE, PROGRAM_MODE, Entry, InvalidManifest, read_manifest, root_of
+from libs.archives.tree import DIGEST, FILE_MODE, PROGRAM_MODE, Entry, InvalidManifest, read_manifest, root_of
+from proto.messages import MAX_HINTS, TREE_HINT
 from services.worker.copying import copy_contents
 
 logger = structlog.get_logger()
@@ -35,7 +37,9 @@ _MANIFEST = "manifest"
 
 def name_of(entry: Entry) -> str:
     """What a file is called here. Its size is part of it so that what a crash of the machine cut short is found out."""
-    return f"{entry.file_id}.{entry.size}{'x' if entry.executable else ''}"
+    digest = entry.digest
+    contents = digest.hex() if len(digest) == DIGEST else entry.file_id
+    return f"{contents}.{entry.size}x" if entry.mode == PROGRAM_MODE else f"{contents}.{entry.size}"
 
 
 def is_full(error: OSError) -> bool:
@@ -61,6 +65,8 @@ class Cache:
         self._lock = threading.Lock()
         self._trimming = threading.Lock()
         self._pins: Counter[str] = Counter()
+        self._known: dict[str, None] = {}
+        self._hints: tuple[str, ...] | None = None
         self._numbers = itertools.count(1)
         self._folder = -1
 
@@ -81,6 +87,7 @@ class Cache:
             for tree in self._trees.iterdir():
                 shutil.rmtree(tree, ignore_errors=True)
         self.bytes = sum(file.bytes for file in self._scan().values()) + sum(_weight(tree) for tree in self._trees.iterdir())
+        self._known = dict.fromkeys(tree.name for tree in sorted(self._trees.iterdir(), key=_used_at))
         self.trim()
 
     def close(self) -> None:
@@ -98,10 +105,30 @@ class Cache:
             yield
         finally:
             with self._lock:
-                self._pins.subtract(kept)
+                pins = self._pins
                 for key in kept:
-                    if not self._pins[key]:
-                        del self._pins[key]
+                    left = pins[key] - 1
+                    if left:
+                        pins[key] = left
+                    else:
+                        pins.pop(key)
+
+    def hints(self) -> tuple[str, ...]:
+        """The trees that are known, the latest first, as heartbeats name them. The same object as before when there is nothing new to say."""
+        with self._lock:
+            if self._hints is None:
+                self._hints = tuple(digest[:TREE_HINT] for digest in islice(reversed(self._known), MAX_HINTS))
+            return self._hints
+
+    def _note(self, digest: str, known: bool) -> None:
+        """The tree was used, or is gone."""
+        with self._lock:
+            self._known.pop(digest, None)
+            if known:
+                self._known[digest] = None
+            # Their order is news to nobody unless it decides which are named.
+            if self._hints is not None and known != (digest[:TREE_HINT] in self._hints):
+                self._hints = None
 
     def tree(self, digest: str) -> Sequence[Entry] | None:
         """The entries of a tree that is known."""
@@ -111,11 +138,13 @@ class Cache:
             if root_of(manifest).digest.hex() == digest:
                 entries = read_manifest(manifest)
                 os.utime(folder)
+                self._note(digest, known=True)
                 return entries
         except FileNotFoundError:
             return None
         except InvalidManifest:
             pass
+        self._note(digest, known=False)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
@@ -126,17 +155,24 @@ class Cache:
         with (made / _MANIFEST).open("xb") as file:
             file.writelines(manifest)
         self._publish(made, self._trees / digest)
+        self._note(digest, known=True)
 
     def has(self, entry: Entry) -> bool:
         """Whether the file's contents are here, and as many as there should be."""
-        name = name_of(entry)
-        try:
-            if os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_size == entry.size:
-                return True
-        except FileNotFoundError:
-            return False
-        os.unlink(name, dir_fd=self._folder)
-        return False
+        return not self.missing({name_of(entry): entry})
+
+    def missing(self, files: Mapping[str, Entry]) -> list[Entry]:
+        """Those of the files, given by name, whose contents are not here, or not as many as there should be."""
+        missing, stat, folder = [], os.stat, self._folder
+        for name, entry in files.items():
+            try:
+                if stat(name, dir_fd=folder, follow_symlinks=False).st_size == entry.size:
+                    continue
+                os.unlink(name, dir_fd=folder)
+            except FileNotFoundError:
+                pass
+            missing.append(entry)
+        return missing
 
     def new_path(self) -> Path:
         """Where something may be made that is then added."""
@@ -162,30 +198,34 @@ class Cache:
 
         No two files in it share an inode, nor do they with the other layers, whose files `used` (updated) counts: a step's tools would take the two
         for one file under two names. So a second file with equal contents gets an inode of its own. Raises OSError."""
-        names = [name_of(entry) for entry in entries if entry.kind == "file"]
+        names = [name_of(entry) for entry in entries if entry.kind == "file" and not entry.target]
         shared = sorted((name, used[name]) for name in used.keys() & set(names))
         folders = sum(entry.kind == "folder" for entry in entries) + path.count(b"/") + 2
         tag = hashlib.sha256(msgspec.msgpack.encode((path, shared))).hexdigest()[:16]
         layer = self._trees / digest / f"{tag}-{folders}"
         if not layer.is_dir():
             try:
-                self._link(entries, layer, path, used.copy())
+                self._link(entries, names, layer, path, used)
             except OSError as error:
                 if not is_full(error):
                     raise
                 self.trim(0)
-                self._link(entries, layer, path, used.copy())
+                self._link(entries, names, layer, path, used)
         used.update(names)
         return layer
 
-    def _link(self, entries: Sequence[Entry], layer: Path, path: bytes, used: Counter[str]) -> None:
+    def _link(self, entries: Sequence[Entry], names: Sequence[str], layer: Path, path: bytes, used: Mapping[str, int]) -> None:
+        """`names` are those of the plain files, in the order in which they are put."""
+        numbers, left, link, folder = dict(used), iter(names), os.link, self._folder
+
         def put(entry: Entry, parent: int, name: bytes) -> None:
-            number = used[of := name_of(entry)]
-            used[of] += 1
+            of = next(left)
+            number = numbers.get(of, 0)
+            numbers[of] = number + 1
             source = f"{of}~{number}" if number else of
             for _ in range(2):
                 try:
-                    os.link(source, name, src_dir_fd=self._folder, dst_dir_fd=parent, follow_symlinks=False)
+                    link(source, name, src_dir_fd=folder, dst_dir_fd=parent, follow_symlinks=False)
                     return
                 except OSError as error:
                     # As many links as the file system allows (ext4: 65,000), or contents of its own that are not there yet.
@@ -240,7 +280,7 @@ class Cache:
             trees = {tree.name: _weight(tree) for tree in self._trees.iterdir()}
             total = sum(file.bytes for file in files.values()) + sum(trees.values())
             oldest = [(file.used_at, "", inode) for inode, file in files.items() if file.links == 1]
-            oldest += [((self._trees / name).stat().st_mtime_ns, name, 0) for name in trees]
+            oldest += [(_used_at(self._trees / name), name, 0) for name in trees]
             heapq.heapify(oldest)
             while total > goal and oldest:
                 used_at, tree, inode = heapq.heappop(oldest)
@@ -248,6 +288,7 @@ class Cache:
                     total -= files[inode].bytes if self._take(files[inode].name, self._files) else 0
                 elif (taken := self._take(tree, self._trees)) is not None:
                     total -= trees[tree]
+                    self._note(tree, known=False)
                     for inode in _inodes(taken):
                         if (file := files.get(inode)) is not None:
                             file.links -= 1
@@ -285,6 +326,10 @@ class Cache:
                     seen = entry.stat(follow_symlinks=False)
                     files[seen.st_ino] = _File(entry.name, seen.st_blocks * 512, seen.st_nlink, seen.st_ctime_ns)
         return files
+
+
+def _used_at(tree: Path) -> int:
+    return tree.stat().st_mtime_ns
 
 
 def _weight(tree: Path) -> int:

@@ -1,22 +1,15 @@
 """Files that the cache lacks, put together from the chunks in which they come, in any order."""
 
 import os
+import shutil
 from collections.abc import Iterable
-from pathlib import Path
-
-import msgspec
 
 from libs.archives.place import write_file
 from libs.archives.tree import CHUNK, FILE_MODE, PROGRAM_MODE, ZERO_CHUNK, Entry
 from services.worker.cache import Cache, is_full, name_of
 
-
-class _Part(msgspec.Struct):
-    """A file on its way. `lacks` counts the chunks that must still come; what came lies at `path`."""
-
-    entry: Entry
-    path: Path
-    lacks: int = 0
+_FILE = 24
+"""Where a chunk goes is one number, of its file and of its place there, because there may be very many: file << _FILE | place."""
 
 
 class Filling:
@@ -26,19 +19,20 @@ class Filling:
         """`missing` are distinct files, pinned. Raises OSError."""
         self.sizes: dict[bytes, int] = {}
         self._cache = cache
-        self._places: dict[bytes, list[tuple[_Part, int]]] = {}
-        self._parts: list[_Part] = []
+        self._files = list(missing)
+        self._lacks = [0] * len(self._files)
+        self._places: dict[bytes, list[int]] = {}
+        self._folder = cache.new_path()
+        self._folder.mkdir()
         self._made_room = False
-        for entry in missing:
-            part = _Part(entry, cache.new_path())
-            self._parts.append(part)
-            for number, (digest, size) in enumerate(entry.chunks()):
+        for number, entry in enumerate(self._files):
+            for place, (digest, size) in enumerate(entry.chunks()):
                 if digest != ZERO_CHUNK:
-                    part.lacks += 1
+                    self._lacks[number] += 1
                     self.sizes[digest] = size
-                    self._places.setdefault(digest, []).append((part, number * CHUNK))
-            if not part.lacks:
-                self._write(part, b"", 0)
+                    self._places.setdefault(digest, []).append(number << _FILE | place)
+            if not self._lacks[number]:
+                self._write(number, b"", 0)
 
     @property
     def lacking(self) -> list[bytes]:
@@ -49,9 +43,9 @@ class Filling:
         """A chunk that was lacking has come, and is what its digest says. Raises OSError; it is lacking then."""
         places = self._places[digest]
         while places:
-            part, at = places[-1]
+            number, place = places[-1] >> _FILE, places[-1] & ((1 << _FILE) - 1)
             try:
-                self._write(part, contents, at)
+                self._write(number, contents, place * CHUNK)
             except OSError as error:
                 if self._made_room or not is_full(error):
                     raise
@@ -62,12 +56,11 @@ class Filling:
         del self._places[digest]
 
     def close(self) -> None:
-        for part in self._parts:
-            part.path.unlink(missing_ok=True)
+        shutil.rmtree(self._folder)
 
-    def _write(self, part: _Part, contents: bytes, at: int) -> None:
-        entry = part.entry
-        opened = os.open(part.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    def _write(self, number: int, contents: bytes, at: int) -> None:
+        entry, path = self._files[number], self._folder / str(number)
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         try:
             if at or entry.size > CHUNK:
                 rest = memoryview(contents)
@@ -76,12 +69,12 @@ class Filling:
                     rest, at = rest[written:], at + written
             else:
                 write_file(opened, (contents,))
-            if part.lacks > 1:
-                part.lacks -= 1
+            if self._lacks[number] > 1:
+                self._lacks[number] -= 1
                 return
             os.fchmod(opened, PROGRAM_MODE if entry.executable else FILE_MODE)
             os.truncate(opened, entry.size)
         finally:
             os.close(opened)
-        self._cache.add(name_of(entry), part.path)
-        part.lacks = 0
+        self._cache.add(name_of(entry), path)
+        self._lacks[number] = 0

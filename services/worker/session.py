@@ -3,6 +3,7 @@
 One function for each thing that can happen; each answers with what is to be done about it. Invariants:
 
 * a credit is honoured once, in this boot only, and only while it is under `CREDIT_SECONDS` old;
+* what it has cached is said until somebody answered, and again to whoever may not have heard it (a challenge names them);
 * an attempt is never run past two thirds of its lease counted from the *sending* of the last heartbeat that was answered, so the worker
   kills its own work before the owner gives it to another.
 """
@@ -103,13 +104,17 @@ class Session:
         self._answered = 0
         self._answered_at = float("-inf")
         self._sent: dict[int, tuple[float, frozenset[Attempt]]] = {}
+        self._cached: tuple[str, ...] = ()
+        self._cached_told = b"", 1
+        """The challenge that it is said with, and the number of the first heartbeat that does."""
+        self._cached_heard = False
 
     @property
     def active(self) -> list[Attempt]:
         """Attempts that run."""
         return list(self._leases)
 
-    def on_heartbeat_due(self, now: float, logs: list[Attempt], goodbye: bool = False) -> Heartbeat:
+    def on_heartbeat_due(self, now: float, logs: list[Attempt], cached: tuple[str, ...] = (), goodbye: bool = False) -> Heartbeat:
         """Renew what is old among the credits and say how things are. Every running attempt is listed, and every one with unrecorded reports."""
         credits: list[Credit] = []
         for slot in () if self.draining else self._free:
@@ -120,6 +125,8 @@ class Session:
         self._sent[self._number] = (now, frozenset(self._reported))
         if len(self._sent) > REMEMBERED_HEARTBEATS:
             del self._sent[next(iter(self._sent))]
+        if cached != self._cached or self._challenge != self._cached_told[0]:
+            self._cached, self._cached_told, self._cached_heard = cached, (self._challenge, self._number), False
         return Heartbeat(
             boot=self.boot,
             number=self._number,
@@ -131,6 +138,7 @@ class Session:
             logs=logs,
             draining=self.draining,
             goodbye=goodbye,
+            cached=None if self._cached_heard else cached,
         )
 
     def on_package(self, package: Package, now: float) -> Start | Refuse | None:
@@ -179,6 +187,7 @@ class Session:
             at, listed = sent
             self._answered = max(self._answered, control.number)
             self._answered_at = max(self._answered_at, at)
+            self._cached_heard |= control.number >= self._cached_told[1]
             for number in [n for n in self._sent if n <= control.number]:
                 del self._sent[number]
             for attempt in listed:

@@ -64,6 +64,7 @@ class Worker:
         self._news = asyncio.Event()
         self._challenged = False
         self._left = False
+        self._told: tuple[str, ...] = ()
 
     async def run(self) -> None:
         """Say again what an earlier life has left, then announce this one. Ends only by cancellation."""
@@ -166,7 +167,8 @@ class Worker:
             self._tools.orphans.sweep()
 
     async def _heartbeat(self, goodbye: bool = False) -> None:
-        heartbeat = self._session.on_heartbeat_due(self._clock(), self._outbox.logs, goodbye)
+        self._told = self._tools.cache.hints()
+        heartbeat = self._session.on_heartbeat_due(self._clock(), self._outbox.logs, self._told, goodbye)
         signed = sign(self._identity, "presence", _encode(heartbeat))
         try:
             await self._bus.send(f"presence.{self._session.worker}", _encode(signed))
@@ -194,10 +196,16 @@ class Worker:
 
     def _start(self, package: Package) -> None:
         attempt = package.attempt
-        run = StageRun(package, self._tools, lambda number: self._session.on_reported(attempt, number))
+        run = StageRun(package, self._tools, lambda number: self._on_reported(attempt, number))
         self._outbox.open(attempt, run.on_window)
         self._runs[attempt] = run, asyncio.get_running_loop().create_task(self._follow(attempt, run), name=f"attempt {attempt}")
         self._metrics.running.set(len(self._runs))
+
+    def _on_reported(self, attempt: Attempt, number: int) -> None:
+        self._session.on_reported(attempt, number)
+        if self._tools.cache.hints() is not self._told:
+            # What it was given is here: whatever wants the same had best come here too.
+            self._news.set()
 
     async def _follow(self, attempt: Attempt, run: StageRun) -> None:
         status = "lost"

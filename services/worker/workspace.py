@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -169,7 +169,8 @@ class Workspace:
             linked = {entry.path for entry in linked_files(trees[each.name])}
             entries: Sequence[Entry] = [entry for entry in trees[each.name] if entry.path not in linked]
             inside = b"" if path == "." else os.fsencode(path)
-            layers.append((self._cache.layer(self._package.inputs[each.name].digest, entries, inside, used), entries))
+            with _naming(each):
+                layers.append((self._cache.layer(self._package.inputs[each.name].digest, entries, inside, used), entries))
         upper, work = self._overlay / "upper", self._overlay / "work"
         for folder in (self._overlay, upper, work):
             folder.mkdir()
@@ -203,7 +204,8 @@ class Workspace:
                 source = held
                 await in_thread(lambda: shutil.copytree(source, into, symlinks=True, dirs_exist_ok=True, ignore=_refusing_links(source, into)))
             elif tree is not None:
-                await self._in_thread(lambda: self._copy(tree, into))
+                with _naming(each):
+                    await self._in_thread(lambda: self._copy(tree, into))
         except FileExistsError as error:
             raise Unplaceable(f"input `{each.name}`: its folder `{_path(each)}` is there already") from error
         self._placed[each.name] = into
@@ -251,6 +253,14 @@ class Workspace:
                 remove_tree(self._overlay)
             self._pins.close()
             self._cache.trim()
+
+
+@contextlib.contextmanager
+def _naming(each: TaskInput) -> Iterator[None]:
+    try:
+        yield
+    except ArchiveRefused as error:
+        raise Unplaceable(f"input `{each.name}`: {error}") from error
 
 
 def _path(each: TaskInput) -> str:

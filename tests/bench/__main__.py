@@ -9,17 +9,20 @@ from collections.abc import Iterable
 
 import msgspec
 
+from tests.bench.artifacts import artifacts
 from tests.bench.figures import Figure, at_least, at_most, table
 from tests.bench.latency import latency
 from tests.bench.lines import lines
+from tests.bench.placement import placement
 from tests.bench.profile import profile
 from tests.bench.rest import idle, starts
 from tests.bench.spawns import spawn_rates
 from tests.bench.storage import storage
 from tests.bench.system import system
 from tests.bench.throughput import throughput
+from tests.bench.trees import trees
 
-PARTS = ("spawns", "storage", "idle", "starts", "latency", "lines", "throughput", "sandbox")
+PARTS = ("spawns", "storage", "placement", "trees", "idle", "starts", "latency", "lines", "artifacts", "throughput", "sandbox")
 CLIENTS = 16
 
 
@@ -36,11 +39,31 @@ class Size(msgspec.Struct, frozen=True):
     lines: int = 1_000_000
     single_lines: int = 100
     builds: int = 1000
+    fleets: tuple[int, ...] = (1000, 10_000)
+    queues: tuple[int, ...] = (0, 1000, 100_000)
+    decisions: int = 1000
+    files: int = 5000
     profiled: int = 3000
+    large: int = 1 << 30
 
 
 SMOKE = Size(
-    spawns=100, log_builds=1000, singles=200, settle=1.0, rest=2.0, starts=1, latency=10, lines=100_000, single_lines=20, builds=100, profiled=300
+    spawns=100,
+    log_builds=1000,
+    singles=200,
+    settle=1.0,
+    rest=2.0,
+    starts=1,
+    latency=10,
+    lines=100_000,
+    single_lines=20,
+    builds=100,
+    fleets=(100,),
+    queues=(0, 10, 1000),
+    decisions=50,
+    files=200,
+    profiled=300,
+    large=64 << 20,
 )
 
 
@@ -86,7 +109,11 @@ def measure(parts: set[str], size: Size, slots: int, profiling: bool, figures: C
         figures.add(rates)
     if "storage" in parts:
         figures.add(asyncio.run(storage(size.log_builds, size.singles)))
-    if profiling or parts & {"idle", "starts", "latency", "lines", "throughput"}:
+    if "placement" in parts:
+        figures.add(placement(size.fleets, size.queues, size.decisions))
+    if "trees" in parts:
+        figures.add(trees(size.files))
+    if profiling or parts & {"idle", "starts", "latency", "lines", "artifacts", "throughput"}:
         plain(parts, size, slots, profiling, figures)
     if "sandbox" in parts:
         with system("auto", slots) as running:
@@ -107,6 +134,8 @@ def plain(parts: set[str], size: Size, slots: int, profiling: bool, figures: Col
             figures.add(asyncio.run(latency(running, "idle", size.latency, at_most(10), at_most(15))))
         if "lines" in parts:
             figures.add(asyncio.run(lines(running, size.lines, size.single_lines)))
+        if "artifacts" in parts:
+            figures.add(asyncio.run(artifacts(running, size.large)))
         if "throughput" in parts:
             figures.add(throughput(running, f"no sandbox, {slots} slots, {CLIENTS} clients", size.builds, CLIENTS, at_least(400)))
         if profiling:

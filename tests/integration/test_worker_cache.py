@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from libs.archives.tree import CHUNK, ZERO_CHUNK, Entry, tree_of
+from proto.events.base import ArtifactRef
+from proto.messages import TREE_HINT
 from proto.plan import TaskInput, TaskOutput
 from services.worker.cache import Cache, name_of
 from services.worker.filling import Filling
@@ -91,6 +93,32 @@ def test_what_is_pinned_stays_whatever_the_limit(cache: Cache) -> None:
     assert cache.tree(tree) is None
     assert not cache.has(loose)
     assert cache.bytes == 0
+
+
+def test_hints_name_the_trees_that_are_there_and_are_new_only_when_those_are(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.worker.cache.MAX_HINTS", 3)
+
+    def named(*trees: str) -> tuple[str, ...]:
+        return tuple(tree[:TREE_HINT] for tree in trees)
+
+    assert cache.hints() == ()
+    a, b, c = (keep(cache, file(name)) for name in "abc")
+    hints = cache.hints()
+    assert hints == named(c, b, a)
+    assert cache.tree(a) and cache.tree("0" * 64) is None
+    keep(cache, file("b"))
+    assert cache.hints() is hints
+    d = keep(cache, file("d"))
+    assert cache.hints() == named(d, b, a)
+    assert cache.tree(c)
+    assert cache.hints() == named(c, d, b)
+    with cache.pinned([b]):
+        cache.trim(0)
+    assert cache.hints() == named(b)
+    again = Cache(cache._files.parent, cache.limit)
+    again.open()
+    assert again.hints() == named(b)
+    again.close()
 
 
 def test_a_later_life_takes_up_what_is_whole(tmp_path: Path) -> None:
@@ -221,10 +249,12 @@ async def test_a_worker_that_may_keep_nothing_keeps_nothing(tmp_path: Path, mean
     (tmp_path / "in" / "src").mkdir(parents=True)
     (tmp_path / "in" / "src" / "file").write_text("x" * 10_000)
     async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, cache_bytes=0, artifacts_url=shop.url) as (scheduler, running):
+        shop.writes = False
         for _ in range(2):
             attempt = await scheduler.send(
                 sh("cp src/file dist; cat src/file | wc -c", inputs=SRC, outputs=["dist"]), inputs=shop.refs("src"), token=TOKEN
             )
+            assert (await scheduler.finished(attempt)).status == "succeeded"
             assert await scheduler.log(attempt, "stdout") == "10000\n"
             await eventually(lambda: not any(path.is_file() for path in (running.folder / "cache").rglob("*")))
         assert shop.requests["blobs"] == 2
@@ -239,6 +269,22 @@ async def test_two_stages_at_once_fetch_a_tree_once(tmp_path: Path, means: Means
         attempts = [await scheduler.send(sh("ls src | wc -l", inputs=SRC), inputs=refs, token=TOKEN) for _ in range(2)]
         assert [await scheduler.log(attempt, "stdout") for attempt in attempts] == ["50\n", "50\n"]
         assert (shop.requests["manifest"], shop.sent) == (1, 50)
+
+
+@pytest.mark.parametrize("means", ["reflink"], indirect=True)
+async def test_where_contents_can_be_shared_a_workspace_takes_no_room_for_them(tmp_path: Path, means: Means) -> None:
+    size, files = 200 * KIB, 200
+    (tmp_path / "in" / "src").mkdir(parents=True)
+    for number in range(files):
+        (tmp_path / "in" / "src" / str(number)).write_bytes(os.urandom(size))
+    disk = os.statvfs(tmp_path)
+    before = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, _):
+        look = sh("cat src/* | wc -c; sync -f .; df --output=used -B1 . | tail -n 1", inputs=SRC)
+        attempt = await scheduler.send(look, inputs=shop.refs("src"), token=TOKEN)
+        seen, used = map(int, (await scheduler.log(attempt, "stdout")).split())
+        assert seen == size * files
+        assert 0.9 < (used - before) / seen < 1.3
 
 
 async def test_a_transfer_that_breaks_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -267,6 +313,19 @@ async def test_an_input_whose_manifest_is_another_trees_is_refused(tmp_path: Pat
         shop.refs("src")
         attempt = await scheduler.send(sh("true", inputs=SRC), inputs=refs, token=TOKEN)
         assert "input `src`: its manifest is not that of the tree" in (await scheduler.finished(attempt, timeout=5)).error
+
+
+@pytest.mark.parametrize("file", [[], [Entry(b"../out", "file", 0o644)]], ids=["nothing to fetch", "a file to fetch"])
+async def test_an_input_that_is_no_tree_is_refused_and_nothing_of_it_is_written(tmp_path: Path, means: Means, file: list[Entry]) -> None:
+    hostile = tree_of([Entry(b"..", "folder", 0o755), Entry(b"../new", "folder", 0o755), *file])
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, running):
+        shop.trees["src"] = hostile
+        ref = ArtifactRef(id="hostile", digest=hostile.summary.digest, size=0, files=len(file))
+        for _ in range(2):
+            attempt = await scheduler.send(sh("true", inputs=SRC), inputs={"src": ref}, token=TOKEN)
+            assert (await scheduler.finished(attempt)).error == "step `step`: input `src`: `..` has `..` in its path"
+        assert not [path for path in running.folder.rglob("*") if path.name == "new" and path.parent != running.folder / "cache"]
+        assert not list((running.folder / "cache" / "files").iterdir())
 
 
 async def test_an_output_of_holes_and_one_of_many_chunks_come_back_as_they_were(tmp_path: Path, means: Means) -> None:

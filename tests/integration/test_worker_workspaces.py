@@ -252,9 +252,8 @@ async def test_a_killed_attempt_leaves_no_mount_and_no_folder(tmp_path: Path, me
         assert running.tools.cache._pins == {}
 
 
+@pytest.mark.parametrize("means", ["overlay"], indirect=True)
 async def test_what_lay_below_an_overlay_leaves_folders_that_are_used_again(tmp_path: Path, means: Means) -> None:
-    if means.overlays is None:
-        pytest.skip("what is copied must be removed")
     (tmp_path / "in" / "src").mkdir(parents=True)
     (tmp_path / "in" / "src" / "file").touch()
     async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, slots=1, artifacts_url=shop.url) as (scheduler, running):

@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from penstock.client import Changed, Full, Selection, Transfer, Unavailable, Unreadable, select
+from penstock.client import Changed, Full, Selection, Transfer, Unavailable, select
 from penstock.client.index import Index, index_path, moment, read_index, settled, stamp_of
 from penstock.client.tree import CHUNK, tree_digest
 from tests.unit.artifact_server import ArtifactServer, connected, problem
@@ -245,13 +248,30 @@ async def test_a_file_that_is_gone_before_it_is_read_is_left_out(source: Path) -
         assert (await client.upload(selection)).files == 199
 
 
-async def test_a_file_that_may_not_be_read_is_said_by_name(source: Path) -> None:
-    if not os.geteuid():
-        pytest.skip("root may read everything")
-    (source / "d0/7").chmod(0)
+UPLOAD = """
+import asyncio, sys
+from pathlib import Path
+from penstock.client import Unreadable
+from tests.unit.artifact_server import ArtifactServer, connected
+async def main():
     async with connected(ArtifactServer()) as client:
-        with pytest.raises(Unreadable, match=r"cannot read .*d0/7: Permission denied"):
-            await client.upload(source)
+        try:
+            await client.upload(Path(sys.argv[1]))
+        except Unreadable as error:
+            print(error)
+asyncio.run(main())
+"""
+
+
+def test_a_file_that_may_not_be_read_is_said_by_name(source: Path) -> None:
+    (source / "d0/7").chmod(0)
+    # root may read everything, as long as it has these
+    humble = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+    command = [*humble, sys.executable, "-P", "-c", UPLOAD, str(source)]
+    said = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert re.search(r"cannot read .*d0/7: Permission denied", said.stdout), said
 
 
 # --- the index

@@ -79,7 +79,7 @@ def test_fewer_missing_bytes_count_more_than_load():
     big, small = ("b" * 64, 1000), ("s" * 64, 10)
     fleet = (worker("idle", free=4), worker("small", free=4, cached=[small[0]]), worker("big", free=1, cached=[big[0]]))
     [assignment] = place(queue_of(queued(1, inputs=[big, small])), Pool(fleet), 0.0)
-    assert [c.worker for c in assignment.why] == ["big", "small", "idle"]
+    assert [(c.worker, c.missing) for c in assignment.why] == [("big", 10), ("small", 1000), ("idle", 1010)]
 
 
 def test_a_tree_under_two_names_is_missed_once():
@@ -256,6 +256,7 @@ def test_each_decision_is_the_one_that_looking_at_everything_would_make(wanting,
         order = sorted((missing(assignment.queued, view), view.load(used[name])) for name, view in open_workers.items())
         named = [open_workers[candidate.worker] for candidate in assignment.why]
         assert [(missing(assignment.queued, view), view.load(used[view.worker])) for view in named] == order[:CANDIDATES]
+        assert [candidate.missing for candidate in assignment.why] == [missing(assignment.queued, view) for view in named]
         assert assignment.worker == assignment.why[0].worker
         del left[assignment.queued.attempt]
         used[assignment.worker] += 1

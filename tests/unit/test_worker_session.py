@@ -212,3 +212,26 @@ def test_reports_of_an_earlier_boot_are_listed_until_they_are_of_no_use() -> Non
     assert [(r.attempt, r.reported) for r in heartbeat.running] == [(B, 4)]
     assert len(heartbeat.credits) == 1
     assert worker.on_control(answer(heartbeat.number)) == [Forget(B)]
+
+
+def test_what_is_cached_is_said_until_it_was_heard_and_again_when_it_is_new_or_somebody_else_asks() -> None:
+    worker = session()
+
+    def said(*cached: str) -> tuple[str, ...] | None:
+        return worker.on_heartbeat_due(0, [], cached).cached
+
+    assert [said(), said()] == [(), ()]
+    worker.on_control(answer(1))
+    assert said() == (), "whoever gave that challenge may not have heard it"
+    worker.on_control(answer(2))
+    assert said() == (), "that was the answer to a heartbeat with another challenge"
+    worker.on_control(answer(3))
+    assert [said(), said("a"), said("a")] == [None, ("a",), ("a",)]
+    worker.on_control(answer(4))
+    assert said("a") == ("a",), "the heartbeat that was answered did not hold it"
+    worker.on_control(answer(6))
+    assert [said("a"), said("a")] == [None, None]
+    worker.on_control(answer(9, challenge=b"another"))
+    assert [said("a"), said("b", "a")] == [("a",), ("b", "a")]
+    worker.on_control(answer(12, challenge=b"another"))
+    assert [said("b", "a"), said("b")] == [None, ("b",)]
