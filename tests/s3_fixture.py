@@ -45,6 +45,14 @@ class S3Server:
         self._thread.join()
         self._server.server_close()
 
+    def new_place(self) -> str:
+        """The URL of an empty place in a new bucket."""
+        bucket = f"b{uuid4().hex}"
+        signed = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
+        request = urllib.request.Request(f"{self.environment['AWS_ENDPOINT']}/{bucket}", method="PUT", headers=signed)
+        urllib.request.urlopen(request).close()
+        return f"s3://{bucket}/blobs"
+
     def count(self, method: str) -> int:
         return sum(found == method for found, _ in self.requests)
 
@@ -69,10 +77,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S
     """The server, and the URL of an empty place on it; this process's environment leads there."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    bucket = f"b{uuid4().hex}"
-    signed = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
-    request = urllib.request.Request(f"{s3_server.environment['AWS_ENDPOINT']}/{bucket}", method="PUT", headers=signed)
-    urllib.request.urlopen(request).close()
+    place = s3_server.new_place()
     s3_server.requests.clear()
-    yield s3_server, f"s3://{bucket}/blobs"
+    yield s3_server, place
     s3_server.away = False

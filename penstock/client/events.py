@@ -20,7 +20,7 @@ async def build_events(http: Http, path: str, last_event_id: str, patience: floa
     last = last_event_id
     loop = asyncio.get_running_loop()
     heard: float | None = None
-    pause = 0.1
+    pause, reached = 0.1, http.reached
     while True:
         try:
             async with aclosing(_messages(http, path, last)) as messages:
@@ -34,7 +34,7 @@ async def build_events(http: Http, path: str, last_event_id: str, patience: floa
                         return
             broken = Unavailable("it was closed before the build's end")
         except Unavailable as error:
-            if heard is None and last == "":  # it never was a stream: the caller is told at once what is wrong
+            if heard is None and last == "" and not reached:  # it never was a stream: the caller is told at once what is wrong
                 heard = loop.time() - patience + 1.0
             broken = error
         if heard is None:

@@ -45,11 +45,13 @@ class Traffic:
     def client(self) -> Client:
         return self._client
 
-    async def submit(self, work: Work) -> Build:
-        """The client repeats it under one key while the server is away, so that it is accepted once or not at all."""
-        if work.outputs and self._input is None:
+    async def submit(self, work: Work, src: Artifact | None = None) -> Build:
+        """The client repeats it under one key while the server is away, so that it is accepted once or not at all. What makes outputs has an input:
+        `src`, or the usual one."""
+        if work.outputs and src is None and self._input is None:
             self._input = await self._client.upload(archive(INPUT), "src")
-        inputs = {"src": self._input} if work.outputs and self._input else {}
+        src = src or self._input
+        inputs = {"src": src} if work.outputs and src else {}
         build = await self._client.create_build(work.plan(self._system.mark), inputs, secrets.token_hex(16), name=work.name)
         self.accepted[build.id] = work
         return build

@@ -1,0 +1,42 @@
+"""What the store of a system holds, and that nothing else does."""
+
+from pathlib import Path
+
+from penstock.client import Client
+from tests.controls import eventually
+from tests.faults.system import System
+from tests.faults.work import archive
+
+
+def stored(system: System) -> list[Path]:
+    """Every pack that is in the store, whole."""
+    return sorted(path for path in system.data.blobs.rglob("*") if path.is_file() and path.suffix != ".part")
+
+
+async def nothing_but_what_lives(system: System, client: Client) -> None:
+    """FAULTS 32: when no upload is under way, an hour later (as far as uploads can tell), the store has just what the index says, and of that
+    everything is held by an artifact that is there, or by a log."""
+    database = await system.database()
+    try:
+        await database.execute("UPDATE artifacts.upload SET seen_at = seen_at - 7200")
+        # what is deleted wakes the janitor, who would come round within a minute
+        await client.delete(await client.upload(archive({"last": b"words"})))
+
+        async def tidy() -> bool:
+            """One snapshot of the index; the files may be a moment behind."""
+            async with database.transaction(isolation="repeatable_read"):
+                packs = {f"{row['team']}/{row['name']}": row["bytes"] for row in await database.fetch("SELECT * FROM artifacts.pack")}
+                unheld = await database.fetch("SELECT name FROM artifacts.pack p WHERE NOT EXISTS (SELECT FROM artifacts.hold WHERE pack = p.id)")
+                strange = await database.fetch(
+                    "SELECT DISTINCT holder FROM artifacts.hold WHERE holder NOT LIKE 'log:%' "
+                    "AND NOT EXISTS (SELECT FROM artifacts.artifact WHERE 'upload:' || upload = holder)"
+                )
+                uploads = await database.fetch("SELECT id, sealing FROM artifacts.upload")
+            files = {path.relative_to(system.data.blobs).as_posix(): path.stat().st_size for path in system.data.blobs.rglob("*") if path.is_file()}
+            assert (unheld, strange, uploads) == ([], [], []), (unheld, strange, uploads)
+            assert files == packs, (files, packs)
+            return True
+
+        await eventually(tidy, timeout=30)
+    finally:
+        await database.close()
