@@ -32,36 +32,39 @@ def _frames(blobs: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
 
 class BlobStreamReader:
     """Takes a blob stream apart as it arrives, and gives on only what was asked for, once, and is what its digest says. Memory: one blob, and the
-    digests of those that came."""
+    digests of those that `came`."""
 
     def __init__(self, expected: Callable[[bytes], int | None]) -> None:
         """`expected` says how large the blob with a digest is, None when it is not wanted."""
         self._expected = expected
-        self._came: set[bytes] = set()
+        self.came: set[bytes] = set()
         self._digest: bytes | None = None
         self._needed = _HEADER
-        self._waiting = bytearray()
+        self._waiting: list[bytes] = []
         self._ended = False
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The blobs that `data` completes: digest and contents; to be drawn to its end. Raises ArchiveRefused."""
-        rest = memoryview(data)
-        while rest:
+        at = 0
+        while at < len(data):
             if self._ended:
                 raise ArchiveRefused(b"", "goes on after its end")
-            room = self._needed - len(self._waiting)
-            self._waiting += rest[:room]
-            rest = rest[room:]
-            if len(self._waiting) < self._needed:
-                return
-            taken = bytes(self._waiting)
-            self._waiting.clear()
+            taken = data[at : at + self._needed]
+            at += len(taken)
+            self._needed -= len(taken)
+            if self._needed or self._waiting:
+                self._waiting.append(taken)
+                if self._needed:
+                    return
+                taken = b"".join(self._waiting)
+                self._waiting.clear()
             if self._digest is None:
                 self._begin(taken)
                 continue
             digest, self._digest, self._needed = self._digest, None, _HEADER
             if hashlib.sha256(taken).digest() != digest:
                 raise ArchiveRefused(b"", f"holds bytes that are not those of blob {digest.hex()}")
+            self.came.add(digest)
             yield digest, taken
 
     def finish(self) -> None:
@@ -71,15 +74,14 @@ class BlobStreamReader:
 
     def _begin(self, header: bytes) -> None:
         if header == END_FRAME:
-            self._ended = True
+            self._ended, self._needed = True, _HEADER
             return
         digest, size = header[:DIGEST], int.from_bytes(header[DIGEST:], "big")
-        if digest in self._came:
+        if digest in self.came:
             raise ArchiveRefused(b"", f"holds blob {digest.hex()} twice")
         wanted = self._expected(digest)
         if wanted is None:
             raise ArchiveRefused(b"", f"holds blob {digest.hex()}, which is not wanted")
         if size != wanted or not 0 < size <= CHUNK:
             raise ArchiveRefused(b"", f"holds blob {digest.hex()} in another size: {size} bytes")
-        self._came.add(digest)
         self._digest, self._needed = digest, size

@@ -24,25 +24,27 @@ async def in_thread(work: Callable[[], T], threads: Executor | None = None) -> T
 
 
 async def pump(chunks: AsyncIterator[bytes], feed: Callable[[bytes], None], finish: Callable[[], T], threads: Executor | None = None) -> T:
-    """Call `feed` in threads, one call at a time, with all of `chunks` in pieces of 64 KiB to about 1 MiB, reading on meanwhile; then `finish`, whose
-    answer is the answer. When this returns or raises, no call is under way. The producer waits once a piece is full: backpressure."""
-    waiting = bytearray()
+    """Call `feed` in threads, one call at a time, with each of `chunks`; a thread is taken for 64 KiB to about 1 MiB of them, and meanwhile more are
+    read. Then `finish`, whose answer is the answer. When this returns or raises, no call is under way. The producer waits once so much is waiting:
+    backpressure."""
+    waiting: list[bytes] = []
+    size = 0
     working: asyncio.Task[None] | None = None
     try:
         async for chunk in chunks:
-            waiting += chunk
-            if len(waiting) < _ENOUGH or (working is not None and not working.done() and len(waiting) < _AT_MOST):
+            waiting.append(chunk)
+            size += len(chunk)
+            if size < _ENOUGH or (working is not None and not working.done() and size < _AT_MOST):
                 continue
             if working is not None:
                 await working
-            working = asyncio.create_task(in_thread(_bound(feed, bytes(waiting)), threads))
-            waiting.clear()
+            working = asyncio.create_task(in_thread(_feeding(feed, waiting), threads))
+            waiting, size = [], 0
         if working is not None:
             await working
 
         def last() -> T:
-            if waiting:
-                feed(bytes(waiting))
+            _feeding(feed, waiting)()
             return finish()
 
         return await in_thread(last, threads)
@@ -87,8 +89,15 @@ def gathered(pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
         yield b"".join(waiting)
 
 
-def _bound(feed: Callable[[bytes], None], piece: bytes) -> Callable[[], None]:
-    return lambda: feed(piece)
+def _feeding(feed: Callable[[bytes], None], pieces: list[bytes]) -> Callable[[], None]:
+    """Each piece is let go once it was fed."""
+
+    def work() -> None:
+        pieces.reverse()
+        while pieces:
+            feed(pieces.pop())
+
+    return work
 
 
 async def _settled(future: asyncio.Future[T]) -> None:

@@ -34,21 +34,22 @@ class Member(NamedTuple):
 
 
 class ArchiveReader:
-    """Push parser: `feed` gives a Member, then the pieces of its contents, then the next; `finish` says whether all was there."""
+    """Push parser: `feed` gives a Member, then the pieces of its contents, then the next; `finish` says whether all was there.
+    A piece may be a view of what was fed: to keep it for long is to keep all of that."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._source = Decompressor(limits)
-        self._buffer = b""
+        self._buffer: bytes | memoryview = b""
         self._at = 0
         self._ended = False
         self._filled = 0
         self._steps = self._parse()
 
-    def feed(self, data: bytes) -> Iterator[Member | bytes]:
+    def feed(self, data: bytes) -> Iterator[Member | bytes | memoryview]:
         """What `data` completes. Raises ArchiveRefused."""
         for piece in self._source.feed(data):
-            self._buffer = self._buffer[self._at :] + piece if self._at < len(self._buffer) else piece
+            self._buffer = memoryview(b"".join((self._buffer[self._at :], piece)) if self._at < len(self._buffer) else piece)
             self._at = 0
             for found in self._steps:
                 if found is None:
@@ -61,7 +62,7 @@ class ArchiveReader:
         if not self._ended:
             raise ArchiveRefused(b"", "is cut short")
 
-    def _parse(self) -> Generator[Member | bytes | None, None, None]:
+    def _parse(self) -> Generator[Member | bytes | memoryview | None, None, None]:
         """The archive's grammar; None asks for more bytes."""
         members = total = 0
         long_name = long_link = None
@@ -109,11 +110,11 @@ class ArchiveReader:
         while end > len(self._buffer):
             yield None
             end = self._at + size
-        taken = self._buffer[self._at : end]
+        taken = bytes(self._buffer[self._at : end])
         self._at = end
         return taken
 
-    def _contents(self, size: int) -> Generator[bytes | None, None, None]:
+    def _contents(self, size: int) -> Generator[bytes | memoryview | None, None, None]:
         remaining = size
         while remaining:
             if self._at == len(self._buffer):
@@ -155,7 +156,7 @@ class ArchiveReader:
             raise ArchiveRefused(path, "is a sparse member whose parts are not as long as what is stored of it")
         return stored, parts
 
-    def _with_holes(self, member: Member, parts: SparseMap) -> Generator[bytes | None, None, None]:
+    def _with_holes(self, member: Member, parts: SparseMap) -> Generator[bytes | memoryview | None, None, None]:
         at = 0
         for offset, length in parts:
             yield from self._holes(member, at, offset)
@@ -180,7 +181,7 @@ class ArchiveReader:
             raise ArchiveRefused(b"", "goes on after its end")
         self._ended = True
         while True:
-            if self._buffer.count(0, self._at) != len(self._buffer) - self._at:
+            if bytes(self._buffer[self._at :]).strip(b"\0"):
                 raise ArchiveRefused(b"", "goes on after its end")
             self._at = len(self._buffer)
             yield None

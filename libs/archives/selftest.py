@@ -69,7 +69,7 @@ def extract(archive: Iterable[bytes], root: Path, limits: Limits) -> TreeSummary
             whole = bytearray()
             while len(whole) < member.size:
                 piece = next(pieces)
-                assert isinstance(piece, bytes)
+                assert not isinstance(piece, Member)
                 whole += piece
             chunks = [bytes(whole[at : at + CHUNK]) for at in range(0, len(whole), CHUNK)]
             digest = b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
@@ -82,7 +82,7 @@ def extract(archive: Iterable[bytes], root: Path, limits: Limits) -> TreeSummary
     return tree.summary
 
 
-def _read(archive: Iterable[bytes], limits: Limits) -> Iterator[Member | bytes]:
+def _read(archive: Iterable[bytes], limits: Limits) -> Iterator[Member | bytes | memoryview]:
     reader = ArchiveReader(limits)
     for data in archive:
         yield from reader.feed(data)

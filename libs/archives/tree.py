@@ -6,6 +6,7 @@ by all that lies in it; every folder is named. A tree's digest is the sha256 of 
 """
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -236,6 +237,7 @@ class TreeCheck:
         self._folder = self._last = self._before = b""
         self._above: list[tuple[bytes, bytes]] = []
         self._plain: set[int] = set()
+        self._lately = array("q")
         self._links: dict[bytes, bytes] = {}
 
     def add(self, entry: Entry) -> None:
@@ -293,11 +295,14 @@ class TreeCheck:
             raise ArchiveRefused(path, "has more or fewer digests than chunks")
         self._files += 1
         if entry.target:
+            self._plain.update(self._lately)
+            del self._lately[:]
             if hash(Entry(entry.target, "file", entry.mode, size, digest)) not in self._plain:
                 raise ArchiveRefused(path, "is a hard link to what is no earlier, equal file")
             return
-        # the hash stands for the entry, which need not be kept; were two to collide, the worst is a hard link that cannot be made
-        self._plain.add(hash(entry))
+        # the hash stands for the entry, which need not be kept; were two to collide, the worst is a hard link that cannot be made. Where there are
+        # no hard links, a few bytes of each are all
+        self._lately.append(hash(entry))
         self._size += size
         if self._size > self._limits.max_bytes:
             raise LimitExceeded(path, f"takes the tree past {self._limits.max_bytes} bytes")

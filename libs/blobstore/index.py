@@ -32,9 +32,10 @@ SELECT ARRAY(SELECT number - 1 FROM wanted WHERE pack IS NULL ORDER BY number), 
 """
 _SHARE = """
 INSERT INTO hold AS h (team, holder, pack, used)
-SELECT team, $3, pack, used FROM hold WHERE team = $1 AND holder = $2 ORDER BY pack
+SELECT team, $3, pack, used FROM hold, set_config('synchronous_commit', 'off', true) WHERE team = $1 AND holder = $2 ORDER BY pack
 ON CONFLICT (team, holder, pack) DO UPDATE SET used = h.used | excluded.used
 """
+"""On the disk with the next commit that is: who shares has something to say that is worthless without."""
 _RELEASE = """
 WITH gone AS (DELETE FROM hold WHERE team = $1 AND holder = ANY ($2::text[]))
 SELECT EXISTS (SELECT FROM hold WHERE team = $1 AND holder = ANY ($2::text[]))

@@ -5,6 +5,7 @@ A holder is opaque text ("upload:<id>", "tree:<hex>"). To find a blob present, o
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -43,6 +44,8 @@ T = TypeVar("T")
 _RENEWAL = 10.0
 _SILENCE = 60.0
 _LATE = 3600.0
+_TURNS = 4
+"""Packs that uploads may have under way at once: 8 MiB of memory each."""
 
 
 class _Waiting:
@@ -84,6 +87,7 @@ class BlobStore:
         self._tasks: set[asyncio.Task[None]] = set()
         self._putting: set[str] = set()
         self._begun = False
+        self._turns = threading.Semaphore(_TURNS)
         self.threads = threads
         self.problem: str | None = "has not begun"
 
@@ -137,7 +141,7 @@ class BlobStore:
         def write(digests: Sequence[bytes], contents: Sequence[bytes]) -> Coroutine[None, None, None]:
             return self._unbroken(self._writer.write(team, digests, contents, {holder: range(len(digests))}))
 
-        return Upload(asyncio.get_running_loop(), partial(self._index.hold, team, holder), write, room)
+        return Upload(asyncio.get_running_loop(), partial(self._index.hold, team, holder), write, self._turns, room)
 
     async def put(self, team: str, holder: str, contents: bytes) -> bytes:
         """One blob, durable and held; its digest. Those that come while another is written go together. Raises StoreFull, StoreUnavailable."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
@@ -25,19 +26,20 @@ class Upload:
     """Blobs for one holder; blocking, for one thread at a time, never the event loop's. What was stored is held by the holder, pack by pack, also
     when a later one fails; of a failed call it is not known how far it came, and the upload is over.
 
-    At most two packs are under way while a third is gathered."""
+    At most two packs are under way while a third is gathered; of all uploads, as many as `turns` has."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, hold: Hold, write: Write, room: int | None) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, hold: Hold, write: Write, turns: threading.Semaphore, room: int | None) -> None:
         """`hold` gives indexes of the missing; `write` stores a pack of blobs."""
         self._loop = loop
         self._hold = hold
         self._write = write
+        self._turns = turns
         self._room = room
         self._asked: dict[bytes, bytes] = {}
         self._asked_bytes = 0
         self._fresh: dict[bytes, bytes] = {}
         self._fresh_bytes = 0
-        self._under_way: deque[tuple[Future[None], dict[bytes, bytes]]] = deque()
+        self._under_way: deque[tuple[Future[None], frozenset[bytes]]] = deque()
         self._failed: BaseException | None = None
         self.new_bytes = 0
         """What the team did not have."""
@@ -50,7 +52,7 @@ class Upload:
         self._check()
         if digest is None:
             digest = hashlib.sha256(contents).digest()
-        if digest in self._asked or digest in self._fresh or any(digest in blobs for _, blobs in self._under_way):
+        if digest in self._asked or digest in self._fresh or any(digest in digests for _, digests in self._under_way):
             return digest
         self._asked[digest] = contents
         self._asked_bytes += len(contents)
@@ -103,9 +105,11 @@ class Upload:
         while len(self._under_way) >= _UNDER_WAY:
             self._under_way[0][0].result()
             self._under_way.popleft()
+        self._turns.acquire()
         blobs, self._fresh, self._fresh_bytes = self._fresh, {}, 0
         future = asyncio.run_coroutine_threadsafe(self._write(list(blobs), list(blobs.values())), self._loop)
-        self._under_way.append((future, blobs))
+        future.add_done_callback(lambda _: self._turns.release())
+        self._under_way.append((future, frozenset(blobs)))
 
     def _flush(self) -> None:
         if self._asked:

@@ -95,7 +95,8 @@ class _Wire(Client):  # type: ignore[misc, unused-ignore]
         transport = self._transport
         tasks = [t for t in (self._reading_task, self._ping_interval_task, self._flusher_task) if t is not None]
         with suppress(Exception):
-            await asyncio.wait_for(self._close(Client.CLOSED, False), 1.0)
+            async with asyncio.timeout(1.0):
+                await self._close(Client.CLOSED, False)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,6 +119,7 @@ class Connection:
         self._wire: _Wire | None = None
         self._up = asyncio.Event()
         self._kicked = False
+        self._closed = False
         self._sid = 0
         self._subscriptions: dict[int, tuple[str, Handler]] = {}
         self._questions: dict[bytes, _Question] = {}
@@ -209,9 +211,10 @@ class Connection:
             raise BusUnavailable(f"no answer: {error}") from error
 
     async def run(self) -> None:
-        """Connects, and connects again, until it is cancelled."""
+        """Connects, and connects again, until it is cancelled after `close`. That it is cancelled is not enough: nats-py connects under
+        `asyncio.wait_for`, which in Python 3.11 forgets a cancellation that comes just when the connection is made or refused."""
         failures = 0
-        while True:
+        while not self._closed:
             wire = _Wire(self._subscriptions, self._log)
             try:
                 try:
@@ -220,14 +223,16 @@ class Connection:
                     if failures == 0:
                         self._log.warning("no connection to the bus", error=str(error) or type(error).__name__)
                 else:
-                    failures = -1
-                    self._begin(wire)
-                    await wire.ended.wait()
+                    if not self._closed:
+                        failures = -1
+                        self._begin(wire)
+                        await wire.ended.wait()
             finally:
                 self._lose()
                 await wire.end()
             failures += 1
-            await asyncio.sleep(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
+            if not self._closed:
+                await asyncio.sleep(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
 
     async def _connect(self, wire: _Wire) -> None:
         async def ignore(error: Exception) -> None:
@@ -312,7 +317,8 @@ class Connection:
             self._sweeper = self._loop.call_later(1.0, self._sweep)
 
     def close(self) -> None:
-        """After `run` has ended."""
+        """Before `run` is cancelled: nothing connects any more."""
+        self._closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
 
@@ -324,15 +330,16 @@ async def connect(login: Login, inbox_prefix: str, patience: float) -> AsyncIter
     task = asyncio.create_task(connection.run(), name=f"bus {login.name}")
     try:
         with suppress(TimeoutError):
-            await asyncio.wait_for(connection.wait_connected(), patience)
+            async with asyncio.timeout(patience):
+                await connection.wait_connected()
         yield connection
         with suppress(BusUnavailable):
             await connection.flush()
     finally:
+        connection.close()
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        connection.close()
 
 
 def _fail(future: asyncio.Future[Any], error: Exception) -> None:

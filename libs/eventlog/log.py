@@ -87,12 +87,15 @@ class Wakeup:
         self._on_close = on_close
         self._urgent = urgent
         self._linger = linger
+        self.unheard = False
+        """Whether the database was out of reach since whoever waits last cleared this: what it had not synced, it may have forgotten."""
         self._later: asyncio.TimerHandle | None = None
         self._credit = self.BURST
         self._credited = self._loop.time()
 
     def ring(self, categories: Collection[str] = ()) -> None:
         """Something was appended to these categories; none: nobody knows to which."""
+        self.unheard = self.unheard or not categories
         if self._rung.is_set():
             return
         if not categories or self._urgent is None or any(category in self._urgent for category in categories):

@@ -104,10 +104,16 @@ class StoredProjection:
         self.more = True
         """Whether the last batch was so full that the next one is likely there already."""
         self._quiet = False
+        self._doubted = False
         self._rows: dict[tuple[type[Struct], str], Struct | None] = {}
         for table in projection.tables:
             if table.row.__struct_config__.omit_defaults:
                 raise ValueError(f"{table.row.__name__} omits defaults, so its columns would be null")
+
+    def doubt(self) -> None:
+        """The database was away, and a batch is not synced when it is committed: rows and checkpoint may be, together, what they were before it.
+        Look again before the next batch."""
+        self._doubted = True
 
     async def position(self) -> int:
         """Everything up to here is in the tables, as this instance last knew."""
@@ -124,6 +130,9 @@ class StoredProjection:
             raise
 
     async def _advance(self) -> int:
+        if self._doubted:
+            self._doubted, self._place = False, None
+            self._drop_ahead()
         place = await self._at()
         with unavailable():
             page = await self._page_after(place.position)

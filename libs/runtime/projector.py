@@ -21,6 +21,8 @@ class Advancing(Protocol):
 
     async def advance(self) -> int: ...
 
+    def doubt(self) -> None: ...
+
 
 class Projector:
     """Advances a projection whenever the log grows. `problem` says why it stands still, None when it does not."""
@@ -44,10 +46,15 @@ class Projector:
         pause = 0.1
         try:
             while True:
+                if wakeup.unheard:
+                    wakeup.unheard = False
+                    self._projection.doubt()
+                    self.position = 0
                 try:
                     position = await self._projection.advance()
                 except LogUnavailable as error:
                     self.problem = str(error) or "the log cannot be reached"
+                    wakeup.unheard = True
                 except UnknownEvent as error:
                     self.problem = f"met an event that this version does not know: {error}; deploy consumers first"
                     logger.error("projection stopped", why=self.problem)

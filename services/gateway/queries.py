@@ -88,6 +88,11 @@ class Queries:
         self.token = Lookup(pool, TokenRow, "tokens", "sha256").get
         self.team = Lookup(pool, TeamRow, "teams", "name").get
 
+    async def position(self) -> int:
+        """Up to where in the log the rows are what it says."""
+        rows = await _fetch(self._pool, "SELECT position FROM checkpoint WHERE name = 'gateway'")
+        return int(rows[0][0]) if rows else 0
+
     async def build_of_team(self, team: str, name: str) -> BuildRow | None:
         """By id, or by number within the team."""
         if name.isascii() and name.isdigit() and len(name) <= 18:

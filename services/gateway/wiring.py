@@ -18,6 +18,7 @@ from libs.eventlog.projections import StoredProjection
 from libs.runtime.commands import CommandLoop
 from libs.runtime.http import problems
 from libs.runtime.ids import new_id
+from libs.runtime.memory import keep_memory
 from libs.runtime.projector import Projector
 from libs.runtime.service import Service
 from libs.runtime.settings import decode
@@ -75,6 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> web.Application | None:
     """Build the service, start its parts, and give the application that it serves."""
     settings = decode(Settings, environ)
+    keep_memory(8 << 20)
     public_url = settings.public_url.rstrip("/") or _url_of(sockets.get("http"))
     log = await service.enter(open_postgres_log(settings.database_url, size=6))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "gateway"))
@@ -133,7 +135,12 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     ]
     about = AboutRoutes(version=importlib.metadata.version("penstock"), authenticator=authenticator, public_url=public_url, known=known)
     app = web.Application(middlewares=[problems])
-    add(app, [*known, *about.endpoints()], authenticator)
+
+    async def up_to_date() -> bool:
+        head = await log.head()
+        return await projector.passed(head, 1.0) and await queries.position() >= head
+
+    add(app, [*known, *about.endpoints()], authenticator, up_to_date)
 
     async def close_streams(_: web.Application) -> None:
         streams.close()

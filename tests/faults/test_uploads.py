@@ -3,16 +3,15 @@
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from penstock.client import Artifact, Client, NotFound, Refused, Transfer, Unavailable
+from penstock.client import Artifact, Client, Transfer, Unavailable
 from penstock.up.processes import Identity
-from tests.controls import eventually
 from tests.faults.folders import SUMS, edited, files_in, same, some_files, write
 from tests.faults.proxy import Proxy
 from tests.faults.storage import nothing_but_what_lives
@@ -36,19 +35,6 @@ def chance() -> random.Random:
     return random.Random(SEED)
 
 
-async def in_time(call: Callable[[], Awaitable[T]]) -> T:
-    """The answer to something that is there. When the database dies, the gateway's read models may go back by a moment; until they have caught up,
-    what was answered before is unknown."""
-
-    async def once() -> tuple[T]:
-        try:
-            return (await call(),)
-        except (NotFound, Refused) as error:
-            raise AssertionError(str(error)) from error
-
-    return (await eventually(once, timeout=20))[0]
-
-
 class Customer:
     """Someone with a folder, which changes, is uploaded, fetched back and built with."""
 
@@ -70,13 +56,13 @@ class Customer:
         write(folder, self.files)
         artifact = await client.upload(folder)
         work = Work("checking", CHECKING, lines=("whole\n",), outputs={"dist": self.files})
-        build, fetched = await asyncio.gather(in_time(lambda: self._traffic.submit(work, artifact)), self._fetched(artifact))
+        build, fetched = await asyncio.gather(self._traffic.submit(work, artifact), self._fetched(artifact))
         assert same(fetched, folder)
-        ended = await in_time(lambda: client.wait(build.id))
+        ended = await client.wait(build.id)
         assert ended.status == "succeeded", ended
         assert same(await self._fetched(ended.outputs["dist"]), folder)
         if self._chance.random() < 0.3:
-            await in_time(lambda: client.delete(artifact))
+            await client.delete(artifact)
         self.files = edited(self._chance, self.files)
 
     async def _fetched(self, artifact: Artifact) -> Path:
@@ -84,7 +70,7 @@ class Customer:
         into = self._home / ("again" if self._chance.random() < 0.5 else artifact.id)
         for path in files_in(into).keys() - self.files.keys():
             (into / path).unlink()
-        await in_time(lambda: self._traffic.client.download(artifact, into))
+        await self._traffic.client.download(artifact, into)
         return into
 
 
@@ -163,7 +149,7 @@ async def test_an_upload_and_a_download_survive_a_death_at_any_point(system: Sys
             points["download"] += each
             blow = Blow(system, name, points["download"])
             into = tmp_path / f"back{points['download']}"
-            await in_time(lambda artifact=artifact, into=into, blow=blow: client.download(artifact, into, progress=blow))
+            await client.download(artifact, into, progress=blow)
             hit = await blow.over()
             assert same(into, work)
         assert points["upload"] > 4 and points["download"] > 2, points
@@ -171,7 +157,7 @@ async def test_an_upload_and_a_download_survive_a_death_at_any_point(system: Sys
 
 
 async def whole(client: Client, artifact: Artifact, folder: Path, into: Path) -> bool:
-    await in_time(lambda: client.download(artifact, into))
+    await client.download(artifact, into)
     return same(into, folder)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from libs.runtime.http import expect_later
+from libs.runtime.http import Problem, expect_later, unavailable
 from proto.events.team import Role
 from services.gateway.auth import Authenticator, Principal, require
 from services.gateway.refusals import absent, invalid
@@ -15,6 +15,7 @@ PREFIX = "/api/v1"
 MAX_PAGE = 200
 
 Handler = Callable[[web.Request, Principal], Awaitable[web.StreamResponse]]
+Served = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Parameter(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,13 +57,29 @@ LAST_EVENT = (
 ANYBODY = Principal("", "viewer", "")
 
 
-def add(app: web.Application, endpoints: Iterable[Endpoint], authenticator: Authenticator) -> None:
-    """Serve the endpoints."""
+def add(app: web.Application, endpoints: Iterable[Endpoint], authenticator: Authenticator, up_to_date: Callable[[], Awaitable[bool]]) -> None:
+    """Serve the endpoints. `up_to_date` says whether the read models know all that had happened when it was asked."""
     for endpoint in endpoints:
-        app.router.add_route(endpoint.method, PREFIX + endpoint.path, _guarded(endpoint, authenticator), expect_handler=expect_later)
+        guarded = _certain(_guarded(endpoint, authenticator), up_to_date)
+        app.router.add_route(endpoint.method, PREFIX + endpoint.path, guarded, expect_handler=expect_later)
 
 
-def _guarded(endpoint: Endpoint, authenticator: Authenticator) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+def _certain(handler: Served, up_to_date: Callable[[], Awaitable[bool]]) -> Served:
+    """What the read models do not know may only be unknown to them: after a crash of the database they are, for a moment, what they were before.
+    So nobody is told that something is not there unless that is certain."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except Problem as problem:
+            if problem.status in (401, 404, 422) and not await up_to_date():
+                raise unavailable("the read models are catching up") from problem
+            raise
+
+    return handle
+
+
+def _guarded(endpoint: Endpoint, authenticator: Authenticator) -> Served:
     handler, least = endpoint.handler, endpoint.least
     for_team = "{team}" in endpoint.path and not endpoint.any_team
     known = {parameter.name for parameter in endpoint.parameters if parameter.place == "query"}
