@@ -40,6 +40,11 @@ class Http:
         self._reached = False
         self._session: aiohttp.ClientSession | None = None
 
+    @property
+    def reached(self) -> bool:
+        """Whether the server has ever answered."""
+        return self._reached
+
     async def __aenter__(self) -> "Http":
         headers = {"User-Agent": "penstock", "Accept-Encoding": "identity"}
         if self._token:

@@ -43,14 +43,18 @@ async def hash_files(selection: Selection, threads: Threads, tell: Callable[[int
     asked = moment(os.fsencode(selection.root)) if selection.stale else 0
     if selection.unread:
         meter = Meter()
-        work = [threads.start(_read_files, selection, unit, meter, threads) for unit in _units(selection)]
-        left = set(work)
+        large: dict[int, list[Part]] = {}
+        left = {threads.start(_read_files, selection, unit, meter, threads) for unit in _units(selection)}
         while left:
             done, left = await asyncio.wait(left, timeout=TICK, return_when=asyncio.FIRST_EXCEPTION)
-            for part in done:
-                part.result()
+            for read in done:
+                for part in read.result():
+                    if selection.entries[part[0]].size > CHUNK:
+                        large.setdefault(part[0], []).append(part)
+                    else:
+                        _take(selection, part[0], [part])
             tell(meter.done)
-        for n, parts in _grouped(selection, work).items():
+        for n, parts in large.items():
             _take(selection, n, parts)
         selection.unread = []
     _link_twins(selection)
@@ -70,35 +74,36 @@ def save(selection: Selection) -> None:
         selection.stale = False
 
 
-Unit = Sequence[tuple[int, int, int]]
-"""(file, first chunk, chunks) of what is read in one go."""
+Unit = tuple[Sequence[int], int, int]
+"""(files, first chunk, chunks) of what is read in one go."""
 Part = tuple[int, int, bytes, int, bytes]
 """(file, first chunk, stamp, size, digests) of what was."""
 
 
 def _units(selection: Selection) -> Iterator[Unit]:
-    batch: list[tuple[int, int, int]] = []
+    batch: list[int] = []
     room = _BATCH_BYTES
     for n in selection.unread:
         size = selection.entries[n].size
         if size > CHUNK:
             count = -(-size // CHUNK)
             for first in range(0, count, _PART):
-                yield [(n, first, min(_PART, count - first))]
+                yield [n], first, min(_PART, count - first)
             continue
-        batch.append((n, 0, 1))
+        batch.append(n)
         room -= size
         if room <= 0 or len(batch) >= _BATCH_FILES:
-            yield batch
+            yield batch, 0, 1
             batch, room = [], _BATCH_BYTES
     if batch:
-        yield batch
+        yield batch, 0, 1
 
 
 def _read_files(selection: Selection, unit: Unit, meter: Meter, threads: Threads) -> list[Part]:
     top = os.fsencode(selection.root) + b"/"
     parts: list[Part] = []
-    for n, first, count in unit:
+    files, first, count = unit
+    for n in files:
         path = selection.entries[n].path
         with opened(top + path) as handle:
             for last in (False, True):
@@ -174,14 +179,6 @@ class opened:
         return Unreadable(f"cannot read {name}: {error.strerror}")
 
 
-def _grouped(selection: Selection, work: "Sequence[asyncio.Future[list[Part]]]") -> dict[int, list[Part]]:
-    found: dict[int, list[Part]] = {}
-    for done in work:
-        for part in done.result():
-            found.setdefault(part[0], []).append(part)
-    return found
-
-
 def _take(selection: Selection, n: int, parts: list[Part]) -> None:
     """Put a file's digest together from what was read of it."""
     parts.sort(key=lambda part: part[1])
@@ -194,7 +191,8 @@ def _take(selection: Selection, n: int, parts: list[Part]) -> None:
     mode = PROGRAM_MODE if int.from_bytes(stamp[:4], "big") & 0o100 else FILE_MODE
     selection.size += size - entry.size
     selection.entries[n] = Entry(entry.path, "file", mode, size, digest)
-    selection.stamps[n] = stamp
+    if stamp != selection.stamps[n]:
+        selection.stamps[n] = stamp
 
 
 def _link_twins(selection: Selection) -> None:

@@ -86,6 +86,10 @@ def _selected(selection: Selection, top: bytes, listing: GitList | None, looked:
         found.update(_walk(top, b".git", include_git=True))
     if ignored:
         found = _without_ignored(ignored, found)
+    now = [found[entry.path] for entry in index.entries if entry.path in found]
+    if len(found) == len(now) == len(index.entries) and _compared(selection, top, now):
+        selection.stale = selection.stale or index.listing != before
+        return _measured(selection)
     return _built(selection, top, found, known, before)
 
 

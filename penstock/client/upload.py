@@ -22,7 +22,7 @@ from penstock.client.model import Artifact, PendingUpload, Progress, Transfer
 from penstock.client.scan import hash_files, opened, read_chunk, save
 from penstock.client.selection import Selection, select
 from penstock.client.threads import Threads
-from penstock.client.tree import CHUNK, DIGEST, ZERO_CHUNK, manifest_of
+from penstock.client.tree import CHUNK, DIGEST, ZERO_CHUNK, Entry, manifest_of
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdCompressor
@@ -37,7 +37,7 @@ AT_ONCE = 2
 STREAM = 64 << 20
 """Bytes in one of them."""
 GATHERED = 1 << 20
-"""Bytes that are read before they are handed on."""
+"""Bytes that are read before they are handed on, and that are handed on at once."""
 
 
 async def upload_folder(
@@ -136,7 +136,7 @@ class _Upload:
         return await self._asked("POST", self._path, self._offered(manifest_of(self._selection.entries)), headers, self._params)
 
     async def _asked(
-        self, method: str, path: str, body: AsyncIterator[bytes], headers: dict[str, str], params: Mapping[str, str]
+        self, method: str, path: str, body: AsyncIterator[bytes | memoryview], headers: dict[str, str], params: Mapping[str, str]
     ) -> Artifact | PendingUpload:
         """One request with a body that may take any time, while it moves. Raises Unavailable when it does not."""
         if self._packed:
@@ -146,7 +146,7 @@ class _Upload:
         try:
             async with asyncio.timeout(self._stalled) as limit:
 
-                async def moving() -> AsyncIterator[bytes]:
+                async def moving() -> AsyncIterator[bytes | memoryview]:
                     loop = asyncio.get_running_loop()
                     try:
                         began = loop.time()
@@ -225,6 +225,8 @@ class _Upload:
 
     async def _put(self, upload: str, places: Sequence[int]) -> Artifact | PendingUpload:
         headers = {**self._headers, "Content-Type": BLOBS_TYPE}
+        if not self._packed:  # a body without chunks of HTTP's own need not be put together again at each step
+            headers["Content-Length"] = str(sum(len(END_FRAME) + _size(self._selection.entries, place) for place in places) + len(END_FRAME))
         try:
             return await self._asked("PUT", f"{self._path}/{upload}/blobs", self._framed(places), headers, {})
         except NotFound as error:  # it lapsed, or the server has made the artifact of it: to be offered again
@@ -235,17 +237,20 @@ class _Upload:
                 await self._threads.run(self._verify, places)
             raise
 
-    async def _framed(self, places: Sequence[int]) -> AsyncIterator[bytes]:
+    async def _framed(self, places: Sequence[int]) -> AsyncIterator[bytes | memoryview]:
         frames = self._frames(places)
-        while (ready := await self._threads.run(next, frames, None)) is not None:
-            piece, size = ready
-            yield piece
+        ahead = self._threads.start(next, frames, None)
+        while (ready := await ahead) is not None:
+            ahead = self._threads.start(next, frames, None)
+            pieces, size = ready
+            for piece in pieces:
+                yield piece
             if self._total is not None:
                 self._sent += size
                 self._tell("sending", min(self._sent, self._total), self._total, self._selection.size - self._total)
 
-    def _frames(self, places: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-        """The stream in pieces, with the bytes of contents in each. Runs in a thread, a piece at a time."""
+    def _frames(self, places: Sequence[int]) -> Iterator[tuple[Iterable[bytes | memoryview], int]]:
+        """The stream in some pieces at a time, with the bytes of contents in them. Runs in a thread, until the next of them."""
         compressor = ZstdCompressor(level=3) if self._packed else None
         gathered: list[bytes] = []
         size = 0
@@ -255,11 +260,10 @@ class _Upload:
             gathered += [digest, len(contents).to_bytes(4, "big"), contents]
             size += len(contents)
             if size >= GATHERED:
-                data = b"".join(gathered)
-                yield compressor.compress(data) if compressor else data, size
+                yield (compressor.compress(b"".join(gathered)),) if compressor else _pieces(gathered), size
                 gathered, size = [], 0
         data = b"".join([*gathered, END_FRAME])
-        yield compressor.compress(data, ZstdCompressor.FLUSH_FRAME) if compressor else data, size
+        yield (compressor.compress(data, ZstdCompressor.FLUSH_FRAME) if compressor else data,), size
 
     def _chunk(self, n: int, chunk: int) -> tuple[bytes, bytes]:
         """A chunk as it was hashed. Raises Changed when the file is not the same any more."""
@@ -293,16 +297,30 @@ class _Upload:
             raise Changed(f"{path} changed while it was uploaded: try again when nothing writes to it")
 
 
-def _streams(entries: Sequence[Any], places: "array[int]") -> Iterator[Sequence[int]]:
+def _streams(entries: Sequence[Entry], places: "array[int]") -> Iterator[Sequence[int]]:
     """Parts of about STREAM bytes."""
     begin = size = 0
     for end, place in enumerate(places, 1):
-        size += min(CHUNK, entries[place >> 32].size - (place & 0xFFFFFFFF) * CHUNK)
+        size += _size(entries, place)
         if size >= STREAM:
             yield places[begin:end]
             begin, size = end, 0
     if begin < len(places):
         yield places[begin:]
+
+
+def _size(entries: Sequence[Entry], place: int) -> int:
+    """Bytes of a chunk."""
+    return min(CHUNK, entries[place >> 32].size - (place & 0xFFFFFFFF) * CHUNK)
+
+
+def _pieces(gathered: list[bytes]) -> Iterator[bytes | memoryview]:
+    """Small ones together; a large one at the end in parts, not copied."""
+    *small, last = gathered
+    first = len(last) % GATHERED if len(last) > GATHERED else len(last)
+    yield b"".join((*small, memoryview(last)[:first]))
+    for at in range(first, len(last), GATHERED):
+        yield memoryview(last)[at : at + GATHERED]
 
 
 def is_loopback(url: str) -> bool:

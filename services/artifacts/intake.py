@@ -1,6 +1,6 @@
 """What is uploaded on its way into the store: hostile streams in, chunks and a tree out. Blocking; fed in threads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from libs.archives.blobstream import BlobStreamReader
 from libs.archives.compression import Decompressor, Format
@@ -30,7 +30,8 @@ class TarIntake:
         self._tree = TreeBuilder(limits)
         self._member: Member | None = None
         self._remaining = 0
-        self._chunk = bytearray()
+        self._chunk: list[bytes | memoryview] = []
+        self._room = CHUNK
         self._digests = bytearray()
 
     def feed(self, data: bytes) -> None:
@@ -61,19 +62,23 @@ class TarIntake:
         else:
             self._tree.add(self._tree.link(member))
 
-    def _more(self, piece: bytes) -> None:
+    def _more(self, piece: bytes | memoryview) -> None:
         self._remaining -= len(piece)
-        if not self._chunk and (len(piece) == CHUNK or (not self._remaining and len(piece) < CHUNK)):
-            self._keep(piece)
-        else:
-            self._chunk += piece
-            while len(self._chunk) >= CHUNK or (self._chunk and not self._remaining):
-                self._keep(bytes(memoryview(self._chunk)[:CHUNK]))
-                del self._chunk[:CHUNK]
+        while len(piece) > self._room:
+            part, piece = piece[: self._room], piece[self._room :]
+            self._chunk.append(part)
+            self._keep()
+        self._chunk.append(piece)
+        self._room -= len(piece)
+        if not self._room or not self._remaining:
+            self._keep()
         if not self._remaining:
             self._end()
 
-    def _keep(self, chunk: bytes) -> None:
+    def _keep(self) -> None:
+        """A chunk is complete."""
+        chunk = HOLE if self._chunk[0] is HOLE else b"".join(self._chunk)
+        self._chunk, self._room = [], CHUNK
         self._digests += ZERO_CHUNK if chunk is HOLE or chunk == HOLE else self._upload.add(chunk)
 
     def _end(self) -> None:
@@ -119,7 +124,10 @@ class BlobIntake:
         self._upload = upload
         self._unpacked = Decompressor(limits, form)
         self._reader = BlobStreamReader(sizes.get)
-        self.came: list[bytes] = []
+
+    @property
+    def came(self) -> Set[bytes]:
+        return self._reader.came
 
     def feed(self, data: bytes) -> None:
         """Raises as TarIntake."""
@@ -127,7 +135,6 @@ class BlobIntake:
             for digest, contents in self._reader.feed(piece):
                 if digest != ZERO_CHUNK:
                     self._upload.add(contents, digest)
-                self.came.append(digest)
 
     def finish(self) -> None:
         """All of it is in the store. Raises as `feed`."""

@@ -69,8 +69,9 @@ class Janitor:
         interval: float = 60.0,
         instance: str = "",
     ) -> None:
-        """It looks each `interval` seconds, when something is due before, and when it is woken; an upload that was to be sealed an interval ago is
-        its to seal. `instance`: how the ids of this instance's uploads, and of no other's, begin ("": as any)."""
+        """It looks each `interval` seconds, when something is due before, and when it is woken; an upload that is to be sealed and is not seen as an
+        artifact (its maker is at it or has died, or it was deleted at once) is its to seal, too. `instance`: how the ids of this instance's uploads,
+        and of no other's, begin ("": as any)."""
         self._log = log
         self._pool = pool
         self._read_models = read_models
@@ -150,7 +151,7 @@ class Janitor:
         if lapsed:
             logger.info("uploads lapsed", uploads=lapsed)
         await self._sessions.forget_sealed()
-        for session in await self._sessions.stale(now - self._interval):
+        for session in await self._sessions.stale(now):
             await self._complete(session)
 
     async def _complete(self, session: Session) -> None:
@@ -158,7 +159,7 @@ class Janitor:
         sealed = await self._uploads.finish(session, _cause(session.team, session.seal.artifact))
         if sealed is not None and sealed.as_sealed.upload == session.id and not await self._read_models.passed(await self._log.head(), 5.0):
             return
-        await self._sessions.drop(session.id)
+        await self._sessions.end(session.id)
 
     async def _release(self) -> bool:
         """Release what neither an upload nor an artifact nor an unfinished build holds, as of a moment when the read models knew all that had

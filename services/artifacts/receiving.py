@@ -12,7 +12,7 @@ from libs.archives.compression import Format
 from libs.archives.rules import ArchiveRefused, Limits
 from libs.blobstore.store import BlobMissing
 from libs.runtime.decisions import Cause
-from libs.runtime.http import Problem, body_chunks
+from libs.runtime.http import Problem, body_chunks, widen
 from libs.tokens import BuildToken, Grant
 from proto.api import LONGEST, PendingUpload
 from proto.events.base import ArtifactRef
@@ -169,6 +169,7 @@ class Receiving:
             self._turns += 1
 
     async def _received(self, request: web.Request) -> AsyncIterator[bytes]:
+        widen(request.transport)
         async for piece in body_chunks(request):
             self._traffic.came(len(piece))
             yield piece

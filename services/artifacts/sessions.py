@@ -8,7 +8,12 @@ Why no byte that an artifact needs is ever removed, whoever stops, dies or sleep
    is sealed in the end, by the janitor if need be.
 3. A marked row goes when the projection shows the artifact that came with it (or it is known that there never will be one): from then on
    the artifact holds, in the same name, until it is gone and no unfinished build uses it.
-4. So what nobody needs at one moment nobody can ever need again, and the janitor may release it at any later one.
+4. Several streams may be at one session, and any of them may mark it while another fails. So whoever fails drops it only while it is not marked, in
+   one statement; only who knows what came of the command to seal it (it was executed, or refused) ends a marked one.
+5. So what nobody needs at one moment nobody can ever need again, and the janitor may release it at any later one.
+
+What is only said on the way to an append, or to a hold, need not be on the disk by itself: the append comes after it in the one log of Postgres, and
+when a power cut takes the former, it takes the latter, too.
 """
 
 from pathlib import Path
@@ -24,16 +29,22 @@ LAPSE = 3600.0
 
 _TABLES = Path(__file__).with_name("sessions.sql")
 _OPEN = """
-INSERT INTO upload (id, team, artifact, tree, seal, lifetime, seen_at) VALUES ($1, $2, $3, $4, $5, $6, $7)
+INSERT INTO upload (id, team, artifact, tree, seal, lifetime, seen_at)
+SELECT $1, $2, $3, $4, $5::bytea, $6::bigint, $7::double precision FROM set_config('synchronous_commit', 'off', true)
 ON CONFLICT (team, artifact) WHERE tree <> '' DO UPDATE SET seen_at = greatest(upload.seen_at, excluded.seen_at) RETURNING id, seal, lifetime
 """
-_FIND = "UPDATE upload SET seen_at = greatest(seen_at, $3) WHERE team = $1 AND artifact = $2 AND tree <> '' RETURNING id, seal, lifetime"
+_FIND = """
+UPDATE upload SET seen_at = greatest(seen_at, $3) FROM set_config('synchronous_commit', 'off', true)
+WHERE team = $1 AND artifact = $2 AND tree <> '' RETURNING id, seal, lifetime
+"""
 _TOUCH = "UPDATE upload SET seen_at = greatest(seen_at, $2) WHERE id = $1 RETURNING true"
 _MARK = """
-UPDATE upload SET sealing = true, seal = $2, seen_at = $3
+UPDATE upload SET sealing = true, seal = $2, seen_at = $3 FROM set_config('synchronous_commit', 'off', true)
 WHERE id = $1 AND ($4 = '' OR EXISTS (SELECT FROM upload u WHERE u.id = $4) OR EXISTS (SELECT FROM artifact a WHERE a.upload = $4)) RETURNING true
 """
-_DROP = "DELETE FROM upload WHERE id = $1"
+_MARKED = "SELECT id, team, seal, lifetime FROM upload WHERE team = $1 AND tree = $2 AND sealing LIMIT 1"
+_DROP = "DELETE FROM upload WHERE id = $1 AND NOT sealing"
+_END = "DELETE FROM upload WHERE id = $1"
 _LAPSE = "DELETE FROM upload WHERE NOT sealing AND seen_at < $1 RETURNING id"
 _SUCCEED = "DELETE FROM upload WHERE NOT sealing AND tree = '' AND starts_with(id, $1)"
 _SEALED = "DELETE FROM upload u WHERE sealing AND EXISTS (SELECT FROM artifact a WHERE a.upload = u.id)"
@@ -100,10 +111,21 @@ class Sessions:
         with unavailable():
             return bool(await self._pool.fetchval(_MARK, upload, _ENCODER.encode(seal), now, shared))
 
+    async def marked(self, team: str, tree: str) -> Session | None:
+        """One that came with the manifest of this tree, and is marked: all of the tree is held."""
+        with unavailable():
+            row = await self._pool.fetchrow(_MARKED, team, tree)
+        return None if row is None else _session(row, team)
+
     async def drop(self, upload: str) -> None:
-        """Nothing will come of it: no command to seal it is under way, or was lost, or one was refused."""
+        """Nothing will come of it, unless another stream has marked it: then that one goes on."""
         with unavailable():
             await self._pool.execute(_DROP, upload)
+
+    async def end(self, upload: str) -> None:
+        """It is known what became of the command to seal it, and who else may have sent one will hear the same."""
+        with unavailable():
+            await self._pool.execute(_END, upload)
 
     async def lapse(self, before: float) -> int:
         """Drop those that were last seen before then and are not marked; how many."""

@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import suppress
+from itertools import islice
 
 import msgspec
 import structlog
@@ -13,7 +14,7 @@ from libs.archives.compression import Format
 from libs.archives.pump import in_thread, pump
 from libs.archives.rules import Limits
 from libs.archives.tree import ZERO_CHUNK, InvalidManifest, TreeSummary, manifest_of
-from libs.blobstore.store import BlobMissing, BlobStore, QuotaExceeded, StoreUnavailable, Upload
+from libs.blobstore.store import BlobMissing, BlobStore, QuotaExceeded, StoreFull, StoreUnavailable, Upload
 from libs.eventlog.log import LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
@@ -33,6 +34,10 @@ _REMEMBERED = 400_000
 """Chunks of trees under way that are in memory; what is not is read again from the manifest."""
 
 
+_LOOKUP = 8192
+"""Chunks that are looked up together."""
+
+
 class UploadUnknown(Exception):
     """There is no such upload under way, or not any more."""
 
@@ -50,14 +55,16 @@ class ManifestRefused(Exception):
 
 
 class Wanted(msgspec.Struct):
-    """The chunks of a tree, digest → size, in the order of their numbers; and those that are not in the store yet, digest → number."""
+    """The chunks of a tree, digest → size, in the order of their numbers; and those that are not in the store yet."""
 
     sizes: dict[bytes, int]
-    missing: dict[bytes, int]
+    missing: set[bytes]
 
     def pending(self, artifact: str) -> PendingUpload:
         ranges: list[tuple[int, int]] = []
-        for number in sorted(self.missing.values()):
+        for number, digest in enumerate(self.sizes):
+            if digest not in self.missing:
+                continue
             if ranges and ranges[-1][1] == number - 1:
                 ranges[-1] = (ranges[-1][0], number)
             else:
@@ -125,13 +132,15 @@ class Uploads:
         return await self._begin(team, seal, lifetime, cause, tree, sizes, blobs)
 
     async def known(self, team: str, seal: SealArtifact, lifetime: int, cause: Cause, digest: str) -> Sealed:
-        """A tree of which the team has an artifact, by digest. Raises TreeUnknown."""
+        """A tree of which the team has an artifact, or will have one at once, by digest. Raises TreeUnknown."""
         done, row = await asyncio.gather(self._done(team, seal.artifact, digest), self._queries.with_tree(team, digest))
         if done is not None:
             return done
-        if row is None:
-            raise TreeUnknown(digest)
-        return await self._copy(team, seal, lifetime, cause, TreeSummary(digest, row.size, row.files), row.upload)
+        if row is not None:
+            return await self._copy(team, seal, lifetime, cause, TreeSummary(digest, row.size, row.files), row.upload)
+        if (marked := await self._sessions.marked(team, digest)) is not None:
+            return await self._copy(team, seal, lifetime, cause, TreeSummary(digest, marked.seal.size, marked.seal.files), marked.id)
+        raise TreeUnknown(digest)
 
     async def copy(self, team: str, seal: SealArtifact, lifetime: int, cause: Cause, source: Sealed) -> Sealed:
         """The tree of another artifact. Raises TreeUnknown."""
@@ -169,31 +178,36 @@ class Uploads:
         return begun
 
     async def blobs(self, team: str, artifact: str, cause: Cause, body: AsyncIterator[bytes], form: Format = "tar") -> Sealed | PendingUpload:
-        """Chunks of a tree whose manifest is known. What came is kept, whatever becomes of the rest. Raises UploadUnknown, ArchiveRefused,
-        QuotaExceeded."""
+        """Chunks of a tree whose manifest is known. What came is kept, whatever becomes of the rest, unless the store is full. Raises
+        UploadUnknown, ArchiveRefused, QuotaExceeded."""
         session = await self._sessions.find(team, artifact, self._now())
         if session is None:
             raise UploadUnknown
         wanted = await self._want(session)
         upload = self._store.begin(team, session.holder, await self._room(team))
         intake = BlobIntake(upload, wanted.sizes, self._limits, form)
-        broken: list[Exception] = []
         try:
-            try:
-                await pump(_until_broken(self._alive(session, body), broken), intake.feed, intake.finish, self._store.threads)
-            except Exception as error:
-                await self._save(upload)
-                raise (broken[0] if broken else error) from None
-        finally:
-            await in_thread(upload.close, self._store.threads)
-        for digest in intake.came:
-            wanted.missing.pop(digest, None)
+            await self._receive(session, upload, intake, body)
+        except StoreFull:
+            await self._drop(session)  # what it holds would keep the store full until it lapses
+            raise
+        wanted.missing.difference_update(intake.came)
         if wanted.missing:
             # others may have brought them, here or elsewhere
-            await self._look(session, wanted, list(wanted.missing))
+            await self._look(session, wanted, wanted.missing)
         if wanted.missing:
             return wanted.pending(artifact)
         return await self._seal(session, TreeSummary(session.seal.digest, session.seal.size, session.seal.files), cause)
+
+    async def _receive(self, session: Session, upload: Upload, intake: BlobIntake, body: AsyncIterator[bytes]) -> None:
+        broken: list[Exception] = []
+        try:
+            await pump(_until_broken(self._alive(session, body), broken), intake.feed, intake.finish, self._store.threads)
+        except Exception as error:
+            await self._save(upload)
+            raise (broken[0] if broken else error) from None
+        finally:
+            await in_thread(upload.close, self._store.threads)
 
     async def finish(self, session: Session, cause: Cause) -> Sealed | None:
         """Seal what was marked to be sealed, however long ago; None when another came before it."""
@@ -216,8 +230,8 @@ class Uploads:
         session = await self._sessions.open(opened, self._now())
         if session.seal.digest != tree.digest:
             raise Refused("conflict", "another tree is being uploaded under this id")
-        wanted = Wanted(sizes, {})
-        await asyncio.gather(self._keep_manifest(session, blobs, room), self._look(session, wanted, list(sizes)))
+        wanted = Wanted(sizes, set())
+        await asyncio.gather(self._keep_manifest(session, blobs, room), self._look(session, wanted, sizes))
         blobs.clear()
         if not wanted.missing:
             return await self._seal(session, tree, cause)
@@ -242,12 +256,14 @@ class Uploads:
 
         await in_thread(store, self._store.threads)
 
-    async def _look(self, session: Session, wanted: Wanted, digests: list[bytes]) -> None:
+    async def _look(self, session: Session, wanted: Wanted, digests: Iterable[bytes]) -> None:
         """Hold those of these chunks that are there; the others are missing. Nobody needs to have a chunk of zeros."""
-        asked = [digest for digest in digests if digest != ZERO_CHUNK]
-        absent = await self._store.hold(session.team, session.holder, asked, [wanted.sizes[digest] for digest in asked]) if asked else []
-        missing = {asked[index] for index in absent}
-        wanted.missing = {digest: number for number, digest in enumerate(wanted.sizes) if digest in missing} if missing else {}
+        left = iter([digest for digest in digests if digest != ZERO_CHUNK])
+        missing: set[bytes] = set()
+        while asked := list(islice(left, _LOOKUP)):
+            absent = await self._store.hold(session.team, session.holder, asked, [wanted.sizes[digest] for digest in asked])
+            missing.update(asked[index] for index in absent)
+        wanted.missing = missing
 
     async def _want(self, session: Session) -> Wanted:
         """What is still to come for a session, as this instance remembers, or as the manifest that the session holds says. Raises UploadUnknown."""
@@ -260,8 +276,8 @@ class Uploads:
             sizes = await tree.select(lambda entries: {digest: size for entry in entries for digest, size in entry.chunks()})
         except BlobMissing:  # the manifest itself was cut off
             raise UploadUnknown from None
-        wanted = Wanted(sizes, {})
-        await self._look(session, wanted, list(sizes))
+        wanted = Wanted(sizes, set())
+        await self._look(session, wanted, sizes)
         self._remember(session, wanted)
         return wanted
 
@@ -298,16 +314,20 @@ class Uploads:
             raise UploadUnknown
         sealed = await self.finish(Session(session.id, session.team, seal), cause)
         if sealed is None or sealed.as_sealed.upload != session.id:
-            await self._drop(session)
+            await self._let_go(self._sessions.end(session.id))
         if sealed is None:
             raise Refused("conflict", "there is another artifact under this id")
         return self._the_same(sealed, tree.digest)
 
     async def _drop(self, session: Session) -> None:
-        """At once if it can be; otherwise it lapses."""
+        """This stream is over; another one that has marked the session goes on."""
+        await self._let_go(self._sessions.drop(session.id))
+
+    async def _let_go(self, gone: Coroutine[None, None, None]) -> None:
+        """At once if it can be; otherwise it lapses, or is ended by the janitor."""
         self.dropped.set()
         try:
-            await self._sessions.drop(session.id)
+            await gone
         except LogUnavailable as error:
             logger.warning("an upload is left to lapse", why=str(error))
 

@@ -18,6 +18,7 @@ from libs.eventlog.postgres import open_postgres_log
 from libs.eventlog.projections import StoredProjection
 from libs.runtime.commands import CommandLoop
 from libs.runtime.ids import new_id
+from libs.runtime.memory import give_back_memory, keep_memory
 from libs.runtime.projector import Projector
 from libs.runtime.service import Service
 from libs.runtime.settings import decode
@@ -37,6 +38,11 @@ from services.artifacts.serving import Serving
 from services.artifacts.sessions import Sessions
 from services.artifacts.trees import Trees
 from services.artifacts.uploads import Uploads
+
+_KEPT = 128 << 20
+"""Bytes of free memory that stay for the next body."""
+_REST = 60.0
+"""Seconds after which all that is free is given back."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> web.Application | None:
     """Build the service and start its parts: the store, the command loop, the projection, the archivist, the janitor, and the routes."""
     settings = decode(Settings, environ)
+    keep_memory(_KEPT)
     self_test()
     log = await service.enter(open_postgres_log(settings.database_url))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "artifacts"))
@@ -90,11 +97,18 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.spawn("projector", projector.run())
     service.spawn("archivist", _archiving(bus, archivist))
     service.spawn("janitor", janitor.run())
+    service.spawn("memory", _giving_back())
     return application(receiving, serving)
 
 
 def _creates(command: Command) -> bool:
     return isinstance(command, SealArtifact | ArchiveLog)
+
+
+async def _giving_back() -> None:
+    while True:
+        await asyncio.sleep(_REST)
+        await asyncio.to_thread(give_back_memory)
 
 
 async def _archiving(bus: Bus, archivist: Archivist) -> None:

@@ -13,6 +13,7 @@ from penstock.client import Artifact, Client
 from penstock.up.datadir import DataDir
 from tests.bench.figures import Figure, at_least, at_most
 from tests.bench.files import edit, hash_and_write, rsync, tar_zstd, write_tree
+from tests.bench.machine import peak
 from tests.bench.system import System
 
 FILES, BYTES = 5000, 100_000_000
@@ -112,6 +113,7 @@ async def _one_file(system: System, client: Client, folder: Path, large: int) ->
         Figure("upload of it as a tar, stored", large / as_tar / 1e6, "MB/s", at_least(min(600, 0.85 * plain))),
         Figure("upload of it as a folder, hashed before it is sent", large / as_folder / 1e6, "MB/s"),
         Figure("download of it into a folder", large / down / 1e6, "MB/s"),
+        Figure("most memory that the artifacts service has had", peak(system.pids["artifacts"]), "MB", at_most(150)),
     ]
 
 

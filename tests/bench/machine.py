@@ -41,6 +41,12 @@ def pss(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
+def peak(pid: int) -> float:
+    """MB of memory that it has had at most, what is shared included."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
 class Parts:
     """The processes of a system by name. All of Postgres is one part; what the worker spawns is the part `steps`."""
 

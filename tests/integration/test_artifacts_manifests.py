@@ -13,7 +13,6 @@ from backports import zstd
 from libs.archives.blobstream import END_FRAME, frame_header
 from libs.archives.tree import CHUNK, FOLDER_MODE, LINK_MODE, ZERO_CHUNK, Entry
 from tests.artifacts_fixture import Api, blob_stream, blobs_in, entry, file, manifest, missing, serving, tar, tree_digest
-from tests.controls import eventually
 from tests.nats_fixture import NatsServer
 from tests.postgres_fixture import Database
 
@@ -66,11 +65,7 @@ async def test_a_tree_that_the_team_has_is_named_by_its_digest(api: Api) -> None
     assert (unknown.status, unknown.problem) == (404, "tree-unknown")
     first = await api.put(FILES)
     known = str(uuid4())
-
-    async def is_known() -> bool:
-        return (await api.of(known, "put", "POST", f"?tree={digest}&name=again")).status == 201
-
-    await eventually(is_known)
+    assert (await api.of(known, "put", "POST", f"?tree={digest}&name=again")).status == 201, "at once, whether it is projected or not"
     await api.of(first["id"], "change", "DELETE")
     await api.reads_back(known, FILES)
     elsewhere = await api.of(str(uuid4()), "put", "POST", f"?tree={digest}", team="other")
