@@ -11,6 +11,8 @@ T = TypeVar("T")
 _ENOUGH = 64 << 10
 _AT_MOST = 1 << 20
 _GATHERED = 256 << 10
+_QUICK = 1.0
+"""Seconds in which who reads quickly takes a piece."""
 
 
 async def in_thread(work: Callable[[], T], threads: Executor | None = None) -> T:
@@ -54,18 +56,27 @@ async def pump(chunks: AsyncIterator[bytes], feed: Callable[[bytes], None], fini
 
 
 async def drawn(pieces: Generator[bytes, None, None], threads: Executor | None = None) -> AsyncGenerator[bytes, None]:
-    """The pieces of a blocking generator, each drawn in a thread, one ahead of the reader. The generator is closed at the end."""
+    """The pieces of a blocking generator, each drawn in a thread, one ahead of a reader who took the last one quickly: a slow one costs one piece.
+    The generator is closed at the end."""
+    clock = asyncio.get_running_loop().time
+    quick = False
 
     def draw() -> bytes | None:
         return next(pieces, None)
 
-    ahead = asyncio.create_task(in_thread(draw, threads))
+    ahead: asyncio.Task[bytes | None] | None = None
     try:
-        while (piece := await ahead) is not None:
-            ahead = asyncio.create_task(in_thread(draw, threads))
+        while True:
+            ahead = ahead or asyncio.create_task(in_thread(draw, threads))
+            if (piece := await ahead) is None:
+                return
+            ahead = asyncio.create_task(in_thread(draw, threads)) if quick else None
+            given = clock()
             yield piece
+            quick = clock() - given < _QUICK
     finally:
-        await _settled(ahead)
+        if ahead is not None:
+            await _settled(ahead)
         await in_thread(pieces.close, threads)
 
 

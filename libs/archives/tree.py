@@ -26,6 +26,8 @@ DIGEST = 32
 FILE_MODE, PROGRAM_MODE, FOLDER_MODE, LINK_MODE = 0o644, 0o755, 0o755, 0o777
 
 _MAGIC = b"penstock tree 1\n"
+MAGIC_BYTES = len(_MAGIC)
+"""Where a manifest's first block begins."""
 _LIST_MAGIC = b"penstock tree list 1\n"
 _BLOCK = 4096
 _MAX_BLOCK = 48 << 20
@@ -204,6 +206,15 @@ def _decoded(block: bytes) -> list[Entry]:
     if _ENCODER.encode(entries) != block:
         raise InvalidManifest("a block is not in canonical form")
     return entries
+
+
+def first_path(block: bytes) -> bytes:
+    """The first path of a block, given its beginning from its length on. Raises InvalidManifest."""
+    at = 4 + (3 if block[4:5] == b"\xdc" else 1) + 1
+    if block[at : at + 1] not in (b"\xc4", b"\xc5"):
+        raise InvalidManifest("a block does not begin with a path")
+    start = at + (2 if block[at] == 0xC4 else 3)
+    return block[start : start + int.from_bytes(block[at + 1 : start], "big")]
 
 
 def read_manifest(manifest: bytes) -> list[Entry]:

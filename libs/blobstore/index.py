@@ -42,7 +42,7 @@ SELECT EXISTS (SELECT FROM hold WHERE team = $1 AND holder = ANY ($2::text[]))
 """
 _HELD = "SELECT EXISTS (SELECT FROM hold WHERE team = $1 AND holder = $2)"
 _FIND = """
-SELECT p.name, array_agg(b.digest), array_agg(b.start), array_agg(b.size)
+SELECT p.name, array_agg(b.digest), array_agg(b.start), array_agg(b.size), array_agg(b.damaged)
 FROM blob b JOIN pack p ON p.id = b.pack WHERE b.team = $1 AND b.digest = ANY ($2::bytea[]) GROUP BY p.name
 """
 _USAGE = "SELECT coalesce(sum(bytes), 0)::bigint FROM pack WHERE team = $1"
@@ -104,6 +104,9 @@ _NOTHING_USED = "DELETE FROM hold WHERE team = $1 AND bit_count(used) = 0"
 _DAMAGED = """
 UPDATE blob b SET damaged = true FROM pack p
 WHERE p.team = $1 AND p.name = $2 AND b.pack = p.id AND NOT b.damaged AND (b.digest = $3 OR b.start + b.size > $4)
+"""
+_SOUND = """
+UPDATE blob b SET damaged = false FROM pack p WHERE p.team = $1 AND p.name = $2 AND b.pack = p.id AND b.damaged AND b.digest = ANY ($3::bytea[])
 """
 
 _UNKNOWN = """
@@ -180,7 +183,7 @@ class BlobIndex:
         """Places of those that the team has, damaged or not."""
         with unavailable():
             rows = await self.pool.fetch(_FIND, team, list(digests))
-        return {digest: Place(name, start, size) for name, *columns in rows for digest, start, size in zip(*columns, strict=True)}
+        return {digest: Place(name, *place) for name, *columns in rows for digest, *place in zip(*columns, strict=True)}
 
     async def usage(self, team: str) -> int:
         with unavailable():
@@ -231,6 +234,11 @@ class BlobIndex:
         """This blob of the pack is not what it was, nor is any that goes beyond `end`: to be stored anew by whoever has it."""
         with unavailable():
             await self.pool.execute(_DAMAGED, team, pack, digest, min(end, (1 << 31) - 1))
+
+    async def sound(self, team: str, pack: str, digests: Collection[bytes]) -> None:
+        """These blobs of the pack are what they were, after all."""
+        with unavailable():
+            await self.pool.execute(_SOUND, team, pack, list(digests))
 
     async def is_new(self) -> bool:
         """Whether the store may have packs from before these tables."""

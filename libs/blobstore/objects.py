@@ -54,6 +54,10 @@ class Objects(ABC):
         """Every key, in no order; also of what a crash left half written."""
 
     @abstractmethod
+    def reachable(self, key: str) -> bool:
+        """Whether what would hold this object is there, so that an object that is missing there is missing indeed."""
+
+    @abstractmethod
     def delete(self, keys: Sequence[str]) -> None:
         """Nor is anything half written under these keys afterwards. What is not there is passed over."""
 
@@ -104,6 +108,14 @@ class Folder(Objects):
         for folder, _, files in os.walk(self._root):
             for name in files:
                 yield (Path(folder) / name).relative_to(self._root).as_posix().removesuffix(_PART)
+
+    def reachable(self, key: str) -> bool:
+        """A folder without anything is what a file system leaves that is not mounted."""
+        with _named(key):
+            try:
+                return next((self._root / key).parent.iterdir(), None) is not None
+            except FileNotFoundError:
+                return False
 
     def delete(self, keys: Sequence[str]) -> None:
         folders = {(self._root / key).parent for key in keys}
@@ -162,6 +174,14 @@ class Bucket(Objects):
             for page in obstore.list(self._store, chunk_size=1000):
                 for found in page:
                     yield found["path"]
+
+    def reachable(self, key: str) -> bool:
+        try:
+            with _named(key):
+                next(iter(obstore.list(self._store, prefix=key.rpartition("/")[0], chunk_size=1)), None)
+        except ObjectMissing:
+            return False
+        return True
 
     def delete(self, keys: Sequence[str]) -> None:
         for at in range(0, len(keys), 1000):

@@ -25,11 +25,12 @@ class InvalidPack(Exception):
 
 
 class Place(NamedTuple):
-    """Where a blob lies: `size` bytes from `start` of a pack."""
+    """Where a blob lies: `size` bytes from `start` of a pack; `damaged`: it was not there once, or not itself."""
 
     pack: str
     start: int
     size: int
+    damaged: bool = False
 
 
 class Pack(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from libs.blobstore.objects import ObjectMissing, Objects
+from libs.blobstore.objects import ObjectMissing, Objects, StoreUnavailable
 from libs.blobstore.packs import Place, key
 
 _GAP = 128 << 10
@@ -14,6 +14,8 @@ _GAP = 128 << 10
 _AT_ONCE = 16 << 20
 """No pack is longer, so that no range is."""
 _KEPT = 24 << 20
+_LARGE = 4 << 20
+"""A blob of so many bytes that has no neighbours is not kept when it was read."""
 _AGAIN = 256 << 10
 _MOVES = 20
 
@@ -37,6 +39,7 @@ class _Range(NamedTuple):
 
 Find = Callable[[Collection[bytes]], dict[bytes, Place]]
 Damaged = Callable[[str, bytes, int], None]
+Sound = Callable[[str, Collection[bytes]], None]
 
 
 class BlobReader:
@@ -44,13 +47,24 @@ class BlobReader:
     at most 32 MiB of the store are in memory. All methods raise BlobDamaged, StoreUnavailable, LogUnavailable; BlobMissing when a blob has gone;
     KeyError for one that the reader is not for."""
 
-    def __init__(self, objects: Objects, team: str, places: dict[bytes, Place], find: Find, damaged: Damaged, ahead: ThreadPoolExecutor) -> None:
-        """`find` looks places up again, `damaged` takes note of (pack, blob, where the pack ends); both block."""
+    def __init__(
+        self,
+        objects: Objects,
+        team: str,
+        places: dict[bytes, Place],
+        find: Find,
+        damaged: Damaged,
+        sound: Sound,
+        ahead: ThreadPoolExecutor,
+    ) -> None:
+        """`find` looks places up again, `damaged` takes note of (pack, blob, where the pack ends), `sound` of what was noted so and is whole;
+        all of them block."""
         self._objects = objects
         self._team = team
         self._places = places
         self._find = find
         self._damaged = damaged
+        self._sound = sound
         self._ahead = ahead
         self._ranges: dict[bytes, _Range] | None = None
         self._kept: OrderedDict[tuple[str, int, int], memoryview] = OrderedDict()
@@ -86,6 +100,7 @@ class BlobReader:
                 moved = _ranges({digest: self._places[digest] for digest in current.digests})
                 waiting.extend(reversed(moved))
                 continue
+            self._recheck(current.digests, current.start, data)
             for digest in current.digests:
                 place = self._places[digest]
                 piece = data[place.start - current.start : place.start - current.start + place.size]
@@ -110,8 +125,10 @@ class BlobReader:
             data = self._objects.get(key(self._team, place.pack), start, end - start)
         except ObjectMissing:
             return start, None
+        self._recheck(wanted.digests, start, data)
         if whole:
             self._read.add(name)
+        if whole and (len(wanted.digests) > 1 or len(data) < _LARGE):
             self._kept[name] = data
             while sum(map(len, self._kept.values())) > _KEPT and len(self._kept) > 1:
                 self._kept.popitem(last=False)
@@ -129,13 +146,27 @@ class BlobReader:
         self._damaged(place.pack, digest, end if short else 1 << 30)
         raise BlobDamaged(f"blob {digest.hex()} in pack {self._team}/{place.pack} is not what was stored" + (": the pack is cut" if short else ""))
 
+    def _recheck(self, digests: Collection[bytes], start: int, data: memoryview) -> None:
+        """What was taken for damaged, and was only away, is sound again."""
+        found: dict[bytes, Place] = {}
+        for digest in digests:
+            place = self._places[digest]
+            at = place.start - start
+            if place.damaged and at >= 0 and hashlib.sha256(data[at : at + place.size]).digest() == digest:
+                found[digest] = place._replace(damaged=False)
+        if found:
+            self._sound(next(iter(found.values())).pack, found)
+            self._places.update(found)
+
     def _look_again(self, digests: Collection[bytes], gone: str) -> None:
-        """A pack is not there. It was rewritten, and they are elsewhere; or it is lost."""
+        """A pack is not there. It was rewritten, and they are elsewhere; or it is lost; or nothing is there at all, which says nothing of it."""
         found = self._find(digests)
         for digest in digests:
             if digest not in found:
                 raise BlobMissing(digest.hex())
             if found[digest].pack == gone:
+                if not self._objects.reachable(key(self._team, gone)):
+                    raise StoreUnavailable(f"nothing is where pack {self._team}/{gone} should be")
                 self._damaged(gone, digest, 0)
                 raise BlobDamaged(f"blob {digest.hex()}: pack {self._team}/{gone} is gone")
         self._places.update(found)

@@ -86,6 +86,8 @@ class BlobStore:
         self._waiting: dict[str, list[_Waiting]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._putting: set[str] = set()
+        self._storing: dict[str, dict[asyncio.Future[None], int]] = {}
+        """By team: packs under way that have a quota to keep to, with their bytes, in the order in which they came."""
         self._begun = False
         self._turns = threading.Semaphore(_TURNS)
         self.threads = threads
@@ -133,13 +135,15 @@ class BlobStore:
         self._ready()
         return await self._index.held(team, holder)
 
-    def begin(self, team: str, holder: str, room: int | None = None) -> Upload:
+    def begin(self, team: str, holder: str, room: int | None = None, quota: int | None = None) -> Upload:
         """An upload, to be fed in threads: `add(contents, digest=None) -> digest`, `flush()`, and in the end, whatever happened, `close()`.
-        More than `room` new bytes raise QuotaExceeded."""
+        More than `room` new bytes raise QuotaExceeded, and so does a pack that would take all that the team has in the store, with what is being
+        put here now, past `quota`."""
         self._ready()
 
         def write(digests: Sequence[bytes], contents: Sequence[bytes]) -> Coroutine[None, None, None]:
-            return self._unbroken(self._writer.write(team, digests, contents, {holder: range(len(digests))}))
+            writing = self._writer.write(team, digests, contents, {holder: range(len(digests))})
+            return self._unbroken(writing if quota is None else self._within(team, quota, sum(map(len, contents)), writing))
 
         return Upload(asyncio.get_running_loop(), partial(self._index.hold, team, holder), write, self._turns, room)
 
@@ -195,6 +199,25 @@ class BlobStore:
         self._ready()
         return await self._index.usage(team)
 
+    async def _within(self, team: str, quota: int, size: int, writing: Coroutine[None, None, None]) -> None:
+        """Those that came before count as long as they may still be published; when there is no room beside them, their end is waited for: they
+        may fail."""
+        before = list(self._storing.setdefault(team, {}).items())
+        ended = asyncio.get_running_loop().create_future()
+        self._storing[team][ended] = size
+        try:
+            while await self._index.usage(team) + sum(each for _, each in before) + size > quota:
+                if not before:
+                    raise QuotaExceeded(f"the team may store {quota} bytes")
+                await before.pop(0)[0]
+            await writing
+        finally:
+            writing.close()
+            ended.set_result(None)
+            del self._storing[team][ended]
+            if not self._storing[team]:
+                del self._storing[team]
+
     def _ready(self) -> None:
         if not self._begun:
             raise StoreUnavailable("the store has not begun")
@@ -218,7 +241,11 @@ class BlobStore:
             with suppress(LogUnavailable):  # then the next who reads it says so
                 asyncio.run_coroutine_threadsafe(self._index.damaged(team, pack, digest, end), loop).result()
 
-        return BlobReader(self._objects, team, places, find, damaged, self._store_threads)
+        def sound(pack: str, digests: Collection[bytes]) -> None:
+            with suppress(LogUnavailable):
+                asyncio.run_coroutine_threadsafe(self._index.sound(team, pack, digests), loop).result()
+
+        return BlobReader(self._objects, team, places, find, damaged, sound, self._store_threads)
 
     async def _put_waiting(self, team: str) -> None:
         try:

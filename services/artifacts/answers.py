@@ -24,7 +24,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 _WRITE_SECONDS = 60.0
-"""How long a reader may take no byte."""
+_WRITE_LEAST = 512 << 10
+"""Bytes that a reader must take in as many seconds of waiting for it."""
+_WRITTEN = 512 << 10
+"""Bytes that are handed to a connection at a time: what its reader does not take is copied."""
 
 
 class Traffic:
@@ -49,18 +52,39 @@ class Traffic:
         async with aclosing(pieces):
             first = await anext(pieces, b"")
             await response.prepare(request)
+            pace = _Pace(response)
             piece: bytes | None = first if request.method != "HEAD" else None
             while piece is not None:
                 if left is not None:
                     piece, left = piece[:left], left - min(left, len(piece))
-                async with asyncio.timeout(_WRITE_SECONDS):
-                    await response.write(piece)
+                await pace.write(piece)
                 counter.inc(len(piece))
                 piece = None if left == 0 else await anext(pieces, None)
             if left and request.method != "HEAD":
                 raise ConnectionResetError("the answer is shorter than it was said to be")
             await response.write_eof()
         return response
+
+
+class _Pace:
+    """Writes an answer to a reader, who must take at least so much in so long."""
+
+    def __init__(self, response: web.StreamResponse) -> None:
+        self._response = response
+        self._clock = asyncio.get_running_loop().time
+        self._waited = 0.0
+        self._taken = 0
+
+    async def write(self, piece: bytes) -> None:
+        """Raises TimeoutError."""
+        view = memoryview(piece)
+        for at in range(0, len(piece), _WRITTEN):
+            part, begun = view[at : at + _WRITTEN], self._clock()
+            async with asyncio.timeout(max(_WRITE_SECONDS - self._waited, 0)):
+                await self._response.write(part)
+            self._waited, self._taken = self._waited + self._clock() - begun, self._taken + len(part)
+            if self._taken >= _WRITE_LEAST:
+                self._waited, self._taken = 0.0, 0
 
 
 @web.middleware

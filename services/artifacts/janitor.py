@@ -28,6 +28,8 @@ logger = structlog.get_logger()
 
 ACTOR = "artifacts"
 _AT_ONCE = 500
+SKEW = 60.0
+"""Seconds by which our clock and the database's may differ. When it is more, one of them is wrong, and nobody's time is up."""
 _GATHER = 1.0
 """Seconds for which more is waited for when there is something to release."""
 _DUE = """
@@ -46,6 +48,7 @@ AND EXISTS (SELECT FROM checkpoint WHERE name = $1 AND generation = $2 AND posit
 GROUP BY team
 """
 _ADOPTED = "SELECT EXISTS (SELECT FROM hold WHERE holder NOT LIKE 'upload:%' AND holder NOT LIKE 'log:%')"
+_CLOCK = "SELECT extract(epoch FROM clock_timestamp())::double precision"
 _UNHELD = """
 SELECT id, team, digest, upload FROM artifact a WHERE NOT EXISTS (SELECT FROM hold h WHERE h.team = a.team AND h.holder = 'upload:' || a.upload)
 """
@@ -68,6 +71,7 @@ class Janitor:
         now: Callable[[], float],
         interval: float = 60.0,
         instance: str = "",
+        skew: float = SKEW,
     ) -> None:
         """It looks each `interval` seconds, when something is due before, and when it is woken; an upload that is to be sealed and is not seen as an
         artifact (its maker is at it or has died, or it was deleted at once) is its to seal, too. `instance`: how the ids of this instance's uploads,
@@ -84,6 +88,7 @@ class Janitor:
         self._now = now
         self._interval = interval
         self._instance = instance
+        self._skew = skew
         self._begun = False
         self._wanted = uploads.dropped
         self.problem: str | None = "has not begun"
@@ -117,8 +122,11 @@ class Janitor:
     async def round(self) -> None:
         """Everything once. Raises LogUnavailable, StoreUnavailable."""
         self._wanted.clear()
-        if await self._expire() or not self._begun:
+        right = await self._clock_is_right()
+        if (right and await self._expire()) or not self._begun:
             await self._read_models.passed(await self._log.head(), 5.0)
+        if right:
+            await self._lapse()
         await self._end_uploads()
         if not await self._release():
             return
@@ -145,13 +153,23 @@ class Janitor:
             if len(due) < _AT_ONCE or not positions or not await self._read_models.passed(max(positions), 5.0):
                 return expired
 
-    async def _end_uploads(self) -> None:
-        now = self._now()
-        lapsed = await self._sessions.lapse(now - LAPSE)
+    async def _clock_is_right(self) -> bool:
+        """What has expired is gone for ever, so two clocks must agree on it."""
+        with unavailable():
+            database: float = await self._pool.fetchval(_CLOCK)
+        ahead = self._now() - database
+        if abs(ahead) > self._skew:
+            logger.error("nothing expires: this machine's clock and the database's differ", seconds_ahead=round(ahead))
+        return abs(ahead) <= self._skew
+
+    async def _lapse(self) -> None:
+        lapsed = await self._sessions.lapse(self._now() - LAPSE)
         if lapsed:
             logger.info("uploads lapsed", uploads=lapsed)
+
+    async def _end_uploads(self) -> None:
         await self._sessions.forget_sealed()
-        for session in await self._sessions.stale(now):
+        for session in await self._sessions.stale(self._now()):
             await self._complete(session)
 
     async def _complete(self, session: Session) -> None:

@@ -1,9 +1,9 @@
 """Handlers of what is sent here: tars, manifests, chunks; for the gateway, and for workers' outputs."""
 
+import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
@@ -12,20 +12,23 @@ from libs.archives.compression import Format
 from libs.archives.rules import ArchiveRefused, Limits
 from libs.blobstore.store import BlobMissing
 from libs.runtime.decisions import Cause
-from libs.runtime.http import Problem, body_chunks, widen
+from libs.runtime.http import TIMEOUTS, Problem, Timeouts, body_chunks, widen
 from libs.tokens import BuildToken, Grant
 from proto.api import LONGEST, PendingUpload
 from proto.events.base import ArtifactRef
 from services.artifacts.access import Access
-from services.artifacts.answers import Traffic, absent, answer, invalid, path_of, refused
+from services.artifacts.answers import Traffic, absent, answer, damaged, invalid, path_of, refused
 from services.artifacts.commands import SealArtifact
 from services.artifacts.decider import Sealed
 from services.artifacts.queries import Queries
+from services.artifacts.turns import Turns
 from services.artifacts.uploads import Gone, TreeUnknown, Uploads
 
 TREE = "application/vnd.penstock.tree"
-UPLOADS = 16
+UPLOADS = 32
 """How many bodies may come at once."""
+_LEAST = 64 << 10
+"""Bytes that a body brings in the time that a body has, while others wait for its turn."""
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -51,28 +54,29 @@ class Receiving:
         self._limits = limits
         self._now = now
         self._traffic = traffic
-        self._turns = at_once
+        self._turns = Turns(at_once, "uploads")
 
     async def put_artifact(self, request: web.Request) -> web.StreamResponse:
         grant, artifact = self._granted(request)
         team, query = grant.team, request.query
         seal = SealArtifact(artifact=artifact, kind="user", digest="", size=0, files=0, name=query.get("name", "")[:255])
         keep, cause = await self._keep(request, team), _cause(grant, artifact)
-        if "tree" in query:
-            if not _DIGEST.fullmatch(query["tree"]):
-                raise invalid("tree", "must be a digest in hex")
-            return _answer(await self._uploads.known(team, seal, keep, cause, query["tree"]))
-        if "from" in query:
-            return _answer(await self._part(request, team, seal, keep, cause))
-        with self._turn():
+        with self._turns.turn(team):
+            if "tree" in query:
+                if not _DIGEST.fullmatch(query["tree"]):
+                    raise invalid("tree", "must be a digest in hex")
+                return _answer(await self._uploads.known(team, seal, keep, cause, query["tree"]))
+            if "from" in query:
+                return _answer(await self._part(request, team, seal, keep, cause))
             if request.content_type == TREE:
                 return _answer(await self._manifest(request, team, seal, keep, cause))
             self._check_length(request, self._limits.max_stream)
-            return _answer(await self._uploads.tar(team, seal, keep, cause, self._received(request)))
+            return _answer(await self._uploads.tar(team, seal, keep, cause, self._received(request, team)))
 
     async def put_blobs(self, request: web.Request) -> web.StreamResponse:
         grant, artifact = self._granted(request)
-        return _answer(await self._blobs(request, grant.team, artifact, _cause(grant, artifact)), more=200)
+        with self._turns.turn(grant.team):
+            return _answer(await self._blobs(request, grant.team, artifact, _cause(grant, artifact)), more=200)
 
     async def put_output(self, request: web.Request) -> web.StreamResponse:
         token, artifact, cause = await self._output(request)
@@ -90,13 +94,14 @@ class Receiving:
             attempt=token.attempt,
             step=request.match_info["step"],
         )
-        with self._turn():
+        with self._turns.turn(token.team, build=True):
             keep = await self._queries.output_lifetime(token.team, token.build)
             return _answer_ref(await self._manifest(request, token.team, seal, keep, cause))
 
     async def put_output_blobs(self, request: web.Request) -> web.StreamResponse:
         token, artifact, cause = await self._output(request)
-        return _answer_ref(await self._blobs(request, token.team, artifact, cause), more=200)
+        with self._turns.turn(token.team, build=True):
+            return _answer_ref(await self._blobs(request, token.team, artifact, cause), more=200)
 
     def _granted(self, request: web.Request) -> tuple[Grant, str]:
         artifact = request.match_info["artifact"]
@@ -114,7 +119,7 @@ class Receiving:
     async def _manifest(self, request: web.Request, team: str, seal: SealArtifact, keep: int, cause: Cause) -> Sealed | PendingUpload:
         self._check_length(request, self._limits.max_manifest)
         try:
-            return await self._uploads.manifest(team, seal, keep, cause, self._received(request), _form(request))
+            return await self._uploads.manifest(team, seal, keep, cause, self._received(request, team), _form(request))
         except ArchiveRefused as error:
             raise refused("manifest-refused", error) from None
 
@@ -122,11 +127,10 @@ class Receiving:
         if request.content_type != BLOBS:
             raise Problem(415, "unsupported-media-type", "Chunks come as a blob stream", BLOBS)
         self._check_length(request, self._limits.max_stream)
-        with self._turn():
-            try:
-                return await self._uploads.blobs(team, artifact, cause, self._received(request), _form(request))
-            except ArchiveRefused as error:
-                raise refused("blobs-refused", error) from None
+        try:
+            return await self._uploads.blobs(team, artifact, cause, self._received(request, team), _form(request))
+        except ArchiveRefused as error:
+            raise refused("blobs-refused", error) from None
 
     async def _part(self, request: web.Request, team: str, seal: SealArtifact, keep: int, cause: Cause) -> Sealed:
         """A new artifact of another, or of a part of it. No bytes are moved."""
@@ -140,7 +144,10 @@ class Receiving:
                 return await self._uploads.part(team, seal, keep, cause, source.as_sealed.digest, path)
             return await self._uploads.copy(team, seal, keep, cause, source)
         except (BlobMissing, TreeUnknown):
-            raise Gone from None
+            sealed = await self._queries.artifact(team, request.query["from"])
+            if sealed is None or sealed.over(self._now()):
+                raise Gone from None
+            raise damaged(f"artifact {request.query['from']} is not whole") from None
 
     async def _keep(self, request: web.Request, team: str) -> int:
         """Seconds for which an upload is kept; 0: for ever."""
@@ -157,22 +164,20 @@ class Receiving:
         if (request.content_length or 0) > most:
             raise Problem(413, "too-large", "What is sent is too large", f"at most {self._limits.max_bytes} bytes of files", limit=most)
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Raises Problem 429 when too many bodies come at once."""
-        if not self._turns:
-            raise Problem(429, "too-many-uploads", "Too many uploads run at once", "try again soon", headers={"Retry-After": "1"})
-        self._turns -= 1
-        try:
-            yield
-        finally:
-            self._turns += 1
-
-    async def _received(self, request: web.Request) -> AsyncIterator[bytes]:
+    async def _received(self, request: web.Request, team: str) -> AsyncIterator[bytes]:
+        """The body. Raises Problem 408 when it dawdles; while others wait for its turn, that is said sooner."""
         widen(request.transport)
+        seconds, clock = request.app.get(TIMEOUTS, Timeouts()).body, asyncio.get_running_loop().time
+        waited, brought, since = 0.0, 0, clock()
         async for piece in body_chunks(request):
             self._traffic.came(len(piece))
+            waited, brought = waited + clock() - since, brought + len(piece)
+            if waited > seconds:
+                if brought < _LEAST and self._turns.waited_for(team):
+                    raise Problem(408, "slow-body", "The body came too slowly", f"under {_LEAST} bytes in {seconds:g} s while others wait")
+                waited, brought = 0.0, 0
             yield piece
+            since = clock()
 
 
 def output_id(token: BuildToken, step: str, name: str) -> str:

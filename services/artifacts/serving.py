@@ -9,13 +9,13 @@ from aiohttp import web
 
 from libs.archives.blobstream import MEDIA_TYPE as BLOBS
 from libs.archives.compression import Format, compressed
-from libs.archives.pump import gathered
-from libs.archives.tree import DIGEST, Entry, order
+from libs.archives.pump import gathered, in_thread
+from libs.archives.tree import DIGEST, Entry
 from libs.blobstore.store import BlobMissing, BlobStore
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
 from libs.runtime.http import Problem, read_body, strict_json
-from libs.tokens import Grant
+from libs.tokens import BuildToken, Grant
 from proto.api import ArtifactChange, TreeEntry, TreePage, Usage
 from services.artifacts.access import Access, Action
 from services.artifacts.answers import (
@@ -36,13 +36,18 @@ from services.artifacts.decider import Sealed, State
 from services.artifacts.logs import Logs
 from services.artifacts.queries import Queries
 from services.artifacts.receiving import TREE, described
-from services.artifacts.trees import NoSuchPath, Trees
+from services.artifacts.trees import NoSuchPath, Trees, listed
+from services.artifacts.turns import Turns
 from services.artifacts.uploads import Gone
 
 _TYPES: dict[str, str] = {"tar": "application/x-tar", "tgz": "application/gzip", "tzst": "application/zstd", "tree": TREE}
 _BYTES = "application/octet-stream"
 _PAGE, _MOST = 1000, 5000
 _MAX_CHANGE = 4096
+DOWNLOADS = 96
+"""How many bodies may go at once; each costs up to about 10 MiB when its reader is slow, twice that when it is quick."""
+LISTS = 16
+"""How many trees may be listed at once."""
 
 
 class Serving:
@@ -60,6 +65,7 @@ class Serving:
         traffic: Traffic,
         most_chunks: int,
         tidy: Callable[[], None],
+        at_once: int = DOWNLOADS,
     ) -> None:
         self._access = access
         self._queries = queries
@@ -71,9 +77,16 @@ class Serving:
         self._traffic = traffic
         self._most_chunks = most_chunks
         self._tidy = tidy
+        self._downloads = Turns(at_once, "downloads")
+        self._lists = Turns(LISTS, "lists")
+        self._log_reads = Turns(at_once, "logs")
 
     async def get_artifact(self, request: web.Request) -> web.StreamResponse:
         grant, sealed = await self._artifact(request, "get")
+        with self._downloads.turn(grant.team):
+            return await self._send_artifact(request, grant, sealed)
+
+    async def _send_artifact(self, request: web.Request, grant: Grant, sealed: Sealed) -> web.StreamResponse:
         form, path, digest = request.query.get("format", "tar"), path_of(request), sealed.as_sealed.digest
         if form not in _TYPES:
             raise invalid("format", f"one of {', '.join(_TYPES)}")
@@ -85,7 +98,8 @@ class Serving:
 
     async def get_blobs(self, request: web.Request) -> web.StreamResponse:
         grant, sealed = await self._artifact(request, "get")
-        return await self._send_blobs(request, grant.team, sealed.as_sealed.digest)
+        with self._downloads.turn(grant.team):
+            return await self._send_blobs(request, grant.team, sealed.as_sealed.digest)
 
     async def get_tree(self, request: web.Request) -> web.StreamResponse:
         grant, sealed = await self._artifact(request, "see")
@@ -94,8 +108,12 @@ class Serving:
         if limit > _MOST:
             raise invalid("limit", f"at most {_MOST}")
         after = _cursor(request)
-        tree = await self._trees.open(grant.team, sealed.as_sealed.digest)
-        found = await tree.select(lambda entries: list(islice(_listed(entries, path, recursive, after), limit + 1)))
+        with self._lists.turn(grant.team):
+            return await self._send_list(grant.team, sealed.as_sealed.digest, path, recursive, after, limit)
+
+    async def _send_list(self, team: str, digest: str, path: bytes, recursive: bool, after: bytes, limit: int) -> web.StreamResponse:
+        tree = await self._trees.open(team, digest)
+        found = await in_thread(lambda: list(islice(listed(tree, path, recursive, after), limit + 1)), self._store.threads)
         following = base64.urlsafe_b64encode(found[limit - 1].path).decode() if len(found) > limit else None
         return answer(200, TreePage(items=[_shown(entry) for entry in found[:limit]], next=following))
 
@@ -128,23 +146,31 @@ class Serving:
         if archived is None:
             raise absent()
         first = number(request, "from") or 0
-        records = await self._logs.read(grant.team, archived.digest, first, number(request, "limit"))
+        limit = number(request, "limit")
         headers = {"Content-Type": _BYTES, "Penstock-Lines": str(archived.lines), "Penstock-Archive": str(archived.archive)}
-        return await self._traffic.send(request, records, headers)
+        with self._log_reads.turn(grant.team):
+            return await self._traffic.send(request, await self._logs.read(grant.team, archived.digest, first, limit), headers)
 
     async def get_input(self, request: web.Request) -> web.StreamResponse:
         token, digest = await self._access.input(request, request.match_info["name"])
-        try:
-            return await self._send_manifest(request, token.team, digest)
-        except BlobMissing:
-            raise Gone from None
+        with self._downloads.turn(token.team, build=True):
+            try:
+                return await self._send_manifest(request, token.team, digest)
+            except BlobMissing as error:
+                raise await self._lost(token, digest, error) from None
 
     async def get_input_blobs(self, request: web.Request) -> web.StreamResponse:
         token, digest = await self._access.input(request, request.match_info["name"])
-        try:
-            return await self._send_blobs(request, token.team, digest)
-        except BlobMissing:
-            raise Gone from None
+        with self._downloads.turn(token.team, build=True):
+            try:
+                return await self._send_blobs(request, token.team, digest)
+            except BlobMissing as error:
+                raise await self._lost(token, digest, error) from None
+
+    async def _lost(self, token: BuildToken, digest: str, error: BlobMissing) -> Exception:
+        """An input that is not whole: its artifact was gone before the build could hold it; or it is not, and the store is damaged."""
+        row = await self._queries.with_tree(token.team, digest)
+        return Gone() if row is None or 0 < row.due_at <= self._now() else error
 
     async def _artifact(self, request: web.Request, action: Action, also_due: bool = False) -> tuple[Grant, Sealed]:
         """One that is there; `also_due`: its time may be up, as long as it has no tombstone. Raises Problem 404, 410."""
@@ -226,27 +252,6 @@ def _strange(entries: Iterator[Entry], wanted: dict[bytes, bool]) -> bytes | Non
         if not left:
             return None
     return next((digest for digest, known in wanted.items() if not known), None)
-
-
-def _listed(entries: Iterator[Entry], path: bytes, recursive: bool, after: bytes) -> Iterator[Entry]:
-    """What lies in a folder, after the path `after`; of a file, itself. Raises NoSuchPath."""
-    inside = path + b"/" if path else b""
-    found = not path
-    cut = order(after) if after else b""
-    for entry in entries:
-        if not found:
-            if entry.path == path:
-                found = True
-                if entry.kind != "folder":
-                    yield entry
-                    return
-        elif not entry.path.startswith(inside):
-            if order(entry.path) > order(path) + b"\1":
-                break
-        elif (recursive or b"/" not in entry.path[len(inside) :]) and (not cut or order(entry.path) > cut):
-            yield entry
-    if not found:
-        raise NoSuchPath
 
 
 def _shown(entry: Entry) -> TreeEntry:

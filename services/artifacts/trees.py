@@ -1,6 +1,8 @@
 """Trees out of the blob store: their names, their files, parts of them, as archives and as chunks."""
 
 import asyncio
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -11,7 +13,7 @@ from libs.archives.blobstream import frames
 from libs.archives.compression import Format
 from libs.archives.pump import drawn, in_thread
 from libs.archives.reader import HOLE
-from libs.archives.tree import CHUNK, ZERO_CHUNK, Entry, ManifestReader, order, pieces_of
+from libs.archives.tree import CHUNK, MAGIC_BYTES, ZERO_CHUNK, Entry, ManifestReader, first_path, order, pieces_of
 from libs.archives.writer import tar_size, write_tar_from, write_tree
 from libs.blobstore.store import BlobReader, BlobStore
 
@@ -19,6 +21,10 @@ T = TypeVar("T")
 
 _AT_ONCE = 4096
 """Entries, or chunks, whose places are looked up together."""
+_REMEMBERED = 64
+"""Trees of which it is known where their blocks begin."""
+_HEAD = 16 << 10
+"""No block's first path ends later."""
 
 
 class NoSuchPath(Exception):
@@ -31,19 +37,38 @@ class Trees:
 
     def __init__(self, store: BlobStore) -> None:
         self._store = store
+        self._blocks: OrderedDict[tuple[str, str], _Blocks] = OrderedDict()
 
     async def open(self, team: str, digest: str) -> "Tree":
-        return Tree(self._store, team, await self._store.get(team, bytes.fromhex(digest)))
+        root = await self._store.get(team, bytes.fromhex(digest))
+        blocks = self._blocks.setdefault((team, digest), _Blocks())
+        self._blocks.move_to_end((team, digest))
+        while len(self._blocks) > _REMEMBERED:
+            self._blocks.popitem(last=False)
+        return Tree(self._store, team, root, blocks)
+
+
+class _Blocks:
+    """Where the blocks of a manifest begin, and the first path of each, as it sorts; empty until somebody needed to know."""
+
+    def __init__(self) -> None:
+        self.known: tuple[list[bytes], list[int]] | None = None
 
 
 class Tree:
     """One tree, of which only the root blob is in memory. What blocks is for threads."""
 
-    def __init__(self, store: BlobStore, team: str, root: bytes) -> None:
+    def __init__(self, store: BlobStore, team: str, root: bytes, blocks: _Blocks) -> None:
         self._store = store
+        self._blocks = blocks
         self._team = team
         self._root = root
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def root(self) -> bytes:
+        """The root blob."""
+        return self._root
 
     @property
     def pieces(self) -> Sequence[bytes]:
@@ -67,13 +92,35 @@ class Tree:
             yield from reader.feed(piece)
         reader.finish()
 
+    def entries_from(self, place: bytes) -> Iterator[Entry]:
+        """Those from `place` (as a path sorts) on, and at most a block of earlier ones, without a look at those before. Blocking."""
+        if not place:
+            yield from self.entries()
+            return
+        manifest = _Manifest(self)
+        starts = self._starts(manifest)[1]
+        reader = ManifestReader()
+        yield from reader.feed(manifest.at(0, starts[0]))
+        for number in range(self.block_of(place), len(starts)):
+            end = starts[number + 1] if number + 1 < len(starts) else manifest.size
+            yield from reader.feed(manifest.at(starts[number], end - starts[number]))
+
+    def block_of(self, place: bytes) -> int:
+        """The number of the block in which `place` lies, as it sorts. Blocking."""
+        return max(bisect_right(self._starts(None)[0], place) - 1, 0)
+
+    def _starts(self, manifest: "_Manifest | None") -> tuple[list[bytes], list[int]]:
+        if self._blocks.known is None:
+            self._blocks.known = (manifest or _Manifest(self)).blocks()
+        return self._blocks.known
+
     def part(self, path: bytes) -> Iterator[Entry]:
         """The tree of what lies in the folder `path` (b"": all), or of the file `path` alone, under its name. Blocking. Raises NoSuchPath."""
         return part_of(self.entries(), path) if path else self.entries()
 
     async def find(self, path: bytes) -> Entry:
         """What is at a path. Raises NoSuchPath."""
-        return await self._in_thread(lambda: _found(self.entries(), path))
+        return await self._in_thread(lambda: _found(self.entries_from(order(path)), path))
 
     async def select(self, chosen: Callable[[Iterator[Entry]], T]) -> T:
         """What `chosen`, in a thread, makes of the entries."""
@@ -190,7 +237,71 @@ def _found(entries: Iterable[Entry], path: bytes) -> Entry:
     for entry in entries:
         if entry.path == path:
             return entry
+        if order(entry.path) > order(path):
+            break
     raise NoSuchPath
+
+
+def listed(tree: Tree, path: bytes, recursive: bool, after: bytes) -> Iterator[Entry]:
+    """What lies in a folder, after the path `after`; of a file, itself. Folders that are not entered, and what comes before, are passed over in
+    blocks. Blocking. Raises NoSuchPath."""
+    if path:
+        found = _found(tree.entries_from(order(path)), path)
+        if found.kind != "folder":
+            yield found
+            return
+    inside = path + b"/" if path else b""
+    least = max(order(path), order(after) + b"\0" if after else b"")
+    left = tree.entries_from(least)
+    while (entry := next(left, None)) is not None:
+        place = order(entry.path)
+        if place < least or entry.path == path:
+            continue
+        if not entry.path.startswith(inside):
+            return
+        child, deeper, _ = entry.path[len(inside) :].partition(b"/")
+        if recursive or not deeper:
+            yield entry
+            continue
+        least = order(inside + child) + b"\1"
+        if tree.block_of(least) > tree.block_of(place):
+            left = tree.entries_from(least)
+
+
+class _Manifest:
+    """A manifest's bytes, of which one piece is in memory. Blocking."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._pieces = tree.pieces
+        self._root = b"" if self._pieces else tree.root
+        self._reader = tree.reader(self._pieces) if self._pieces else None
+        self._last = (-1, b"")
+        last = self._reader.size(self._pieces[-1]) if self._reader is not None else 0
+        self.size = (len(self._pieces) - 1) * CHUNK + last if self._pieces else len(self._root)
+
+    def at(self, start: int, length: int) -> bytes:
+        """Fewer bytes at its end."""
+        if self._reader is None:
+            return self._root[start : start + length]
+        found = bytearray()
+        while len(found) < length and start + len(found) < self.size:
+            number, inside = divmod(start + len(found), CHUNK)
+            if number != self._last[0]:
+                self._last = number, self._reader.read(self._pieces[number])
+            found += self._last[1][inside : inside + length - len(found)]
+        return bytes(found)
+
+    def blocks(self) -> tuple[list[bytes], list[int]]:
+        """The first path of each block, as it sorts, and where it begins. Without a block, where one would."""
+        firsts: list[bytes] = []
+        starts: list[int] = []
+        at = MAGIC_BYTES
+        while at < self.size:
+            head = self.at(at, _HEAD)
+            firsts.append(order(first_path(head)))
+            starts.append(at)
+            at += 4 + int.from_bytes(head[:4], "big")
+        return (firsts, starts) if starts else ([b""], [at])
 
 
 assert len(HOLE) == CHUNK

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import suppress
 from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -52,6 +53,13 @@ class Gone(Exception):
 
 class ManifestRefused(Exception):
     """The bytes are no manifest; the text says why."""
+
+
+class Room(NamedTuple):
+    """Bytes that a team may store: new ones as of now, and in all. None: no limit."""
+
+    left: int | None
+    quota: int | None
 
 
 class Wanted(msgspec.Struct):
@@ -105,7 +113,7 @@ class Uploads:
         """A tar, plain, gzip or zstd. Raises ArchiveRefused, QuotaExceeded."""
         session = await self._sessions.open(Session(self._ids(), team, seal, lifetime), self._now())
         try:
-            upload = self._store.begin(team, session.holder, await self._room(team))
+            upload = self._store.begin(team, session.holder, *await self._room(team))
             try:
                 intake = TarIntake(upload, self._limits)
                 tree = await pump(self._alive(session, body), intake.feed, intake.finish, self._store.threads)
@@ -151,13 +159,17 @@ class Uploads:
 
     async def _copy(self, team: str, seal: SealArtifact, lifetime: int, cause: Cause, tree: TreeSummary, upload: str) -> Sealed:
         session = await self._sessions.open(Session(self._ids(), team, seal, lifetime), self._now())
-        # what is damaged is asked for, and so healed
-        shared, damaged = await asyncio.gather(
-            self._store.share(team, holder_of(upload), session.holder), self._queries.is_damaged(team, holder_of(upload))
-        )
-        if shared and not damaged:
-            with suppress(UploadUnknown):
-                return await self._seal(session, tree, cause, upload)
+        try:
+            # what is damaged is asked for, and so healed
+            shared, damaged = await asyncio.gather(
+                self._store.share(team, holder_of(upload), session.holder), self._queries.is_damaged(team, holder_of(upload))
+            )
+            if shared and not damaged:
+                with suppress(UploadUnknown):
+                    return await self._seal(session, tree, cause, upload)
+        except BaseException:
+            await self._drop(session)
+            raise
         await self._drop(session)
         raise TreeUnknown(tree.digest)
 
@@ -174,6 +186,8 @@ class Uploads:
         summary = await in_thread(cut, self._store.threads)
         begun = await self._begin(team, seal, lifetime, cause, summary, intake.sizes, intake.blobs)
         if isinstance(begun, PendingUpload):
+            if (session := await self._sessions.find(team, seal.artifact, self._now())) is not None:
+                await self._drop(session)
             raise BlobMissing(f"{begun.missing_blobs} chunks of {digest}")
         return begun
 
@@ -184,7 +198,7 @@ class Uploads:
         if session is None:
             raise UploadUnknown
         wanted = await self._want(session)
-        upload = self._store.begin(team, session.holder, await self._room(team))
+        upload = self._store.begin(team, session.holder, *await self._room(team))
         intake = BlobIntake(upload, wanted.sizes, self._limits, form)
         try:
             await self._receive(session, upload, intake, body)
@@ -236,15 +250,15 @@ class Uploads:
         if not wanted.missing:
             return await self._seal(session, tree, cause)
         pending = wanted.pending(seal.artifact)
-        if room is not None and pending.missing_bytes > room:
+        if room.left is not None and pending.missing_bytes > room.left:
             if session.id == opened.id:
                 await self._drop(session)
-            raise QuotaExceeded(f"there is room for {max(room, 0)} new bytes, and {pending.missing_bytes} would come")
+            raise QuotaExceeded(f"there is room for {room.left} new bytes, and {pending.missing_bytes} would come")
         self._remember(session, wanted)
         return pending
 
-    async def _keep_manifest(self, session: Session, blobs: list[bytes], room: int | None) -> None:
-        upload = self._store.begin(session.team, session.holder, room)
+    async def _keep_manifest(self, session: Session, blobs: list[bytes], room: Room) -> None:
+        upload = self._store.begin(session.team, session.holder, *room)
 
         def store() -> None:
             try:
@@ -337,10 +351,9 @@ class Uploads:
         except (QuotaExceeded, StoreUnavailable, LogUnavailable) as error:
             logger.warning("what came of an upload is not kept", why=str(error))
 
-    async def _room(self, team: str) -> int | None:
-        """New bytes that the team may store; None: no limit."""
+    async def _room(self, team: str) -> Room:
         quota = (await self._queries.policy(team)).quota_bytes
-        return max(quota - await self._store.usage(team), 0) if quota else None
+        return Room(max(quota - await self._store.usage(team), 0), quota) if quota else Room(None, None)
 
     async def _alive(self, session: Session, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The body, while the session is alive. Raises UploadUnknown."""

@@ -34,7 +34,7 @@ from services.artifacts.projection import ARTIFACTS
 from services.artifacts.queries import Queries
 from services.artifacts.receiving import UPLOADS, Receiving
 from services.artifacts.routes import application
-from services.artifacts.serving import Serving
+from services.artifacts.serving import DOWNLOADS, Serving
 from services.artifacts.sessions import Sessions
 from services.artifacts.trees import Trees
 from services.artifacts.uploads import Uploads
@@ -47,7 +47,8 @@ _REST = 60.0
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`store_url`: where blobs are kept (`file:///folder`, `s3://bucket/prefix`, …). `grant_public_key` is the gateway's, `server_public_key` the
-    scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact, `max_uploads` what may come at once; `log_patience` and
+    scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact, `max_uploads` what may come and `max_downloads`
+    what may go at once; `log_patience` and
     `tidy_seconds` (how often what nobody needs is looked for) are in seconds. `instance` is for whoever sees to it that no two processes run
     under one name at a time: what a predecessor of that name left unfinished is collected at once."""
 
@@ -61,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_artifact_bytes: int = Limits().max_bytes
     max_artifact_files: int = Limits().max_members
     max_uploads: int = UPLOADS
+    max_downloads: int = DOWNLOADS
     log_patience: float = PATIENCE
     tidy_seconds: float = 60.0
     instance: str = ""
@@ -86,7 +88,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     janitor = Janitor(log, log.pool, projector, store, sessions, uploads, trees, logs, commands, time.time, settings.tidy_seconds, instance)
     receiving = Receiving(access, queries, uploads, limits, time.time, traffic, settings.max_uploads)
     most_chunks = settings.max_artifact_files + (settings.max_artifact_bytes >> 23)
-    serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, janitor.wake)
+    serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, janitor.wake, settings.max_downloads)
 
     service.depends("database", lambda: projector.problem)
     service.depends("nats", lambda: None if bus.connected else "is not connected")

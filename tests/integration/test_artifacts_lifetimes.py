@@ -2,8 +2,11 @@
 whole, and once all is gone nothing is left."""
 
 import asyncio
+import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ from uuid import UUID, uuid4
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from libs.archives.rules import ArchiveRefused, Limits
-from libs.blobstore.store import BlobMissing, StoreUnavailable, open_blob_store
+from libs.blobstore.objects import Folder
+from libs.blobstore.store import BlobMissing, QuotaExceeded, StoreFull, StoreUnavailable, open_blob_store
 from libs.eventlog.log import NO_STREAM, LogUnavailable
 from libs.eventlog.postgres import PostgresLog, open_postgres_log
 from libs.eventlog.projections import StoredProjection
@@ -63,8 +68,9 @@ class Clock:
 class Instance:
     """One instance of the service, without its edges."""
 
-    def __init__(self, database: Database, store: Path, clock: Clock, name: str) -> None:
+    def __init__(self, database: Database, store: Path, clock: Clock, name: str, skew: float = math.inf) -> None:
         self._database = database
+        self._skew = skew
         self._url = store.as_uri()
         self._clock = clock
         self.name = name
@@ -84,7 +90,18 @@ class Instance:
         sessions, self.trees = Sessions(pool), Trees(self.store)
         self.uploads = Uploads(self.store, sessions, self.trees, self.commands, queries, Limits(), lambda: f"{self.name}-{uuid4().hex}", clock)
         self.janitor = Janitor(
-            self.log, pool, self.projector, self.store, sessions, self.uploads, self.trees, Logs(self.store), self.commands, clock, 60
+            self.log,
+            pool,
+            self.projector,
+            self.store,
+            sessions,
+            self.uploads,
+            self.trees,
+            Logs(self.store),
+            self.commands,
+            clock,
+            60,
+            skew=self._skew,
         )
         await sessions.create()
         await sessions.succeed(f"{self.name}-")
@@ -379,3 +396,130 @@ async def end(made: World) -> None:
 
     await eventually(nothing_left, timeout=20)
     await at.store.collect(silent_for=0, late_by=0)
+
+
+@asynccontextmanager
+async def instance(database: Database, store: Path) -> AsyncIterator[Instance]:
+    running = await Instance(database, store, Clock(), "a").start()
+    try:
+        yield running
+    finally:
+        await running.stop()
+
+
+async def whole(body: bytes) -> AsyncIterator[bytes]:
+    yield body
+
+
+class Stopped:
+    """An instance at which nothing is sealed until it goes `on`."""
+
+    def __init__(self, at: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.marked, self.on = asyncio.Event(), asyncio.Event()
+        execute = at.commands.execute
+
+        async def waiting(command: Command, why: Cause) -> Any:
+            if isinstance(command, SealArtifact):
+                self.marked.set()
+                await self.on.wait()
+            return await execute(command, why)
+
+        monkeypatch.setattr(at.commands, "execute", waiting)
+
+
+async def test_a_stream_that_finds_the_store_full_leaves_what_another_is_sealing(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"x": b"x" * 100_000}
+    async with instance(database, tmp_path / "store") as at:
+        seal, stream = SealArtifact(artifact=str(uuid4()), kind="user", digest="", size=0, files=0, name=""), blob_stream(distinct(files))
+        assert isinstance(await at.uploads.manifest("main", seal, LIFETIME, cause("main"), whole(manifest(files))), PendingUpload)
+        stopped, put, both, full = Stopped(at, monkeypatch), Folder.put, threading.Barrier(2), threading.Event()
+
+        def second_fails(self: Folder, key: str, data: Sequence[bytes]) -> None:
+            if both.wait(10):
+                full.wait(10)
+                raise StoreFull("no space left in the store")
+            put(self, key, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "put", second_fails)
+            streams = [asyncio.create_task(at.uploads.blobs("main", seal.artifact, cause("main"), whole(stream))) for _ in range(2)]
+            await asyncio.wait_for(stopped.marked.wait(), 10)
+            full.set()
+            done, (sealing,) = await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
+        assert [type(stream.exception()) for stream in done] == [StoreFull]
+        await tidied(at, stopped)
+        sealed = await sealing
+        assert not isinstance(sealed, PendingUpload)
+        await reads_back(at, sealed.as_sealed.digest, files)
+
+
+async def test_a_manifest_past_the_quota_leaves_what_another_is_sealing(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one who opened the session looks for its chunks when another has joined, brought them and marked it."""
+    files = {"x": b"x" * 100_000}
+    async with instance(database, tmp_path / "store") as at:
+        pool, stopped = at.log.pool, Stopped(at, monkeypatch)
+        await pool.execute("INSERT INTO policy (team, input_seconds, output_seconds, quota_bytes) VALUES ('main', 60, 60, 50000)")
+        seal, look = SealArtifact(artifact=str(uuid4()), kind="user", digest="", size=0, files=0, name=""), Uploads._look
+        looked, on = asyncio.Event(), asyncio.Event()
+
+        async def late(*arguments: Any) -> None:
+            await look(*arguments)
+            looked.set()
+            await on.wait()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Uploads, "_look", late)
+            first = asyncio.create_task(at.uploads.manifest("main", seal, LIFETIME, cause("main"), whole(manifest(files))))
+            await asyncio.wait_for(looked.wait(), 10)
+        await eventually(lambda: pool.fetchval("SELECT EXISTS (SELECT FROM hold)"))
+        await pool.execute("UPDATE policy SET quota_bytes = 0")
+        sealing = asyncio.create_task(at.uploads.blobs("main", seal.artifact, cause("main"), whole(blob_stream(distinct(files)))))
+        await asyncio.wait_for(stopped.marked.wait(), 10)
+        on.set()
+        with pytest.raises(QuotaExceeded):
+            await first
+        await tidied(at, stopped)
+        sealed = await sealing
+        assert not isinstance(sealed, PendingUpload)
+        await reads_back(at, sealed.as_sealed.digest, files)
+
+
+async def reads_back(at: Instance, digest: str, files: Files) -> None:
+    tree = await at.trees.open("main", digest)
+    body = b"".join([piece async for piece in tree.drawn(tree.archive(b"", "tar"))])
+    assert all(contents in body for contents in files.values())
+
+
+async def tidied(at: Instance, stopped: Stopped) -> None:
+    """The janitor seals what is marked; what it would do about the rest it does."""
+    assert await at.log.pool.fetchval("SELECT count(*) FROM upload WHERE sealing") == 1
+    await at.janitor._release()
+    await at.store.collect(silent_for=0, late_by=0)
+    stopped.on.set()
+
+
+async def test_nothing_expires_or_lapses_while_the_clock_is_not_the_databases(database: Database, tmp_path: Path) -> None:
+    clock, files = Clock(), {"x": b"x"}
+    clock.now = time.time()
+    at = await Instance(database, tmp_path / "store", clock, "a", skew=60).start()
+    try:
+        seal = SealArtifact(artifact=str(uuid4()), kind="user", digest="", size=0, files=0, name="")
+        sealed = await at.uploads.tar("main", seal, LIFETIME, cause("main"), whole(tar(files)))
+        pending = replace(seal, artifact=str(uuid4()))
+        assert isinstance(await at.uploads.manifest("main", pending, 0, cause("main"), whole(manifest({"y": b"y"}))), PendingUpload)
+        clock.now += 10 * LIFETIME
+        await at.projector.passed(await at.log.head(), 10)
+        await at.janitor.round()
+        await reads_back(at, sealed.as_sealed.digest, files)
+        assert await at.log.pool.fetchval("SELECT count(*) FROM upload WHERE NOT sealing") == 1
+        clock.now -= 10 * LIFETIME
+        await at.uploads.tar("main", replace(seal, artifact=str(uuid4())), 20, cause("main"), whole(tar({"z": b"z"})))
+        clock.now += 40
+        await at.projector.passed(await at.log.head(), 10)
+        await at.janitor.round()
+        await at.projector.passed(await at.log.head(), 10)
+        assert await at.log.pool.fetchval("SELECT array_agg(id) FROM artifact") == [seal.artifact], "what is due when it is right"
+    finally:
+        await at.stop()

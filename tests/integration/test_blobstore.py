@@ -204,6 +204,25 @@ async def test_an_upload_has_no_more_new_bytes_than_there_is_room_for(database: 
         assert not await store.held("main", "g")
 
 
+async def test_uploads_at_once_keep_to_the_quota_together(database: Database, folder: Place) -> None:
+    """Each of them had room when it began; what fits does, whoever else is at it."""
+    async with running(database, folder.url) as store:
+
+        async def upload(number: int) -> bool:
+            going = store.begin("main", f"h{number}", 50_000, 50_000)
+            try:
+                await in_thread(lambda: (going.add(os.urandom(9_000)), going.flush()), store.threads)
+            except QuotaExceeded:
+                return False
+            finally:
+                await in_thread(going.close, store.threads)
+            return True
+
+        assert sum(await asyncio.gather(*(upload(number) for number in range(8)))) == 5
+        assert await store.usage("main") <= 50_000
+        assert not await upload(9)
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 async def test_a_damaged_pack_is_named_and_the_next_upload_heals_it_for_all_who_hold_it(database: Database, place: Place, damage: str) -> None:
     blobs = some(20)
@@ -214,6 +233,7 @@ async def test_a_damaged_pack_is_named_and_the_next_upload_heals_it_for_all_who_
         (pack,) = place.stored()
         whole = place.contents(pack)
         if damage == "gone":
+            await store.put("main", "another", b"is there")
             place.objects.delete([pack])
         elif damage == "cut":
             place.replace(pack, whole[:100])
@@ -236,8 +256,46 @@ async def test_a_damaged_pack_is_named_and_the_next_upload_heals_it_for_all_who_
         await store.collect()
         assert await read(store, "main", digests[:5]) == blobs[:5], "the third holds five"
         assert len(await store.hold("main", "fifth", digests)) == 15
-        await store.release("main", ["third", "fifth"])
+        await store.release("main", ["third", "fifth", "another"])
         await empty_after_collection(store, place)
+
+
+@pytest.mark.parametrize("away", ["store", "store/main"])
+async def test_a_folder_that_is_not_there_for_a_moment_damages_nothing(database: Database, folder: Place, tmp_path: Path, away: str) -> None:
+    blobs = some(20)
+    async with running(database, folder.url) as store:
+        digests = await uploaded(store, "main", "h", blobs)
+        (tmp_path / away).rename(tmp_path / "away")
+        for mounted in (False, True):
+            if mounted:
+                (tmp_path / away).mkdir()
+            for way in (store.get("main", digests[0]), read(store, "main", digests)):
+                with pytest.raises(StoreUnavailable):
+                    await way
+        (tmp_path / away).rmdir()
+        (tmp_path / "away").rename(tmp_path / away)
+        assert await store.hold("main", "g", digests) == []
+        assert await read(store, "main", digests) == blobs
+
+
+@pytest.mark.parametrize("way", ["read", "stream"])
+async def test_what_was_taken_for_damaged_is_sound_once_it_reads_back(database: Database, place: Place, way: str) -> None:
+    blobs = some(20)
+    async with running(database, place.url) as store:
+        digests = await uploaded(store, "main", "h", blobs)
+        (pack,) = place.stored()
+        await store.put("main", "another", b"is there")
+        whole = place.contents(pack)
+        place.objects.delete([pack])
+        with pytest.raises(BlobDamaged):
+            await read(store, "main", digests)
+        missing = await store.hold("main", "g", digests)
+        assert missing
+        place.replace(pack, whole)
+        reader = await store.reader("main", digests)
+        await in_thread(lambda: list(reader.stream(digests)) if way == "stream" else [reader.read(digest) for digest in digests], store.threads)
+        assert await store.hold("main", "g", digests) == []
+        assert await execute(database, "SELECT FROM blob WHERE damaged") == []
 
 
 async def test_a_blob_damaged_twice_is_healed_twice(database: Database, folder: Place) -> None:
