@@ -125,6 +125,8 @@ class FakeArtifacts:
 
     async def tree(self, request: web.Request) -> web.Response:
         self._grant(request, "see")
+        if request.query.get("path") == "absent":
+            return _problem(404, "not-found")
         return web.json_response({"items": [{"path": "a", "kind": "file", "size": 1}], "next": None})
 
     async def change(self, request: web.Request) -> web.Response:

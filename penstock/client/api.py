@@ -187,7 +187,7 @@ class Client:
         return await self._http.send("PATCH", self._at(artifact), Artifact, {"keep": seconds, **({"shorten": True} if shorten else {})})
 
     async def delete(self, artifact: Artifact | str) -> None:
-        """Let it go now. Raises NotFound, Expired when it is gone already, Conflict while a build needs it."""
+        """Let it go now; a build that uses it can still read it until it ends. Raises NotFound, Expired when it is gone already."""
         await self._http.delete(self._at(artifact))
 
     async def usage(self) -> Usage:

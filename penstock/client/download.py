@@ -6,28 +6,30 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
 import aiohttp
 
 from penstock.client.errors import Damaged, NotFound, Refused, Unavailable
-from penstock.client.http import Http
+from penstock.client.http import Http, Waiting
 from penstock.client.model import Problem, Progress, Transfer
-from penstock.client.placing import Place
+from penstock.client.placing import Parts, Place, refuse_git
 from penstock.client.scan import TICK
 from penstock.client.threads import Threads
 from penstock.client.tree import DIGEST, ZERO_CHUNK, Entry, InvalidManifest, ManifestReader
-from penstock.client.treecheck import checked, part_of
+from penstock.client.treecheck import Check, limits_of, part_of
 from penstock.client.upload import is_loopback
 
 if sys.version_info >= (3, 14):
-    from compression.zstd import ZstdDecompressor, ZstdError
+    from compression.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
 else:
-    from backports.zstd import ZstdDecompressor, ZstdError
+    from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
 
 PIECE = 256 * 1024
+_WINDOW_LOG = 25
+"""The largest window a compressed manifest may ask for: 32 MiB of memory."""
 ASKED = 16_384
 """Chunks asked for in one request."""
 GATHERED = 4 << 20
@@ -39,19 +41,39 @@ LOOKED_AT = 256
 async def fetch_manifest(http: Http, artifact: str) -> list[Entry]:
     """All that an artifact (the path of its URL) holds. Raises Damaged when it is no tree, or none that may be written."""
     headers = {"Accept-Encoding": "identity" if is_loopback(http.url) else "zstd"}
-    reader = ManifestReader()
+    limits = limits_of(os.environ)
+    reader, check = ManifestReader(), Check(limits)
     entries: list[Entry] = []
+    left = limits.manifest
     async with http.open("GET", artifact, params={"format": "tree"}, headers=headers) as response:
-        unpacked = ZstdDecompressor() if response.headers.get("Content-Encoding") == "zstd" else None
+        unpacked = _unpacker() if response.headers.get("Content-Encoding") == "zstd" else None
         try:
             async for data in response.content.iter_chunked(PIECE):
-                entries += reader.feed(unpacked.decompress(data) if unpacked else data)
+                for piece in _unpack(unpacked, data) if unpacked else (data,):
+                    left -= len(piece)
+                    if left < 0:
+                        raise InvalidManifest(f"it is larger than {limits.manifest} bytes")
+                    for entry in reader.feed(piece):
+                        check.add(entry)
+                        entries.append(entry)
+            if unpacked and not unpacked.eof:
+                raise InvalidManifest("it is cut short")
             reader.finish()
         except (InvalidManifest, ZstdError, EOFError) as error:
             raise Damaged(f"{http.url} sent a manifest that cannot be read ({error}): try again, or look whether it is as new as this") from error
-    for _ in checked(entries):
-        pass
+    check.finish()
     return entries
+
+
+def _unpacker() -> ZstdDecompressor:
+    return ZstdDecompressor(options={DecompressionParameter.window_log_max: _WINDOW_LOG})
+
+
+def _unpack(unpacker: ZstdDecompressor, data: bytes) -> Iterator[bytes]:
+    """What the data unpacks to, in pieces: a little data may be much."""
+    yield unpacker.decompress(data, PIECE)
+    while not unpacker.eof and not unpacker.needs_input:
+        yield unpacker.decompress(b"", PIECE)
 
 
 async def read_file(http: Http, artifact: str, path: str | bytes, start: int, length: int | None) -> AsyncGenerator[bytes, None]:
@@ -86,8 +108,15 @@ async def download_folder(http: Http, artifact: str, into: Path, path: bytes, pr
     entries = await http.repeated(lambda: fetch_manifest(http, artifact), patience)
     if path.strip(b"/"):
         entries = _part(entries, path.strip(b"/"))
+    refuse_git(into, entries)
+    with Parts(into) as parts:  # left when no thread is at work any more
+        await _fetch(http, artifact, waiting, into, entries, parts, progress)
+    return sum(entry.kind == "file" for entry in entries)
+
+
+async def _fetch(http: Http, artifact: str, waiting: Waiting, into: Path, entries: list[Entry], parts: Parts, progress: Progress | None) -> None:
     async with Threads(2) as threads:
-        work = _Download(into, entries, threads, progress)
+        work = _Download(into, entries, parts, threads, progress)
         await work.prepare()
         while work.wanted:
             try:
@@ -100,7 +129,6 @@ async def download_folder(http: Http, artifact: str, into: Path, path: bytes, pr
                 await work.flush()
                 await waiting.after(error)
         await work.finish()
-    return sum(entry.kind == "file" for entry in entries)
 
 
 def _part(entries: list[Entry], path: bytes) -> list[Entry]:
@@ -108,8 +136,10 @@ def _part(entries: list[Entry], path: bytes) -> list[Entry]:
     if found is None:
         raise NotFound(Problem(status=404, detail=f"the artifact has no `{os.fsdecode(path)}`: `penstock artifact ls` shows what it has"))
     part = list(part_of(entries, path))
-    for _ in checked(part):  # a link that stays inside the whole may leave the part
-        pass
+    check = Check(limits_of(os.environ))
+    for entry in part:  # a link that stays inside the whole may leave the part
+        check.add(entry)
+    check.finish()
     return part
 
 
@@ -133,8 +163,9 @@ async def _blobs(http: Http, path: str, digests: Sequence[bytes], sizes: dict[by
 class _Download:
     """What is still wanted, and where it goes: `wanted` maps a chunk's digest to its places (file << 32 | chunk)."""
 
-    def __init__(self, into: Path, entries: list[Entry], threads: Threads, progress: Progress | None) -> None:
+    def __init__(self, into: Path, entries: list[Entry], parts: Parts, threads: Threads, progress: Progress | None) -> None:
         self._into = into
+        self._parts = parts
         self._entries = entries
         self._threads = threads
         self._progress = progress
@@ -176,7 +207,7 @@ class _Download:
             self._left[n] = count
 
     def _make_folders(self) -> None:
-        with Place(self._into, self._threads.check) as place:
+        with Place(self._into, self._threads.check, self._parts) as place:
             for entry in self._entries:
                 if entry.kind == "folder":
                     place.folder(entry.path)
@@ -184,7 +215,7 @@ class _Download:
     def _look(self, part: Sequence[int]) -> list[tuple[int, list[int]]]:
         """The files that lack something, with what they have; those that need nothing sent are written."""
         lacking: list[tuple[int, list[int]]] = []
-        with Place(self._into, self._threads.check) as place:
+        with Place(self._into, self._threads.check, self._parts) as place:
             for n in part:
                 self._threads.check()
                 entry = self._entries[n]
@@ -229,7 +260,7 @@ class _Download:
             await self._written()
 
     def _write(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        with Place(self._into, self._threads.check) as place:
+        with Place(self._into, self._threads.check, self._parts) as place:
             for digest, contents in blobs:
                 self._threads.check()
                 if hashlib.sha256(contents).digest() != digest:
@@ -254,7 +285,7 @@ class _Download:
         self._tell()
 
     def _link(self) -> None:
-        with Place(self._into, self._threads.check) as place:
+        with Place(self._into, self._threads.check, self._parts) as place:
             for entry in self._entries:
                 if entry.kind == "file" and entry.target:
                     place.hard_link(entry)

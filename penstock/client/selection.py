@@ -1,7 +1,7 @@
 """Which files of a folder are uploaded: what git would show of it (tracked and untracked, without the ignored), or all of it.
 
-`.git` itself goes along only when asked for. A `.penstockignore` in the folder, in git's syntax, takes away more. While git lists the folder, the
-files that the index knows are looked at: when nothing came or went, that is all.
+`.git` itself goes along only when asked for, and what a download gathers (penstock.client.placing) never. A `.penstockignore` in the folder, in
+git's syntax, takes away more. While git lists the folder, the files that the index knows are looked at: when nothing came or went, that is all.
 """
 
 # Paths are bytes here, which pathlib does not have:
@@ -19,6 +19,9 @@ from penstock.client.errors import Unreadable
 from penstock.client.gitlist import GitList
 from penstock.client.index import Index, index_path, read_index, read_stamp, stamp_of
 from penstock.client.tree import FILE_MODE, FOLDER_MODE, LINK_MODE, PROGRAM_MODE, Entry, order
+
+PART = (b".penstock-", b".part")
+"""How the name of a file begins and ends that a download has not finished."""
 
 
 class Selection(msgspec.Struct, kw_only=True):
@@ -209,7 +212,7 @@ def _walk(top: bytes, start: bytes, include_git: bool) -> Iterator[tuple[bytes, 
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(path)
                     yield path, b""
-                else:
+                elif not _is_part(entry.name):
                     try:
                         yield path, stamp_of(entry.stat(follow_symlinks=False))
                     except FileNotFoundError:  # gone since
@@ -232,7 +235,8 @@ def _expand(top: bytes, prefix: bytes, named: Iterable[bytes], found: dict[bytes
             continue
         path = prefix + name
         if not stat.S_ISDIR(status.st_mode):
-            found[path] = stamp_of(status)
+            if not _is_part(name.rpartition(b"/")[2]):
+                found[path] = stamp_of(status)
             continue
         simple = False
         found[path] = b""
@@ -248,6 +252,10 @@ def _expand(top: bytes, prefix: bytes, named: Iterable[bytes], found: dict[bytes
         else:
             _expand(top, path + b"/", inner.split(b"\0"), found)
     return simple
+
+
+def _is_part(name: bytes) -> bool:
+    return name.startswith(PART[0]) and name.endswith(PART[1])
 
 
 def _ignore_file(top: bytes) -> bytes:

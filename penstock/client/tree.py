@@ -8,7 +8,7 @@ one chunk is itself cut into chunks, and the tree's digest is the sha256 of the 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -52,7 +52,8 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
             yield self.digest[start : start + DIGEST], min(CHUNK, self.size - start // DIGEST * CHUNK)
 
 
-_DECODE = msgspec.msgpack.Decoder(list[Entry]).decode
+_DECODER: msgspec.msgpack.Decoder[list[Entry]] = msgspec.msgpack.Decoder(Annotated[list[Entry], msgspec.Meta(max_length=BLOCK)])
+"""Entries are counted before they are made."""
 
 
 class InvalidManifest(Exception):
@@ -128,7 +129,7 @@ class ManifestReader:
 
     def _block(self, data: bytes) -> Sequence[Entry]:
         try:
-            entries = _DECODE(data)
+            entries = _DECODER.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InvalidManifest(str(error)) from None
         if self._last or not 1 <= len(entries) <= BLOCK:

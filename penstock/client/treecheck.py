@@ -1,6 +1,7 @@
 """Whether a tree may be written to a disk. A manifest comes from outside: a server is not trusted with the user's files."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -12,6 +13,29 @@ _LONGEST_NAME = 255
 _DEEPEST = 256
 _MOST_FOLLOWED = 40
 """Links that lead through one another, as in Linux."""
+_MOST_COMPONENTS = 256
+_COMPONENTS_PER_LINK, _FREE_COMPONENTS = 16, 1 << 16
+"""All links' targets together: following them costs time by components."""
+
+
+class Limits(NamedTuple):
+    """Bounds on one tree, as the server has them by default: `names` bounds all paths and link targets together, in bytes like `size`."""
+
+    entries: int = 500_000
+    size: int = 64 << 30
+    names: int = 64 << 20
+
+    @property
+    def manifest(self) -> int:
+        """Bytes of manifest that a tree inside the limits can need: names, 80 bytes an entry, 32 for each whole chunk of 8 MiB."""
+        return self.names + self.entries * 80 + (self.size >> 18) + 4096
+
+
+def limits_of(environ: Mapping[str, str]) -> Limits:
+    """Raised as a server's are that keeps more: by `PENSTOCK_MAX_ARTIFACT_BYTES` and `PENSTOCK_MAX_ARTIFACT_FILES`."""
+    size, files = (environ.get(f"PENSTOCK_MAX_ARTIFACT_{what}", "") for what in ("BYTES", "FILES"))
+    usual = Limits()
+    return Limits(2 * int(files) if files.isdecimal() else usual.entries, int(size) if size.isdecimal() else usual.size)
 
 
 def shown(path: bytes) -> str:
@@ -21,20 +45,25 @@ def shown(path: bytes) -> str:
     return text if len(text) <= 300 else f"{text[:150]}…{text[-150:]}"
 
 
-def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """The entries, each known to lie inside the folder: sorted, none twice, in folders that were named before, no link leading out. Raises Damaged
-    that names the culprit; for links at the end."""
-    files: dict[bytes, Entry] = {}  # that hard links may name
-    links: dict[bytes, bytes] = {}
-    within: list[bytes] = []
-    last = b""
-    for entry in entries:
-        path = entry.path
+class Check:
+    """Looks at a tree's entries as they come: each must lie inside the folder, sorted, none twice, in folders that were named before, no link leading
+    out, all within the limits. Raises Damaged that names the culprit."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._files: dict[bytes, Entry] = {}  # that hard links may name
+        self._links: dict[bytes, bytes] = {}
+        self._within: list[bytes] = []
+        self._last = b""
+        self._entries = self._names = self._size = 0
+
+    def add(self, entry: Entry) -> None:
+        path, within = entry.path, self._within
         _check_path(path)
         key = order(path)
-        if key <= last:
+        if key <= self._last:
             raise _refused(path, "is not in order, or there twice")
-        last = key
+        self._last = key
         parent = path.rpartition(b"/")[0]
         while within and within[-1] != parent:
             within.pop()
@@ -43,13 +72,28 @@ def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
         if entry.kind == "folder":
             within.append(path)
         elif entry.kind == "link":
-            links[path] = entry.target
+            self._links[path] = entry.target
         else:
-            _check_file(entry, files)
-        yield entry
-    ends: dict[bytes, tuple[bytes, int]] = {}
-    for path in links:
-        _end_of(path, links, ends, [])
+            _check_file(entry, self._files)
+            if not entry.target:
+                self._size += entry.size
+        self._entries += 1
+        self._names += len(path) + len(entry.target)
+        if self._entries > self._limits.entries or self._names > self._limits.names:
+            most = f"{self._limits.entries} files and folders (PENSTOCK_MAX_ARTIFACT_FILES=… lets it have more)"
+            raise _refused(path, f"takes it past {most}, or past {self._limits.names} bytes of names")
+        if self._size > self._limits.size:
+            raise _refused(path, f"takes it past {self._limits.size} bytes (PENSTOCK_MAX_ARTIFACT_BYTES=… lets it have more)")
+
+    def finish(self) -> None:
+        """All entries are there: where the links lead."""
+        links = self._links
+        components = sum(target.count(b"/") + 1 for target in links.values())
+        if components > _FREE_COMPONENTS + _COMPONENTS_PER_LINK * len(links):
+            raise Damaged(f"the artifact has links of more than {_COMPONENTS_PER_LINK} components each, taken together: nothing is written")
+        ends: dict[bytes, tuple[bytes, int]] = {}
+        for path in links:
+            _end_of(path, links, ends, [])
 
 
 def part_of(entries: Iterable[Entry], path: bytes) -> Iterator[Entry]:
@@ -104,6 +148,8 @@ def _end_of(path: bytes, links: dict[bytes, bytes], ends: dict[bytes, tuple[byte
     target = links[path]
     if not target or target.startswith(b"/") or b"\0" in target or len(target) > _LONGEST_PATH:
         raise _refused(path, f"is a link to `{shown(target)}`, which leaves the folder")
+    if target.count(b"/") >= _MOST_COMPONENTS:
+        raise _refused(path, f"is a link of more than {_MOST_COMPONENTS} components")
     here = path.rpartition(b"/")[0]
     followed = 1
     for part in target.split(b"/"):

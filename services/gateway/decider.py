@@ -49,7 +49,7 @@ class RequestDecider:
     def decide(self, command: RequestCommand, state: Request) -> Sequence[Event]:
         match command, state:
             case RequestBuild(), Unasked():
-                return [_requested(command)]
+                return [requested(command)]
             case RecallBuild(), Unasked():
                 raise Refused("missing", "there was no such request")
             case ((RequestBuild() | RecallBuild()), Asked()):
@@ -73,7 +73,7 @@ class RequestDecider:
                 raise TypeError(f"{type(event).__name__} on a request stream")
 
 
-def _requested(command: RequestBuild) -> BuildRequested:
+def requested(command: RequestBuild) -> BuildRequested:
     return BuildRequested(
         build=command.build,
         plan=command.plan,

@@ -1,7 +1,7 @@
 """A build's inputs, found by what names them: each must be there when the build is asked for."""
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlencode
 
@@ -21,6 +21,15 @@ _PARTS = uuid.UUID("5c0a1d1e-7d0f-4a55-9a3b-2f6e8f0c7b11")
 _decode = msgspec.json.Decoder(ArtifactRef).decode
 
 
+class Part(msgspec.Struct, frozen=True):
+    """What lies at `path` in an artifact, which becomes the artifact `id`; `place` is where the request names it."""
+
+    id: str
+    place: str
+    row: ArtifactRow
+    path: str
+
+
 class Inputs:
     """Finds them. `now` is unix seconds."""
 
@@ -29,10 +38,16 @@ class Inputs:
         self._artifacts = artifacts
         self._now = now
 
-    async def find(self, name: str, reference: str, request: str, principal: Principal) -> ArtifactRef:
-        """The tree that `reference` names for the input `name`. A part of an artifact becomes an artifact of its own, the same one however often the
-        `request` asks for it. Raises Problem 422 naming the input, 503."""
-        place = f"inputs.{name}"
+    async def find(self, wanted_by: Mapping[str, str], request: str, principal: Principal) -> dict[str, ArtifactRef | Part]:
+        """The trees that the references name, by input; nothing is made yet. A part's id is the same however often the `request` (which must tell one
+        body from another) asks for it. Raises Problem 422 naming the input, 503."""
+        found = {name: await self._find(f"inputs.{name}", reference, request, principal) for name, reference in wanted_by.items()}
+        for part in found.values():
+            if isinstance(part, Part):
+                await self._look(part, principal)
+        return found
+
+    async def _find(self, place: str, reference: str, request: str, principal: Principal) -> ArtifactRef | Part:
         try:
             meant = wanted(reference)
         except ValueError as error:
@@ -42,7 +57,15 @@ class Inputs:
             raise invalid(place, _gone(row, over))
         if not meant.path:
             return ArtifactRef(id=row.id, digest=row.digest, size=row.size, files=row.files)
-        return await self._part(place, row, meant.path, request, principal)
+        return Part(str(uuid.uuid5(_PARTS, "\0".join((principal.team, request, row.id, meant.path)))), place, row, meant.path)
+
+    async def _look(self, part: Part, principal: Principal) -> None:
+        """Whether it has something at the path."""
+        query = urlencode({"path": part.path, "limit": 1})
+        async with self._artifacts.ask("see", Whose(principal.team, part.row.id, principal.actor), "GET", "/tree", query=query) as answer:
+            body = await answer.read()
+        if answer.status != 200:
+            raise _refused(part, answer.status, body)
 
     async def _artifact(self, place: str, meant: Wanted, principal: Principal) -> ArtifactRow:
         match meant:
@@ -63,24 +86,28 @@ class Inputs:
             raise invalid(place, _no_output(build, meant.output))
         return build.outputs[meant.output].id
 
-    async def _part(self, place: str, row: ArtifactRow, path: str, request: str, principal: Principal) -> ArtifactRef:
-        part = str(uuid.uuid5(_PARTS, "\0".join((principal.team, request, row.id, path))))
-        whose = Whose(principal.team, part, principal.actor)
-        query = urlencode({"from": row.id, "path": path, "name": path.rpartition("/")[2][:200]})
-        async with self._artifacts.ask("put", whose, "POST", query=query) as answer:
+    async def make(self, part: Part, principal: Principal) -> ArtifactRef:
+        """The part as an artifact of its own; the one that is there when it was made before. Raises Problem 422 naming the input, 429, 503, 507."""
+        query = urlencode({"from": part.row.id, "path": part.path, "name": part.path.rpartition("/")[2][:200]})
+        async with self._artifacts.ask("put", Whose(principal.team, part.id, principal.actor), "POST", query=query) as answer:
             body = await answer.read()
-            match answer.status:
-                case 201:
-                    return _decode(body)
-                case 404:
-                    raise invalid(place, f"there is no `{path}` in artifact `{row.id}`")
-                case 410:
-                    raise invalid(place, _gone(row, "expired"))
-                case 413 | 422:
-                    raise invalid(place, _detail(body) or f"`{path}` cannot be an input")
-                case 429 | 507:
-                    raise Problem(answer.status, "refused", "The input cannot be made now", f"{place}: {_detail(body)}", headers={"Retry-After": "1"})
-        raise unavailable(f"the artifacts service answered {answer.status}")
+        if answer.status != 201:
+            raise _refused(part, answer.status, body)
+        return _decode(body)
+
+
+def _refused(part: Part, status: int, body: bytes) -> Problem:
+    """What the artifacts service has against it, in terms of the request."""
+    match status:
+        case 404:
+            return invalid(part.place, f"there is no `{part.path}` in artifact `{part.row.id}`")
+        case 410:
+            return invalid(part.place, _gone(part.row, "expired"))
+        case 413 | 422:
+            return invalid(part.place, _detail(body) or f"`{part.path}` cannot be an input")
+        case 429 | 507:
+            return Problem(status, "refused", "The input cannot be made now", f"{part.place}: {_detail(body)}", headers={"Retry-After": "1"})
+    return unavailable(f"the artifacts service answered {status}")
 
 
 def _gone(row: ArtifactRow, why: str) -> str:

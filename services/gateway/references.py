@@ -35,3 +35,11 @@ def wanted(text: str) -> Wanted:
             if first and output:
                 return OfBuild(first, output, path.strip("/"))
     raise ValueError("must be an artifact's id, `artifact:ID[/path]` or `build:N/output[/path]`")
+
+
+def names_part(text: str) -> bool:
+    """Whether a part of an artifact is meant, if anything is."""
+    try:
+        return bool(wanted(text).path)
+    except ValueError:
+        return False

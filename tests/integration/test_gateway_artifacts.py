@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import io
+import json
 import uuid
 from collections.abc import AsyncIterator
 
@@ -286,11 +287,30 @@ async def test_a_part_of_an_artifact_is_an_input_the_same_for_a_repeat(gateway: 
     assert part != artifact
     method, path, _ = gateway.artifacts.asked[-1]
     assert (method, path) == ("POST", f"/artifacts/{part}?from={artifact}&path=lib%2Fa+b&name=a+b")
+    asked = len(gateway.artifacts.asked)
     assert await gateway.submit(INPUT, inputs=inputs, headers=key) == first
-    assert gateway.artifacts.asked[-1][1] == path
+    assert len(gateway.artifacts.asked) == asked
     assert (await gateway.submit(INPUT, inputs=inputs))["inputs"]["src"]["id"] != part
     detail = (await gateway.submit(INPUT, inputs={"src": f"artifact:{artifact}/absent"}, status=422))["detail"]
     assert detail == f"inputs.src: there is no `absent` in artifact `{artifact}`"
+
+
+async def test_a_refused_submission_makes_no_part_of_an_artifact(gateway: Gateway) -> None:
+    artifact = await upload(gateway)
+    key = {"Idempotency-Key": "k"}
+    await gateway.submit(INPUT, inputs={"src": artifact}, headers=key)
+    stored = set(gateway.artifacts.stored)
+    part = f"artifact:{artifact}/lib"
+    await gateway.submit(INPUT, inputs={"src": part}, headers=key, status=409)
+    for more in ("no-such", f"artifact:{artifact}/absent", "folder:x", "build:1/dist"):
+        assert "inputs.more" in (await gateway.submit(INPUT, inputs={"src": part, "more": more}, status=422))["detail"]
+    plan = json.loads(json.dumps(INPUT))
+    plan["stages"][0]["steps"][0]["config"]["params"] = {"X": "x" * ((1 << 20) - 100)}
+    body = json.dumps({"plan": plan, "inputs": {"src": part}}).encode()
+    await gateway.json("POST", "/teams/main/builds", 413, data=io.BytesIO(body))
+    assert set(gateway.artifacts.stored) == stored
+    one, other = [await gateway.submit(INPUT, inputs={"src": part}, headers={"Idempotency-Key": name}, name=name) for name in ("a", "b")]
+    assert one["inputs"]["src"]["id"] != other["inputs"]["src"]["id"]
 
 
 async def test_nothing_is_sent_before_the_token_is_known(gateway: Gateway) -> None:

@@ -5,15 +5,20 @@ import hashlib
 import os
 import subprocess
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 from aiohttp import web
+from backports import zstd
 
+import libs.archives.rules as archives
 from penstock.client import Client, Damaged, NotFound, Selection, Transfer, Unreadable, Unwritable, select
+from penstock.client.placing import Parts, Place
 from penstock.client.tree import CHUNK, Entry, manifest_of, order, read_manifest
+from penstock.client.treecheck import Limits, limits_of
 from penstock.client.upload import is_loopback
 from tests.unit.artifact_server import ArtifactServer, connected
 
@@ -349,7 +354,110 @@ async def test_two_downloads_into_one_folder_at_once_are_harmless(tmp_path: Path
     assert held(into) == held(source)
 
 
+def gathered(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob(".penstock-*")}
+
+
+async def test_what_a_given_up_download_left_is_not_uploaded_and_goes_with_the_next_version(repository: Path, tmp_path: Path) -> None:
+    source, into = tmp_path / "source", repository / "deep"
+    source.mkdir()
+    (source / "big").write_bytes(os.urandom(2 * CHUNK))
+    (source / "second").write_bytes(os.urandom(2 * CHUNK))
+    server = ArtifactServer()
+    async with connected(server, patience_upload=0.0) as client:
+        artifact = await client.upload(source)
+        server.cut_sending = [CHUNK + 100]
+        with pytest.raises(Exception, match="broke"):
+            await client.download(artifact, into)
+        assert len(gathered(into)) == 2
+        for chosen in (select(repository), select(repository, include_git=True), select(repository, include_ignored=True), select(into)):
+            assert not any(".penstock" in name for name in names(chosen))
+        (source / "big").write_bytes(os.urandom(2 * CHUNK))
+        (source / "second").write_text("small now")
+        await client.download(await client.upload(source), into)
+    assert not gathered(into)
+    assert held(source).items() <= held(into).items()
+
+
+def big_entry(contents: bytes) -> Entry:
+    digests = [hashlib.sha256(contents[at : at + CHUNK]).digest() for at in range(0, len(contents), CHUNK)]
+    return Entry(b"big", "file", 0o644, len(contents), b"".join(digests))
+
+
+def nothing() -> None: ...
+
+
+def test_a_second_download_gathers_apart_and_takes_nothing_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = os.urandom(CHUNK + 4000)
+    entry = big_entry(contents)
+    real, waiting = os.ftruncate, [True]
+
+    def slow(handle: int, size: int) -> None:
+        """The second stops before it makes its file; the first comes a long way meanwhile."""
+        if waiting:
+            waiting.clear()
+            assert one.had(entry) == []
+            one.write_chunk(entry, 0, contents[:CHUNK])
+        real(handle, size)
+
+    with Parts(tmp_path) as first, Parts(tmp_path) as second, Place(tmp_path, nothing, first) as one, Place(tmp_path, nothing, second) as two:
+        monkeypatch.setattr(os, "ftruncate", slow)
+        assert two.had(entry) == []
+        one.write_chunk(entry, 1, contents[CHUNK:])
+        one.complete(entry)
+        assert (tmp_path / "big").read_bytes() == contents
+        assert len(gathered(tmp_path)) == 2  # the second's, which is at work
+        (tmp_path / "big").unlink()
+        with Parts(tmp_path) as third, Place(tmp_path, nothing, third) as three:
+            assert three.had(entry) == []
+            two.write_chunk(entry, 1, contents[CHUNK:])
+            two.write_chunk(entry, 0, contents[:CHUNK])
+            two.complete(entry)
+            assert (tmp_path / "big").read_bytes() == contents
+    assert gathered(tmp_path) == set()
+
+
+def test_a_dead_downloads_files_go_when_their_path_is_whole(tmp_path: Path) -> None:
+    contents = os.urandom(CHUNK + 1)
+    entry = big_entry(contents)
+    with Parts(tmp_path):
+        second = Parts(tmp_path)
+        with Place(tmp_path, nothing, second.__enter__()) as two:
+            two.had(entry)
+        for handle in (second._folder, second._sign):  # as a kill does
+            os.close(handle)
+    assert len(gathered(tmp_path)) == 2
+    with Parts(tmp_path) as third, Place(tmp_path, nothing, third) as three:
+        three.had(entry)
+        three.write_chunk(entry, 0, contents[:CHUNK])
+        three.write_chunk(entry, 1, contents[CHUNK:])
+        three.complete(entry)
+    assert held(tmp_path) == {"big": (contents, False)}
+
+
 # --- hostile trees
+
+
+@pytest.mark.parametrize("hostile", [b".git/hooks/pre-commit", b".GIT/config", b"deep/.git", b"new/.Git/config"])
+async def test_nothing_comes_into_a_git_work_tree_that_git_would_run(repository: Path, hostile: bytes) -> None:
+    before = held(repository)
+    above = [folder(hostile[:at]) for at in range(len(hostile)) if hostile[at : at + 1] == b"/"]
+    top = os.fsdecode(hostile[: hostile.lower().index(b".git") + 4])
+    for into in (repository, repository / "deep"):
+        with pytest.raises(Damaged, match=f"holds `{top}`, and .* is a git work tree: nothing is written"):
+            await received(into, file(b"Good"), *above, file(hostile))
+    assert held(repository) == before
+    write(repository / "build/.gitignore")
+    await received(repository / "empty", file(b"Good"), *above, file(hostile))
+    await received(repository, file(b".gitignore"), folder(b"a.git"), file(b"a.git/b"))
+
+
+async def test_a_repository_in_a_plain_folder_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    git(tmp_path / "sub", "init", "-q")
+    with pytest.raises(Damaged, match=r"holds `sub/.git`, and .* has one"):
+        await received(tmp_path, folder(b"sub"), folder(b"sub/.git"), file(b"sub/.git/config"))
+    await received(tmp_path, folder(b"other"), folder(b"other/.git"), file(b"other/.git/config"))
 
 
 async def received(into: Path, *entries: Entry, contents: bytes = b"x", ordered: bool = True) -> int:
@@ -441,6 +549,77 @@ async def test_a_manifest_that_cannot_be_read_is_said_to_be_damaged(tmp_path: Pa
     async with connected(server) as client:
         with pytest.raises(Damaged, match="manifest that cannot be read"):
             await client.download("u1", tmp_path / "into")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        bytes(1 << 30),
+        b"penstock tree 1\n" + (90_000_005).to_bytes(4, "big") + b"\xdd" + (10_000_000).to_bytes(4, "big") + b"\x93\xc4\0\xa4file\0" * 10_000_000,
+    ],
+)
+async def test_a_manifest_that_unpacks_to_too_much_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manifest: bytes) -> None:
+    monkeypatch.setattr("penstock.client.download.is_loopback", lambda url: False)
+    packed = zstd.compress(manifest)
+    assert len(packed) < 1 << 18
+
+    async def bomb(request: web.Request) -> web.StreamResponse | None:
+        return web.Response(body=packed, headers={"Content-Encoding": "zstd"})
+
+    server = ArtifactServer()
+    server.before = bomb
+    tracemalloc.start()
+    try:
+        async with connected(server) as client:
+            with pytest.raises(Damaged, match="manifest that cannot be read"):
+                await client.download("u1", tmp_path / "into")
+        assert tracemalloc.get_traced_memory()[1] < 300 << 20
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_compressed_manifest_that_is_cut_short_or_wants_a_huge_window_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.client.download.is_loopback", lambda url: False)
+    server = ArtifactServer()
+    async with connected(server) as client:
+        for packed in (zstd.compress(b"".join(manifest_of([file(b"a")])))[:-3], b"\x28\xb5\x2f\xfd\0\xa0"):
+
+            async def answer(request: web.Request, body: bytes = packed) -> web.StreamResponse | None:
+                return web.Response(body=body, headers={"Content-Encoding": "zstd"})
+
+            server.before = answer
+            with pytest.raises(Damaged, match="manifest that cannot be read"):
+                await client.download("u1", tmp_path / "into")
+
+
+LONG = b"n" * 200
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([file(b"%05d" % n) for n in range(201)], "files and folders"),
+        ([file(b"%05d" % n + LONG) for n in range(60)], "bytes of names"),
+        ([link(b"%05d" % n, LONG) for n in range(60)], "bytes of names"),
+        ([file(b"a", size=3 * CHUNK, digest=X * 3)], "bytes"),
+        ([link(b"l", b"a/" * 255 + b"a/b")], "more than 256 components"),
+        ([link(b"%05d" % n, b"./" * 250) for n in range(300)], "taken together"),
+    ],
+)
+async def test_a_tree_past_the_limits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[Entry], said: str) -> None:
+    limits = Limits() if "component" in said or "together" in said else Limits(entries=200, size=2 * CHUNK, names=10_000)
+    monkeypatch.setattr("penstock.client.download.limits_of", lambda environ: limits)
+    with pytest.raises(Damaged, match=said):
+        await received(tmp_path / "into", *entries)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_limits_are_the_servers_and_can_be_raised_like_them() -> None:
+    server = archives.Limits()
+    assert Limits() == (2 * server.max_members, server.max_bytes, server.max_names)
+    assert Limits().manifest == server.max_manifest
+    assert limits_of({"PENSTOCK_MAX_ARTIFACT_BYTES": "5", "PENSTOCK_MAX_ARTIFACT_FILES": "7"})[:2] == (14, 5)
+    assert limits_of({"PENSTOCK_MAX_ARTIFACT_BYTES": "", "PENSTOCK_MAX_ARTIFACT_FILES": "many"}) == Limits()
 
 
 async def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:  # FAULTS 20

@@ -6,6 +6,7 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import get_args
 
+import msgspec
 from aiohttp import web
 
 from libs.eventlog.log import EventLog, LogUnavailable
@@ -13,16 +14,19 @@ from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
 from libs.runtime.http import Problem, read_body, strict_json
 from proto.api import ENDED, Build, BuildPage, BuildStatus, ProblemDetails, Submission
+from proto.catalogue import encode
+from proto.events.base import ArtifactRef
 from proto.plan import plan_problem
 from proto.topology import MAX_EVENT
 from services.gateway.admission import missing_input
 from services.gateway.auth import Principal
 from services.gateway.commands import AbortBuild, RecallBuild, RequestBuild, RequestCommand, request_name
-from services.gateway.decider import Request
+from services.gateway.decider import Request, requested
 from services.gateway.feed import LogFeed
-from services.gateway.inputs import Inputs
+from services.gateway.inputs import Inputs, Part
 from services.gateway.projection import BuildRow
 from services.gateway.queries import Queries
+from services.gateway.references import names_part
 from services.gateway.refusals import absent, invalid
 from services.gateway.routes.endpoint import PAGE, Endpoint, Parameter, answer, page
 
@@ -32,6 +36,8 @@ MAX_WAIT = 300
 PATIENCE = 4.5
 """Seconds within which a submission is recorded, or is answered 503."""
 
+_LARGEST = ArtifactRef(id="0" * 36, digest="0" * 64, size=2**63 - 1, files=2**63 - 1)
+"""Stands for a part that is not made yet: no part takes more room."""
 _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,9})(?:$|[,;\s])")
 
 
@@ -151,27 +157,43 @@ class BuildRoutes:
         return answer(self._view(row), status=200 if wait and row.status in ENDED else 202, headers=headers)
 
     async def _record(self, submission: Submission, sha256: str, key: str | None, principal: Principal) -> tuple[str, int]:
-        """(the build, a position after its request). What was recorded under the key before is the answer, even when its inputs are gone since."""
+        """(the build, a position after its request). What was recorded under the key before is the answer, even when its inputs are gone since.
+        Parts of artifacts are made last, when nothing else can be wrong: a request that is refused, or repeated, makes nothing."""
         request, build = request_name(principal.team, key) if key else self._ids(), self._ids()
+        recalled = False
+        if key and any(names_part(text) for text in submission.inputs.values()):
+            recalled = True
+            if (before := await self._recall(request, sha256, build, principal)) is not None:
+                return before
         try:
-            inputs = {name: await self._inputs.find(name, text, request, principal) for name, text in submission.inputs.items()}
-        except Problem as problem:
-            if key is None:
+            found = await self._inputs.find(submission.inputs, f"{request} {sha256}", principal)
+        except Problem:
+            if key is None or recalled or (before := await self._recall(request, sha256, build, principal)) is None:
                 raise
-            try:
-                return await self._execute(RecallBuild(request=request, body_sha256=sha256), build, principal)
-            except Refused as refused:
-                raise (problem if refused.kind == "missing" else refused) from None
+            return before
         command = RequestBuild(
             request=request,
             build=build,
             plan=submission.plan,
-            inputs=inputs,
+            inputs={name: _LARGEST if isinstance(one, Part) else one for name, one in found.items()},
             name=submission.name,
             body_sha256=sha256,
             keep_seconds=-1 if submission.keep == "forever" else submission.keep,
         )
+        if parts := {name: one for name, one in found.items() if isinstance(one, Part)}:
+            _check_size(command)
+            made = {name: await self._inputs.make(part, principal) for name, part in parts.items()}
+            command = msgspec.structs.replace(command, inputs=command.inputs | made)
         return await self._execute(command, build, principal)
+
+    async def _recall(self, request: str, sha256: str, build: str, principal: Principal) -> tuple[str, int] | None:
+        """What was recorded under the request before, if anything was. Raises Refused when it came with another body."""
+        try:
+            return await self._execute(RecallBuild(request=request, body_sha256=sha256), build, principal)
+        except Refused as refused:
+            if refused.kind == "missing":
+                return None
+            raise
 
     async def _execute(self, command: RequestCommand, build: str, principal: Principal) -> tuple[str, int]:
         """(the build that the request stands for, a position after it). Raises LogUnavailable within PATIENCE."""
@@ -205,6 +227,12 @@ class BuildRoutes:
         except (TimeoutError, LogUnavailable):
             pass
         return row
+
+
+def _check_size(command: RequestBuild) -> None:
+    """As the log does, before it is asked. Raises Refused."""
+    if (size := len(encode(requested(command)))) > MAX_EVENT:
+        raise Refused("too-large", f"the request is {size} bytes, over the limit of {MAX_EVENT}")
 
 
 def _wait(request: web.Request) -> int:
