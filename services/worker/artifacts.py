@@ -16,11 +16,11 @@ import msgspec
 from libs.archives.blobstream import MEDIA_TYPE, BlobStreamReader, frames
 from libs.archives.pump import drawn, in_thread, pump
 from libs.archives.rules import ArchiveRefused
-from libs.archives.tree import Entry, InvalidManifest, TreeCheck, read_manifest, root_of
+from libs.archives.tree import Entry, InvalidManifest, root_of
 from proto.api import PendingUpload
 from proto.events.base import ArtifactRef
 from proto.messages import Package
-from services.worker.cache import Cache, name_of
+from services.worker.cache import Cache, TeamCache, name_of
 from services.worker.capture import Captured, Chunk, FileChanged
 from services.worker.filling import Filling
 
@@ -55,20 +55,21 @@ class Artifacts:
         self._cache = cache
         self._patience = patience
         self._session: aiohttp.ClientSession | None = None
-        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._fetching: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
-    async def fetch(self, package: Package, name: str, pins: ExitStack) -> Sequence[Entry]:
-        """Bring an input's tree, which the caller has pinned, into the cache; its entries, whose files are pinned there until `pins` are closed. That
-        they make a tree is for `place` to say, unless something is fetched for them. Raises Unobtainable, OSError (disk)."""
+    async def fetch(self, package: Package, name: str, pins: ExitStack, go_on: Callable[[], None] = lambda: None) -> Sequence[Entry]:
+        """Bring an input's tree, which the caller has pinned, into its team's cache; its entries, whose files are pinned there until `pins` are
+        closed. `go_on` is asked in threads, and may raise. Raises Unobtainable, OSError (disk)."""
         digest = package.inputs[name].digest
-        async with self._fetching.setdefault(digest, asyncio.Lock()):
-            known = await in_thread(lambda: self._cache.tree(digest))
-            entries = known if known is not None else await self._patiently(lambda _: self._manifest(package, name, digest))
+        cache = self._cache.of(package.team)
+        async with self._fetching.setdefault((package.team, digest), asyncio.Lock()):
+            known = await in_thread(lambda: cache.tree(digest))
+            entries = known if known is not None else await self._patiently(lambda _: self._manifest(cache, package, name, digest))
             files = {name_of(entry): entry for entry in entries if entry.kind == "file"}
-            pins.enter_context(self._cache.pinned(files))
-            missing = await in_thread(lambda: self._cache.missing(files))
+            pins.enter_context(cache.pinned(files))
+            missing = await in_thread(lambda: cache.missing(files, go_on))
             if missing:
-                filling = await in_thread(lambda: self._filling(entries, missing))
+                filling = await in_thread(lambda: Filling(cache, missing))
                 try:
                     if filling.sizes:
                         await self._patiently(lambda went_well: self._blobs(package, name, filling, went_well))
@@ -100,7 +101,7 @@ class Artifacts:
         if self._session is not None:
             await self._session.close()
 
-    async def _manifest(self, package: Package, name: str, digest: str) -> Sequence[Entry]:
+    async def _manifest(self, cache: TeamCache, package: Package, name: str, digest: str) -> Sequence[Entry]:
         manifest = bytearray()
         headers = {**_bearer(package), "Accept": TREE_TYPE}
         async with self._http().get(f"{package.artifacts_url}/inputs/{name}", headers=headers) as answer:
@@ -114,21 +115,9 @@ class Artifacts:
             whole = bytes(manifest)
             if root_of(whole).digest.hex() != digest:
                 raise Unobtainable("its manifest is not that of the tree")
-            entries = read_manifest(whole)
-            self._cache.add_tree(digest, [whole])
-            return entries
+            return cache.add_tree(digest, [whole])
 
         return await in_thread(taken)
-
-    def _filling(self, entries: Sequence[Entry], missing: Sequence[Entry]) -> Filling:
-        check = TreeCheck()
-        try:
-            for entry in entries:
-                check.add(entry)
-            check.finish(b"")
-        except ArchiveRefused as error:
-            raise Unobtainable(str(error)) from error
-        return Filling(self._cache, missing)
 
     async def _blobs(self, package: Package, name: str, filling: Filling, went_well: Callable[[], None]) -> None:
         lacking = filling.lacking

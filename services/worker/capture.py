@@ -2,27 +2,29 @@
 same is refused.
 """
 
-import errno
 import hashlib
 import os
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from libs.archives.rules import ArchiveRefused, LimitExceeded, Limits, shown
+from libs.archives.rules import ArchiveRefused, LimitExceeded, shown
 from libs.archives.tree import CHUNK, FILE_MODE, FOLDER_MODE, LINK_MODE, PROGRAM_MODE, ZERO_CHUNK, Entry, manifest_of, root_of
+from services.worker.cache import SANE
+from services.worker.copying import is_hole
 from services.worker.placing import Stamp, stamp_of
 
 Known = Callable[[Stamp, bool], bytes | None]
 """The digest of a file that is as it was placed: by its stamp, and whether it lies in the upper folder."""
 
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_LIMITS = Limits()
 _THREADS = 2
 _BATCH = 128
+_CHUNKS = 8
 _PIECE = 1 << 20
 
 
@@ -61,7 +63,8 @@ class Captured(NamedTuple):
         chunks: dict[bytes, Chunk] = {}
         for entry, file in zip((entry for entry in self.entries if entry.kind == "file"), self.files, strict=True):
             for number, (digest, size) in enumerate(entry.chunks()):
-                chunks.setdefault(digest, Chunk(digest, size, file, number * CHUNK))
+                if digest not in chunks:
+                    chunks[digest] = Chunk(digest, size, file, number * CHUNK)
         return list(chunks.values())
 
     def read(self, chunk: Chunk) -> bytes:
@@ -75,8 +78,16 @@ class _Row(msgspec.Struct, gc=False):
     kind: Literal["file", "folder", "link"]
     mode: int
     size: int = 0
-    digest: bytes = b""
+    digest: bytes | bytearray = b""
     target: bytes = b""
+
+
+class _Part(NamedTuple):
+    """Files that are read at once: the chunks of each from `begin` to `end`."""
+
+    files: Sequence[tuple[_Row, Found]]
+    begin: int
+    end: int
 
 
 def capture(folder: bytes, upper: bytes, known: Known, go_on: Callable[[], None] = lambda: None) -> Captured:
@@ -87,9 +98,10 @@ def capture(folder: bytes, upper: bytes, known: Known, go_on: Callable[[], None]
     unread: list[tuple[_Row, Found]] = []
     linked: dict[int, _Row] = {}
     links: list[tuple[_Row, _Row]] = []
+    size = 0
     for path, seen, new in _walk(folder, upper):
-        if len(rows) >= 2 * _LIMITS.max_members:
-            raise LimitExceeded(path, f"takes the tree past {2 * _LIMITS.max_members} files and folders")
+        if len(rows) >= 2 * SANE.max_members:
+            raise LimitExceeded(path, f"takes the tree past {2 * SANE.max_members} files and folders")
         if stat.S_ISDIR(seen.st_mode):
             go_on()
             rows.append(_Row(path, "folder", FOLDER_MODE))
@@ -103,6 +115,10 @@ def capture(folder: bytes, upper: bytes, known: Known, go_on: Callable[[], None]
                 links.append((row, one))
                 files.append(Found(path, stamp, False))
                 continue
+            # What follows takes time and memory by the chunk, of holes too.
+            size += row.size
+            if size > SANE.max_bytes:
+                raise LimitExceeded(path, f"takes the tree past {SANE.max_bytes} bytes")
             digest = known(stamp, new) if row.size else b""
             files.append(Found(path, stamp, new and digest is None))
             if digest is None:
@@ -114,7 +130,7 @@ def capture(folder: bytes, upper: bytes, known: Known, go_on: Callable[[], None]
     _read(folder, unread, go_on)
     for row, one in links:
         row.digest, row.target = one.digest, one.path
-    entries = [Entry(row.path, row.kind, row.mode, row.size, row.digest, row.target) for row in rows]
+    entries = [Entry(row.path, row.kind, row.mode, row.size, bytes(row.digest), row.target) for row in rows]
     manifest = list(manifest_of(entries))
     return Captured(folder, entries, files, root_of(manifest).digest.hex(), manifest)
 
@@ -130,8 +146,8 @@ def _walk(folder: bytes, upper: bytes) -> Iterator[tuple[bytes, os.stat_result, 
         path, seen, new = found
         yield found
         if stat.S_ISDIR(seen.st_mode):
-            if len(waiting) > _LIMITS.max_depth:
-                raise ArchiveRefused(path, f"lies more than {_LIMITS.max_depth} folders deep")
+            if len(waiting) > SANE.max_depth:
+                raise ArchiveRefused(path, f"lies more than {SANE.max_depth} folders deep")
             waiting.append(_listed(folder, upper if new else b"", path))
 
 
@@ -156,29 +172,61 @@ def _target(link: bytes) -> bytes:
 
 
 def _read(folder: bytes, unread: Sequence[tuple[_Row, Found]], go_on: Callable[[], None]) -> None:
-    """Small files by the batch, large ones by the chunk."""
-    large = [[(row, file, at)] for row, file in unread if row.size > CHUNK for at in range(0, row.size, CHUNK)]
-    small = [(row, file, 0) for row, file in unread if row.size <= CHUNK]
-    work = large + [small[at : at + _BATCH] for at in range(0, len(small), _BATCH)]
+    """Only a few parts wait at a time, however many there are."""
+    waiting: deque[tuple[_Part, Future[list[bytes]]]] = deque()
     threads = ThreadPoolExecutor(_THREADS)
-    try:
-        for part, digests in zip(work, threads.map(lambda part: [_digest(folder, *each) for each in part], work), strict=True):
-            go_on()
-            for (row, _, _), digest in zip(part, digests, strict=True):
+
+    def take() -> None:
+        go_on()
+        part, digests = waiting.popleft()
+        for (row, _), digest in zip(part.files, digests.result(), strict=True):
+            if row.size <= CHUNK:
+                row.digest = digest
+            elif isinstance(row.digest, bytearray):
                 row.digest += digest
+            else:
+                row.digest = bytearray(digest)
+
+    try:
+        for part in _parts(unread):
+            if len(waiting) == 2 * _THREADS:
+                take()
+            waiting.append((part, threads.submit(_digests, folder, part)))
+        while waiting:
+            take()
     finally:
         threads.shutdown(cancel_futures=True)
 
 
-def _digest(folder: bytes, row: _Row, file: Found, at: int) -> bytes:
-    size = min(CHUNK, row.size - at)
+def _parts(unread: Sequence[tuple[_Row, Found]]) -> Iterator[_Part]:
+    """Large files by some chunks, small ones by the batch."""
+    small = []
+    for row, file in unread:
+        if row.size <= CHUNK:
+            small.append((row, file))
+        else:
+            step = _CHUNKS * CHUNK
+            yield from (_Part([(row, file)], at, at + step) for at in range(0, row.size, step))
+    yield from (_Part(small[at : at + _BATCH], 0, CHUNK) for at in range(0, len(small), _BATCH))
+
+
+def _digests(folder: bytes, part: _Part) -> list[bytes]:
+    return [_digest(folder, row, file, part.begin, min(part.end, row.size)) for row, file in part.files]
+
+
+def _digest(folder: bytes, row: _Row, file: Found, begin: int, end: int) -> bytes:
+    digests = []
     with _Reading(folder, file) as opened:
-        if size == CHUNK and _is_hole(opened, at):
-            return ZERO_CHUNK
-        digest = hashlib.sha256()
-        for piece in _pieces(opened, file, at, size):
-            digest.update(piece)
-        return digest.digest()
+        for at in range(begin, end, CHUNK):
+            size = min(CHUNK, row.size - at)
+            if size == CHUNK and is_hole(opened, at):
+                digests.append(ZERO_CHUNK)
+                continue
+            digest = hashlib.sha256()
+            for piece in _pieces(opened, file, at, size):
+                digest.update(piece)
+            digests.append(digest.digest())
+    return b"".join(digests)
 
 
 class _Reading:
@@ -206,15 +254,6 @@ def _pieces(opened: int, file: Found, at: int, size: int) -> Iterable[bytes]:
             raise _changed(file)
         at += len(piece)
         yield piece
-
-
-def _is_hole(opened: int, at: int) -> bool:
-    try:
-        return os.lseek(opened, at, os.SEEK_DATA) >= at + CHUNK
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return True
-        raise
 
 
 def _changed(file: Found) -> FileChanged:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from libs.archives.place import write_file
 from libs.archives.tree import CHUNK, FILE_MODE, PROGRAM_MODE, ZERO_CHUNK, Entry
-from services.worker.cache import Cache, is_full, name_of
+from services.worker.cache import TeamCache, is_full, name_of
 
 _FILE = 24
 """Where a chunk goes is one number, of its file and of its place there, because there may be very many: file << _FILE | place."""
@@ -15,7 +15,7 @@ _FILE = 24
 class Filling:
     """All methods block. `sizes` are the chunks that must come (digest → size). `close` removes what did not become whole; the rest is cached."""
 
-    def __init__(self, cache: Cache, missing: Iterable[Entry]) -> None:
+    def __init__(self, cache: TeamCache, missing: Iterable[Entry]) -> None:
         """`missing` are distinct files, pinned. Raises OSError."""
         self.sizes: dict[bytes, int] = {}
         self._cache = cache
@@ -50,7 +50,7 @@ class Filling:
                 if self._made_room or not is_full(error):
                     raise
                 self._made_room = True
-                self._cache.trim(0)
+                self._cache.all.trim(0)
                 continue
             places.pop()
         del self._places[digest]

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from libs.archives.place import place
+from libs.archives.place import OpenFolders, place
 from libs.archives.tree import FILE_MODE, PROGRAM_MODE, Entry
-from services.worker.cache import Cache
-from services.worker.copying import copy_contents, reflinks_work
+from services.worker.cache import SANE, TeamCache
+from services.worker.copying import MTIME_NS, copy_contents, reflinks_work
 from services.worker.folders import remove_tree
 from services.worker.mounts import Overlays, overlays_that_work
 
@@ -56,7 +56,7 @@ def stamp_of(seen: os.stat_result) -> Stamp:
 class Copies:
     """Files copied out of the cache into one workspace, and `known` by their stamps until a step changes them."""
 
-    def __init__(self, cache: Cache, reflinks: bool, go_on: Callable[[], None]) -> None:
+    def __init__(self, cache: TeamCache, reflinks: bool, go_on: Callable[[], None]) -> None:
         """`go_on` is asked often, and may raise."""
         self.known: dict[Stamp, bytes] = {}
         self._go_on = go_on
@@ -70,26 +70,33 @@ class Copies:
         def put(entry: Entry, parent: int, name: bytes) -> None:
             made[self._copy(entry, name, parent)] = entry.digest
 
-        place(entries, into, put)
+        place(entries, into, put, SANE)
         self._learn(made)
 
     def put_linked(self, entries: Iterable[Entry], root: Path) -> None:
         """Hard links, and what they link to, where their folders are placed already. Blocking. Raises OSError."""
-        for entry in entries:
-            path = root / os.fsdecode(entry.path)
-            if entry.target:
-                os.link(root / os.fsdecode(entry.target), path, follow_symlinks=False)
-            else:
-                self._copy(entry, os.fsencode(path), None)
+        folders = OpenFolders(root)
+        try:
+            for entry in entries:
+                folder, _, name = entry.path.rpartition(b"/")
+                if not entry.target:
+                    self._copy(entry, name, folders.at(folder))
+                    continue
+                first_folder, _, first = entry.target.rpartition(b"/")
+                source = folders.at(first_folder, keep=folder)
+                os.link(first, name, src_dir_fd=source, dst_dir_fd=folders.at(folder, keep=first_folder), follow_symlinks=False)
+        finally:
+            folders.close()
 
-    def _copy(self, entry: Entry, name: bytes, parent: int | None) -> Stamp:
+    def _copy(self, entry: Entry, name: bytes, parent: int) -> Stamp:
         self._go_on()
         source = self._cache.open_file(entry)
         try:
             target = os.open(name, _NEW_FILE, FILE_MODE, dir_fd=parent)
             try:
                 os.fchmod(target, PROGRAM_MODE if entry.executable else FILE_MODE)
-                copy_contents(source, target, entry.size, self._reflinks)
+                copy_contents(source, target, entry.size, self._reflinks, self._go_on)
+                os.utime(target, ns=(MTIME_NS, MTIME_NS))
                 return stamp_of(os.fstat(target))
             finally:
                 os.close(target)

@@ -102,6 +102,8 @@ class StageRun:
                 *ended,
                 ReportStageFinished(status=status, error=error, chunks=log.chunks, lines=log.lines, bytes=log.bytes, dropped=log.dropped),
             )
+            if workspace is not None:
+                await workspace.keep()
             return status
         finally:
             if self._process is not None and not self._process.ended.done():

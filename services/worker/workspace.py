@@ -6,9 +6,8 @@ them, remove them, link from one into the other. What comes later, and everythin
 
 import asyncio
 import contextlib
-import errno
 import os
-import shutil
+import stat
 import threading
 import time
 from collections import Counter
@@ -19,23 +18,29 @@ from typing import TypeVar
 
 import structlog
 
+from libs.archives.place import OpenFolders
 from libs.archives.pump import in_thread
 from libs.archives.rules import ArchiveRefused, shown
-from libs.archives.tree import FOLDER_MODE, Entry
+from libs.archives.tree import FOLDER_MODE, ZERO_CHUNK, Entry
 from proto.events.base import ArtifactRef
 from proto.messages import Package
 from proto.plan import TaskConfig, TaskInput
 from services.worker.artifacts import Artifacts, Unobtainable
 from services.worker.cache import Cache, is_full, name_of
 from services.worker.capture import Captured, FileChanged, capture
+from services.worker.copying import copy_checked, copy_tree
 from services.worker.executors.sandboxes import Folders
 from services.worker.folders import remove_tree
 from services.worker.mounts import unmount
-from services.worker.placing import TICK_NS, Copies, Means, Stamp, linked_files, stamp_of
+from services.worker.placing import Copies, Means, Stamp, linked_files
 
 logger = structlog.get_logger()
 
 T = TypeVar("T")
+
+_KEEPING_SECONDS = 5.0
+"""What an attempt's slot may wait for its outputs to be cached."""
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Unplaceable(Exception):
@@ -54,9 +59,10 @@ class Workspace:
         self._overlay = folders.root / "overlay"
         self._package = package
         self._artifacts = artifacts
-        self._cache = cache
+        self._cache = cache.of(package.team)
         self._overlays = means.overlays
-        self._copies = Copies(cache, means.reflinks, self._go_on)
+        self._reflinks = means.reflinks
+        self._copies = Copies(self._cache, means.reflinks, self._go_on)
         self._given_up = threading.Event()
         self._pins = ExitStack()
         self._placed: dict[str, Path] = {}
@@ -64,7 +70,7 @@ class Workspace:
         self._layers: list[tuple[Path, Sequence[Entry]]] = []
         self._lower: dict[int, bytes] | None = None
         self._fresh = True
-        self._stored: list[tuple[Path, Entry, Stamp]] = []
+        self._stored: list[tuple[Path, Entry]] = []
         self._used = False
 
     async def place_inputs(self, inputs: Sequence[TaskInput]) -> None:
@@ -81,9 +87,6 @@ class Workspace:
     def begin_step(self, config: TaskConfig) -> None:
         """Its inputs are placed: make the folders that it expects. Raises Unplaceable, OSError."""
         self._fresh = False
-        # It may change a stored file so soon that the file's times stay the same.
-        before = time.time_ns() - TICK_NS
-        self._stored = [each for each in self._stored if each[2].changed < before]
         for output in config.outputs:
             self._placed[output.name] = self.folder / (output.path or output.name)
         for path in [*(output.path or output.name for output in config.outputs), *(cache.path for cache in config.caches)]:
@@ -100,7 +103,7 @@ class Workspace:
         except (ArchiveRefused, FileChanged) as error:
             raise Unobtainable(str(error)) from error
         ref = await self._artifacts.store(self._package, step, output, captured)
-        if self._cache.limit:
+        if self._cache.all.limit:
             await in_thread(lambda: self._note(captured, ref, upper))
         return ref
 
@@ -114,8 +117,17 @@ class Workspace:
                 return here.relative_to(self.folder)
         return None
 
+    async def keep(self) -> None:
+        """Nothing of a step runs any more: copy to the cache, in a few seconds, what was stored of this workspace. Never the files themselves: a
+        process may have sent another build's, through a socket, what it takes to write to them."""
+        if self._stored and not self._given_up.is_set():
+            try:
+                await self._in_thread(self._keep)
+            except OSError as error:
+                logger.warning("what an attempt made was not cached", error=str(error))
+
     async def close(self) -> None:
-        """Whatever happened: take the mount away, and give the cache what is new and known."""
+        """Whatever happened: take the mount away."""
         if self._used:
             await in_thread(self._close)
 
@@ -140,7 +152,7 @@ class Workspace:
         async def one(name: str) -> Sequence[Entry]:
             self._pins.enter_context(self._cache.pinned([self._package.inputs[name].digest]))
             try:
-                return await self._artifacts.fetch(self._package, name, pins)
+                return await self._artifacts.fetch(self._package, name, pins, self._go_on)
             except Unobtainable as error:
                 raise Unplaceable(f"input `{name}`: {error}") from error
 
@@ -152,6 +164,9 @@ class Workspace:
             await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
             # When one has failed the rest need not be waited for.
             return {name: task.result() for name, task in sorted(tasks.items(), key=lambda each: not each[1].done())}
+        except asyncio.CancelledError:
+            self._given_up.set()
+            raise
         finally:
             for task in tasks.values():
                 task.cancel()
@@ -202,7 +217,8 @@ class Workspace:
         try:
             if held is not None:
                 source = held
-                await in_thread(lambda: shutil.copytree(source, into, symlinks=True, dirs_exist_ok=True, ignore=_refusing_links(source, into)))
+                with _naming(each):
+                    await self._in_thread(lambda: copy_tree(source, into, self._reflinks, self._go_on))
             elif tree is not None:
                 with _naming(each):
                     await self._in_thread(lambda: self._copy(tree, into))
@@ -216,7 +232,7 @@ class Workspace:
         except OSError as error:
             if not is_full(error):
                 raise
-            self._cache.trim(0)
+            self._cache.all.trim(0)
             self._copies.place(tree, into)
 
     def _known(self, stamp: Stamp, new: bool) -> bytes | None:
@@ -237,22 +253,54 @@ class Workspace:
         if ref.digest == captured.digest:
             self._cache.add_tree(captured.digest, captured.manifest)
         files = (entry for entry in captured.entries if entry.kind == "file")
-        self._stored += [(upper / os.fsdecode(file.path), entry, file.stamp) for entry, file in zip(files, captured.files, strict=True) if file.new]
+        self._stored += [(upper / os.fsdecode(file.path), entry) for entry, file in zip(files, captured.files, strict=True) if file.new]
+
+    def _keep(self) -> None:
+        """Small files first, as long as there is time and room for them."""
+        deadline, room = time.monotonic() + _KEEPING_SECONDS, self._cache.all.room()
+        folders = OpenFolders(self._upper)
+        try:
+            for path, entry in sorted(self._stored, key=lambda each: each[1].size):
+                room -= sum(size for digest, size in entry.chunks() if digest != ZERO_CHUNK)
+                if room < 0 or time.monotonic() > deadline:
+                    return
+                self._go_on()
+                if not self._cache.has(entry):
+                    self._keep_file(folders, os.fsencode(path.relative_to(self._upper)), entry)
+        finally:
+            folders.close()
+
+    def _keep_file(self, folders: OpenFolders, path: bytes, entry: Entry) -> None:
+        """A file, if it is still what was stored. A later step may have put anything in its place. Raises OSError."""
+        folder, _, name = path.rpartition(b"/")
+        made = self._cache.new_path()
+        try:
+            source = os.open(name, _FILE, dir_fd=folders.at(folder))
+        except OSError:
+            return
+        try:
+            if not stat.S_ISREG(os.fstat(source).st_mode):
+                return
+            with made.open("x+b") as file:
+                os.fchmod(file.fileno(), entry.mode)
+                same = copy_checked(source, file.fileno(), entry, self._reflinks, self._go_on)
+            if same:
+                self._cache.add(name_of(entry), made)
+        finally:
+            os.close(source)
+            made.unlink(missing_ok=True)
 
     def _close(self) -> None:
         try:
             if self._upper != self.folder:
                 unmount(self.folder)
-            for path, entry, stamp in self._stored:
-                with contextlib.suppress(FileNotFoundError):
-                    _give(self._cache, path, entry, stamp)
         except OSError as error:
-            logger.warning("what an attempt made was not cached", error=str(error))
+            logger.warning("a workspace stays mounted", error=str(error))
         finally:
             if self._overlay.exists():
                 remove_tree(self._overlay)
             self._pins.close()
-            self._cache.trim()
+            self._cache.all.trim()
 
 
 @contextlib.contextmanager
@@ -286,36 +334,3 @@ def _refuse_what_is_there(each: TaskInput, path: bytes | None, tree: Sequence[En
         elif path != b"." and not entry.path.startswith(path + b"/"):
             continue
         raise Unplaceable(f"input `{each.name}`: its folder `{_path(each)}` is there already")
-
-
-def _give(cache: Cache, path: Path, entry: Entry, stamp: Stamp) -> None:
-    """A file that is still what was stored becomes the cache's, unless it has more about it than contents and mode. Raises OSError."""
-    if cache.has(entry):
-        return
-    seen = path.lstat()
-    plain = seen.st_nlink == 1 and seen.st_uid == os.geteuid() and seen.st_gid == os.getegid()
-    if plain and stamp_of(seen) == stamp and not _has_marks(path):
-        path.chmod(entry.mode)
-        cache.add(name_of(entry), path)
-
-
-def _has_marks(path: Path) -> bool:
-    try:
-        return any(name != "security.selinux" for name in os.listxattr(path, follow_symlinks=False))
-    except OSError as error:
-        if error.errno == errno.ENOTSUP:
-            return False
-        raise
-
-
-def _refusing_links(source: Path, target: Path) -> Callable[[str, list[str]], list[str]]:
-    """For `copytree`, which asks before it copies a folder's entries and would write through links that are where they go."""
-
-    def refuse(folder: str, names: list[str]) -> list[str]:
-        there = target / Path(folder).relative_to(source)
-        for name in names:
-            if (there / name).is_symlink():
-                raise Unplaceable(f"a link is in the way of the input `{target.name}`: `{(there / name).relative_to(target)}`")
-        return []
-
-    return refuse

@@ -9,15 +9,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import CHUNK, ZERO_CHUNK, Entry, tree_of
 from proto.events.base import ArtifactRef
 from proto.messages import TREE_HINT
 from proto.plan import TaskInput, TaskOutput
-from services.worker.cache import Cache, name_of
+from services.worker.cache import Cache, TeamCache, name_of
 from services.worker.filling import Filling
-from services.worker.placing import Means
+from services.worker.placing import Copies, Means
 from tests.controls import eventually
 from tests.integration.test_blobstore import small_disk
 from tests.worker_controls import a_system, all_means, means, sh
@@ -30,11 +32,16 @@ KIB = 1 << 10
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[Cache]:
-    cache = Cache(tmp_path / "cache", 260 * KIB)
-    cache.open()
-    yield cache
-    cache.close()
+def whole(tmp_path: Path) -> Iterator[Cache]:
+    whole = Cache(tmp_path / "cache", 260 * KIB)
+    whole.open()
+    yield whole
+    whole.close()
+
+
+@pytest.fixture
+def cache(whole: Cache) -> TeamCache:
+    return whole.of("main")
 
 
 def contents(path: str, size: int) -> bytes:
@@ -45,7 +52,7 @@ def file(path: str, size: int = 20 * KIB, of: str = "") -> Entry:
     return Entry(path.encode(), "file", 0o644, size, hashlib.sha256(contents(of or path, size)).digest() if size else b"")
 
 
-def fill(cache: Cache, entries: Sequence[Entry]) -> None:
+def fill(cache: TeamCache, entries: Sequence[Entry]) -> None:
     filling = Filling(cache, list({name_of(entry): entry for entry in entries if entry.kind == "file" and not cache.has(entry)}.values()))
     of = {entry.digest: contents(entry.path.decode(), entry.size) for entry in entries}
     for digest in filling.lacking:
@@ -53,7 +60,7 @@ def fill(cache: Cache, entries: Sequence[Entry]) -> None:
     filling.close()
 
 
-def keep(cache: Cache, *entries: Entry) -> str:
+def keep(cache: TeamCache, *entries: Entry) -> str:
     """A tree as an attempt leaves it: its files, its manifest, a layer."""
     fill(cache, entries)
     tree = tree_of(entries)
@@ -63,59 +70,59 @@ def keep(cache: Cache, *entries: Entry) -> str:
 
 
 def on_disk(folder: Path) -> int:
-    return sum(path.lstat().st_blocks * 512 for path in (folder / "files").iterdir())
+    return sum(path.lstat().st_blocks * 512 for path in (folder / "files" / "main").iterdir())
 
 
-def test_what_was_used_longest_ago_goes_first_and_with_its_tree_only_what_no_other_holds(cache: Cache, tmp_path: Path) -> None:
+def test_what_was_used_longest_ago_goes_first_and_with_its_tree_only_what_no_other_holds(cache: TeamCache, tmp_path: Path) -> None:
     both = file("both")
     old = keep(cache, both, file("old"), file("older"))
     used = keep(cache, file("used"), file("used too"))
     new = keep(cache, both, file("new"))
     assert cache.tree(used) is not None
     keep(cache, *(file(f"last{n}") for n in range(5)))
-    cache.trim()
+    cache.all.trim()
     assert cache.tree(old) is None
     assert cache.tree(used) and cache.tree(new)
     assert not cache.has(file("old"))
     assert cache.has(both) and cache.has(file("used"))
-    assert cache.bytes <= cache.limit
-    assert on_disk(tmp_path / "cache") <= cache.bytes
+    assert cache.all.bytes <= cache.all.limit
+    assert on_disk(tmp_path / "cache") <= cache.all.bytes
 
 
-def test_what_is_pinned_stays_whatever_the_limit(cache: Cache) -> None:
+def test_what_is_pinned_stays_whatever_the_limit(cache: TeamCache) -> None:
     tree, loose = keep(cache, file("a")), file("loose")
     fill(cache, [loose])
     with cache.pinned([tree]), cache.pinned([name_of(loose)]):
-        cache.trim(0)
+        cache.all.trim(0)
         assert cache.tree(tree) is not None
         assert cache.has(loose) and cache.has(file("a"))
-    cache.trim(0)
+    cache.all.trim(0)
     assert cache.tree(tree) is None
     assert not cache.has(loose)
-    assert cache.bytes == 0
+    assert cache.all.bytes == 0
 
 
-def test_hints_name_the_trees_that_are_there_and_are_new_only_when_those_are(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hints_name_the_trees_that_are_there_and_are_new_only_when_those_are(cache: TeamCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.worker.cache.MAX_HINTS", 3)
 
     def named(*trees: str) -> tuple[str, ...]:
         return tuple(tree[:TREE_HINT] for tree in trees)
 
-    assert cache.hints() == ()
+    assert cache.all.hints() == ()
     a, b, c = (keep(cache, file(name)) for name in "abc")
-    hints = cache.hints()
+    hints = cache.all.hints()
     assert hints == named(c, b, a)
     assert cache.tree(a) and cache.tree("0" * 64) is None
     keep(cache, file("b"))
-    assert cache.hints() is hints
+    assert cache.all.hints() is hints
     d = keep(cache, file("d"))
-    assert cache.hints() == named(d, b, a)
+    assert cache.all.hints() == named(d, b, a)
     assert cache.tree(c)
-    assert cache.hints() == named(c, d, b)
+    assert cache.all.hints() == named(c, d, b)
     with cache.pinned([b]):
-        cache.trim(0)
-    assert cache.hints() == named(b)
-    again = Cache(cache._files.parent, cache.limit)
+        cache.all.trim(0)
+    assert cache.all.hints() == named(b)
+    again = Cache(cache._files.parents[1], cache.all.limit)
     again.open()
     assert again.hints() == named(b)
     again.close()
@@ -124,34 +131,37 @@ def test_hints_name_the_trees_that_are_there_and_are_new_only_when_those_are(cac
 def test_a_later_life_takes_up_what_is_whole(tmp_path: Path) -> None:
     first = Cache(tmp_path / "cache", 1 << 20)
     first.open()
-    tree = keep(first, file("a"), file("b"), file("empty", 0))
+    first_main = first.of("main")
+    tree = keep(first_main, file("a"), file("b"), file("empty", 0))
     size = first.bytes
     (tmp_path / "cache" / "new" / "half").write_text("half")
     first.close()
     second = Cache(tmp_path / "cache", 1 << 20)
     second.open()
+    second_main = second.of("main")
     assert second.bytes == size
-    assert second.tree(tree) is not None
+    assert second_main.tree(tree) is not None
     assert not list((tmp_path / "cache" / "new").iterdir())
     second.close()
-    os.truncate(tmp_path / "cache" / "files" / name_of(file("a")), 5)
+    os.truncate(tmp_path / "cache" / "files" / "main" / name_of(file("a")), 5)
     third = Cache(tmp_path / "cache", 1 << 20)
     third.open()
-    assert third.tree(tree) is None
-    assert not third.has(file("a"))
-    assert third.has(file("b"))
+    third_main = third.of("main")
+    assert third_main.tree(tree) is None
+    assert not third_main.has(file("a"))
+    assert third_main.has(file("b"))
     third.close()
 
 
-def test_a_damaged_file_or_manifest_is_not_used(cache: Cache, tmp_path: Path) -> None:
+def test_a_damaged_file_or_manifest_is_not_used(cache: TeamCache, tmp_path: Path) -> None:
     tree = keep(cache, file("a"))
-    os.truncate(tmp_path / "cache" / "files" / name_of(file("a")), 5)
+    os.truncate(tmp_path / "cache" / "files" / "main" / name_of(file("a")), 5)
     assert not cache.has(file("a"))
-    (tmp_path / "cache" / "trees" / tree / "manifest").write_bytes(b"x")
+    (tmp_path / "cache" / "trees" / "main" / tree / "manifest").write_bytes(b"x")
     assert cache.tree(tree) is None
 
 
-def test_equal_files_of_one_workspace_have_inodes_of_their_own(cache: Cache) -> None:
+def test_equal_files_of_one_workspace_have_inodes_of_their_own(cache: TeamCache) -> None:
     one, other = file("one"), Entry(b"other", "file", 0o644, 20 * KIB, file("one").digest)
     tree = tree_of([one, other])
     fill(cache, [one])
@@ -165,10 +175,10 @@ def test_equal_files_of_one_workspace_have_inodes_of_their_own(cache: Cache) -> 
     assert all((layer / name).read_bytes() == contents("one", 20 * KIB) for layer in layers for name in ("one", "other"))
 
 
-def test_a_file_may_be_in_more_trees_than_it_may_have_links(cache: Cache, tmp_path: Path) -> None:
+def test_a_file_may_be_in_more_trees_than_it_may_have_links(cache: TeamCache, tmp_path: Path) -> None:
     one = file("one", 10)
     fill(cache, [one])
-    source = tmp_path / "cache" / "files" / name_of(one)
+    source = tmp_path / "cache" / "files" / "main" / name_of(one)
     many = tmp_path / "many"
     many.mkdir()
     for number in range(70_000):
@@ -180,7 +190,7 @@ def test_a_file_may_be_in_more_trees_than_it_may_have_links(cache: Cache, tmp_pa
     assert source.stat().st_nlink in (2, 70_002)
 
 
-def test_a_large_file_comes_in_any_order_and_its_zeros_are_neither_sent_nor_written(cache: Cache, tmp_path: Path) -> None:
+def test_a_large_file_comes_in_any_order_and_its_zeros_are_neither_sent_nor_written(cache: TeamCache, tmp_path: Path) -> None:
     last = b"the end"
     first = b"a" * CHUNK
     digests = [hashlib.sha256(first).digest(), ZERO_CHUNK, ZERO_CHUNK, hashlib.sha256(last).digest()]
@@ -191,20 +201,20 @@ def test_a_large_file_comes_in_any_order_and_its_zeros_are_neither_sent_nor_writ
     assert not cache.has(big)
     filling.put(digests[0], first)
     assert cache.has(big)
-    path = tmp_path / "cache" / "files" / name_of(big)
+    path = tmp_path / "cache" / "files" / "main" / name_of(big)
     assert path.read_bytes() == first + bytes(2 * CHUNK) + last
     assert path.stat().st_blocks * 512 < 2 * CHUNK
     assert path.stat().st_mode & 0o777 == 0o755
     filling.close()
 
 
-def test_what_did_not_come_whole_leaves_nothing(cache: Cache, tmp_path: Path) -> None:
+def test_what_did_not_come_whole_leaves_nothing(cache: TeamCache, tmp_path: Path) -> None:
     digests = [hashlib.sha256(letter * CHUNK).digest() for letter in (b"a", b"b")]
     filling = Filling(cache, [Entry(b"big", "file", 0o644, 2 * CHUNK, b"".join(digests))])
     filling.put(digests[0], b"a" * CHUNK)
     filling.close()
     assert not list((tmp_path / "cache" / "new").iterdir())
-    assert not list((tmp_path / "cache" / "files").iterdir())
+    assert not list((tmp_path / "cache" / "files" / "main").iterdir())
 
 
 FULL = """
@@ -215,6 +225,7 @@ from services.worker.cache import Cache
 from services.worker.filling import Filling
 cache = Cache(Path(sys.argv[1]) / "cache", 1 << 30)
 cache.open()
+cache = cache.of("main")
 def fill(name, size):
     contents = (name * size)[:size]
     entry = Entry(name, "file", 0o644, size, hashlib.sha256(contents).digest())
@@ -256,7 +267,7 @@ async def test_a_worker_that_may_keep_nothing_keeps_nothing(tmp_path: Path, mean
             )
             assert (await scheduler.finished(attempt)).status == "succeeded"
             assert await scheduler.log(attempt, "stdout") == "10000\n"
-            await eventually(lambda: not any(path.is_file() for path in (running.folder / "cache").rglob("*")))
+            await eventually(lambda: [path.name for path in (running.folder / "cache").rglob("*") if path.is_file()] == ["machine"])
         assert shop.requests["blobs"] == 2
 
 
@@ -325,7 +336,7 @@ async def test_an_input_that_is_no_tree_is_refused_and_nothing_of_it_is_written(
             attempt = await scheduler.send(sh("true", inputs=SRC), inputs={"src": ref}, token=TOKEN)
             assert (await scheduler.finished(attempt)).error == "step `step`: input `src`: `..` has `..` in its path"
         assert not [path for path in running.folder.rglob("*") if path.name == "new" and path.parent != running.folder / "cache"]
-        assert not list((running.folder / "cache" / "files").iterdir())
+        assert not list((running.folder / "cache" / "files" / "main").iterdir())
 
 
 async def test_an_output_of_holes_and_one_of_many_chunks_come_back_as_they_were(tmp_path: Path, means: Means) -> None:
@@ -335,8 +346,8 @@ async def test_an_output_of_holes_and_one_of_many_chunks_come_back_as_they_were(
         assert (await scheduler.finished(first)).status == "succeeded"
         assert shop.received == 4
         running = tmp_path / "w" / "cache"
-        await eventually(lambda: (running / "files").exists() and len(list((running / "files").iterdir())) == 2)
-        for path in (running / "files").iterdir():
+        await eventually(lambda: (running / "files" / "main").exists() and len(list((running / "files" / "main").iterdir())) == 2)
+        for path in (running / "files" / "main").iterdir():
             path.unlink()
         using = sh("sha256sum dist/* | cut -c1-64; test $(du -m dist/holes | cut -f1) -lt 20", inputs=[TaskInput(name="dist")])
         second = await scheduler.send(using, inputs={"dist": scheduler.step(first).outputs["dist"]}, token=TOKEN)
@@ -352,3 +363,91 @@ async def test_a_file_that_changes_while_it_is_stored_is_refused(tmp_path: Path)
         (path,) = (running.folder / "work").glob("*/workspace/dist/file")
         path.write_text("two")
         assert "`file` changed while it was read" in (await scheduler.finished(attempt, timeout=5)).error
+
+
+def test_a_team_does_not_see_what_another_has(whole: Cache, tmp_path: Path) -> None:
+    one, other = whole.of("one"), whole.of("other")
+    tree = keep(one, file("a"))
+    assert other.tree(tree) is None
+    assert not other.has(file("a"))
+    assert keep(other, file("a")) == tree
+    seen = [(tmp_path / "cache" / "files" / team / name_of(file("a"))).stat() for team in ("one", "other")]
+    assert [each.st_nlink for each in seen] == [2, 2]
+    assert seen[0].st_ino != seen[1].st_ino
+    assert {each.st_mtime for each in seen} == {946_684_800}
+    one.open_file(file("a"))
+    assert whole.hints() == (tree[:TREE_HINT],)
+    whole.trim(0)
+    assert whole.bytes == 0
+    assert not one.has(file("a")) and not other.has(file("a"))
+
+
+def a_life(folder: Path, machine: str, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    monkeypatch.setattr("services.worker.cache._machine", lambda: machine)
+    cache = Cache(folder, 1 << 20)
+    cache.open()
+    return cache
+
+
+def test_what_an_earlier_run_of_the_machine_left_is_read_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    first = a_life(cache, "first", monkeypatch)
+    tree = keep(first.of("main"), *map(file, "abcd"))
+    size = first.bytes
+    first.close()
+    for name in "ac":
+        # as a power cut leaves it
+        path = cache / "files" / "main" / name_of(file(name))
+        path.write_bytes(bytes(20 * KIB))
+    for machine in ("second", "second", "third"):
+        life = a_life(cache, machine, monkeypatch)
+        main = life.of("main")
+        assert main.tree(tree) is not None
+        if machine == "second":
+            assert not main.has(file("a")) and main.has(file("b"))
+        assert life.bytes <= size
+        life.close()
+    last = a_life(cache, "third", monkeypatch)
+    assert [name for name in "abcd" if last.of("main").has(file(name))] == ["b", "d"]
+    last.trim(0)
+    assert last.bytes == 0
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.name != "machine"]
+    last.close()
+
+
+def test_a_doubtful_file_that_is_not_wanted_goes_when_room_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = a_life(tmp_path / "cache", "first", monkeypatch)
+    fill(first.of("main"), [file("a"), file("b")])
+    first.close()
+    second = a_life(tmp_path / "cache", "second", monkeypatch)
+    assert second.bytes == 40 * KIB
+    with second.of("main").pinned([name_of(file("a"))]):
+        second.trim(0)
+    assert second.of("main").has(file("a")) and not second.of("main").has(file("b"))
+    second.close()
+
+
+def test_a_tree_of_which_all_is_cached_is_placed_by_its_checked_paths(cache: TeamCache, tmp_path: Path) -> None:
+    fill(cache, [file("a")])
+    linked = file("../out", of="a")
+    hostile = tree_of([file("a"), msgspec.structs.replace(linked, digest=file("a").digest, target=b"a")])
+    with pytest.raises(ArchiveRefused):
+        cache.add_tree(hostile.summary.digest, hostile.root.blobs)
+    assert cache.tree(hostile.summary.digest) is None
+    (tmp_path / "into").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "into" / "way").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        Copies(cache, False, lambda: None).put_linked([file("way/a", of="a")], tmp_path / "into")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_service_took_is_placed_whatever_its_limits_are(cache: TeamCache, tmp_path: Path) -> None:
+    size = 65 << 30
+    tree = tree_of([Entry(b"big", "file", 0o644, size, ZERO_CHUNK * (size // CHUNK))])
+    Filling(cache, tree.entries).close()
+    cache.add_tree(tree.summary.digest, tree.root.blobs)
+    layer = cache.layer(tree.summary.digest, tree.entries, b"src", Counter())
+    Copies(cache, False, lambda: None).place(tree.entries, tmp_path / "into")
+    assert (layer / "src" / "big").stat().st_size == (tmp_path / "into" / "big").stat().st_size == size

@@ -1,16 +1,21 @@
 """What a step may do in its workspace, whatever its inputs lie on: anything that it may do in a folder, and none of it reaches the cache."""
 
 import os
+import socket
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from libs.archives.rules import ArchiveRefused, LimitExceeded
 from proto.plan import TaskInput, TaskOutput
 from services.worker import workspace
+from services.worker.capture import capture
+from services.worker.copying import copy_tree
 from services.worker.executors.sandboxes import Choice
 from services.worker.placing import Means
 from tests.controls import eventually
@@ -87,7 +92,7 @@ assert not os.path.exists("src")
 
 def cached(folder: Path) -> dict[str, tuple[object, ...]]:
     found = {}
-    for path in (folder / "cache" / "files").iterdir():
+    for path in (folder / "cache" / "files" / "main").iterdir():
         seen = path.lstat()
         marks = tuple(os.listxattr(path, follow_symlinks=False))
         found[path.name] = (path.read_bytes(), seen.st_mode, seen.st_uid, seen.st_gid, seen.st_mtime_ns, marks)
@@ -219,7 +224,7 @@ async def test_what_a_stage_made_the_next_one_here_does_not_fetch(tmp_path: Path
         script = "mkdir dist/a; seq 9 > dist/a/nine; cp /bin/true dist/program; chmod 600 dist/a/nine; ln -s a dist/link; touch dist/empty"
         first = await scheduler.send(sh(script, outputs=["dist"]), token=TOKEN)
         await scheduler.finished(first)
-        await eventually(lambda: len(list((running.folder / "cache" / "files").iterdir())) == 2)
+        await eventually(lambda: len(list((running.folder / "cache" / "files" / "main").iterdir())) == 2)
         using = sh("stat -c %a dist/a/nine dist/program; tail -n 1 dist/link/nine; dist/program", inputs=[TaskInput(name="dist")])
         second = await scheduler.send(using, inputs={"dist": scheduler.step(first).outputs["dist"]}, token=TOKEN)
         assert await scheduler.log(second, "stdout") == "644\n755\n9\n"
@@ -237,6 +242,145 @@ async def test_a_later_step_cannot_change_what_an_earlier_one_gave_to_the_cache(
         assert await scheduler.log(later, "stdout") == "one\n"
 
 
+async def test_who_may_still_write_to_an_output_cannot_write_to_what_is_cached(tmp_path: Path, means: Means) -> None:
+    """A step may send a descriptor anywhere, as through an abstract socket to another build."""
+    script = """
+import os, socket
+there = socket.socket(socket.AF_UNIX)
+there.connect("\\0" + os.environ["THERE"])
+made = os.open("dist/library", os.O_CREAT | os.O_RDWR, 0o644)
+os.write(made, b"genuine")
+socket.send_fds(there, [b"x"], [made])
+there.recv(1)
+"""
+    here = socket.socket(socket.AF_UNIX)
+    here.settimeout(20)
+    here.bind(f"\0{tmp_path}")
+    here.listen()
+    received: list[int] = []
+
+    def receive() -> None:
+        with here, here.accept()[0] as there:
+            received.extend(socket.recv_fds(there, 1, 1)[1])
+            there.send(b"x")
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, running):
+        first = await scheduler.send(step(sys.executable, "-c", script, params={"THERE": str(tmp_path)}, outputs=["dist"]), token=TOKEN)
+        assert (await scheduler.finished(first)).status == "succeeded", await scheduler.log(first)
+        thread.join()
+        files = running.folder / "cache" / "files" / "main"
+        await eventually(lambda: list(files.iterdir()))
+        os.pwrite(received[0], b"POISON!", 0)
+        os.close(received[0])
+        ref = scheduler.step(first).outputs["dist"]
+        second = await scheduler.send(sh("cat dist/library", inputs=[TaskInput(name="dist")]), inputs={"dist": ref}, token=TOKEN)
+        assert await scheduler.log(second, "stdout") == "genuine"
+        assert shop.requests == {"offer": 1, "take": 1}
+
+
+async def test_of_an_output_only_what_is_still_as_it_was_stored_is_cached(tmp_path: Path, means: Means) -> None:
+    spoil = "import os; s = os.stat('dist/a'); open('dist/a', 'r+').write('two'); os.utime('dist/a', ns=(s.st_atime_ns, s.st_mtime_ns))"
+    more = "os.remove('dist/b'); os.mkfifo('dist/b')"
+    for name in "cd":
+        more += f"; os.rename('dist/{name}', '{name}'); os.symlink('../{name}', 'dist/{name}')"
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, running):
+        make = sh("for f in a b c e; do echo $f > dist/$f; done; mkdir dist/d; echo f > dist/d/f", name="make", outputs=["dist"])
+        attempt = await scheduler.send(make, step(sys.executable, "-c", f"{spoil}; {more}", name="spoil"), token=TOKEN)
+        assert (await scheduler.finished(attempt)).status == "succeeded", await scheduler.log(attempt)
+        files = running.folder / "cache" / "files" / "main"
+        await eventually(lambda: [path.read_text() for path in files.iterdir()] == ["e\n"])
+        assert not list((running.folder / "cache" / "new").iterdir())
+
+
+async def test_inputs_have_one_time_which_is_older_than_what_a_step_makes(tmp_path: Path, means: Means) -> None:
+    src = tmp_path / "in" / "src"
+    src.mkdir(parents=True)
+    (src / "made").write_text("made\n")
+    (src / "from").write_text("from\n")
+    (src / "link").hardlink_to(src / "from")
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, _):
+        for _ in range(2):
+            attempt = await scheduler.send(sh("stat -c %Y.%y src/*", inputs=SRC), inputs=shop.refs("src"), token=TOKEN)
+            (said,) = set((await scheduler.log(attempt, "stdout")).splitlines())
+            assert said.startswith("946684800.") and ".000000000" in said
+
+
+async def test_what_a_step_wants_elsewhere_is_copied_with_its_holes(tmp_path: Path, means: Means) -> None:
+    make = "cd out; truncate -s 5G holes; echo end >> holes; mkdir deep; echo 1 > deep/file; chmod 755 deep/file; ln -s file deep/link"
+    look = "stat -c %s elsewhere/holes; tail -c 4 elsewhere/holes; test $(du -m elsewhere/holes | cut -f1) -lt 20; echo $?"
+    rest = "stat -c %a elsewhere/deep/file; cat elsewhere/deep/link"
+    elsewhere = [TaskInput(name="out", path="elsewhere")]
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, _):
+        steps = [sh(make, name="make", outputs=["out"]), sh(f"{look}; {rest}", name="use", inputs=elsewhere)]
+        attempt = await scheduler.send(*steps, token=TOKEN)
+        assert await scheduler.log(attempt, "stdout") == "5368709124\nend\n0\n755\n1\n", await scheduler.log(attempt)
+
+
+def test_a_copy_of_a_folder_follows_no_link_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    source, target, outside = tmp_path / "source", tmp_path / "target", tmp_path / "outside"
+    for folder in (source / "deep", target, outside):
+        folder.mkdir(parents=True)
+    (source / "deep" / "file").write_text("new")
+    (source / "large").write_bytes(b"x" * (4 << 20))
+    (outside / "file").write_text("old")
+    (target / "deep").symlink_to(outside)
+    with pytest.raises(ArchiveRefused, match="`deep` is a link"):
+        copy_tree(source, target, False, lambda: None)
+    (target / "deep").unlink()
+    (target / "deep").mkdir()
+    (target / "deep" / "file").hardlink_to(outside / "file")
+    asked = 0
+
+    def twice() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 4:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        copy_tree(source, target, False, twice)
+    assert (target / "large").stat().st_size < 4 << 20
+    copy_tree(source, target, False, lambda: None)
+    assert (outside / "file").read_text() == "old"
+    assert (target / "deep" / "file").read_text() == "new"
+    copy_tree(source, source / "deep" / "inside", False, lambda: None)
+    assert sorted(path.name for path in (source / "deep" / "inside").rglob("*")) == ["deep", "file", "large"]
+
+
+def test_a_large_file_is_refused_before_anything_is_read_or_kept_in_mind(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path)
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    for path in (one, two):
+        with path.open("wb") as file:
+            file.truncate(3 << 40)
+    with pytest.raises(LimitExceeded, match="`two` takes the tree past"):
+        capture(folder, folder, lambda *_: None, lambda: pytest.fail("something was read"))
+
+
+def test_the_reading_of_a_large_file_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path)
+    with (tmp_path / "one").open("wb") as file:
+        file.truncate(2 << 40)
+    asked = 0
+
+    def go_on() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 100:
+            raise InterruptedError
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(InterruptedError):
+            capture(folder, folder, lambda *_: None, go_on)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
 async def test_a_killed_attempt_leaves_no_mount_and_no_folder(tmp_path: Path, means: Means) -> None:
     (tmp_path / "in" / "src").mkdir(parents=True)
     (tmp_path / "in" / "src" / "file").touch()
@@ -249,7 +393,7 @@ async def test_a_killed_attempt_leaves_no_mount_and_no_folder(tmp_path: Path, me
         await eventually(lambda: not mounted(worker) and "new" not in {name for _, _, names in os.walk(worker / "work") for name in names})
         attempt = await scheduler.send(sh("ls -A", inputs=[]))
         assert await scheduler.log(attempt, "stdout") == ""
-        assert running.tools.cache._pins == {}
+        assert running.tools.cache.of("main")._pins == {}
 
 
 @pytest.mark.parametrize("means", ["overlay"], indirect=True)
