@@ -5,8 +5,9 @@ has arrived has arrived, on either side, so that what is tried again is the rest
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain, islice
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -79,7 +80,6 @@ class Artifacts:
 
     async def store(self, package: Package, step: str, name: str, captured: Captured) -> ArtifactRef:
         """Keep a captured folder as the step's output. Raises Unobtainable, OSError (reading it)."""
-        chunks = await in_thread(captured.chunks)
         url = f"{package.artifacts_url}/outputs/{step}/{name}"
         least: int | None = None
 
@@ -91,8 +91,7 @@ class Artifacts:
                     raise _Again("it asks again for what it was sent")
                 least = answer.missing_bytes
                 went_well()
-                lacking = [chunk for first, last in answer.missing for chunk in chunks[first : last + 1]]
-                answer = await self._send(package, "PUT", f"{url}/blobs", MEDIA_TYPE, drawn(_frames(captured, lacking)))
+                answer = await self._send(package, "PUT", f"{url}/blobs", MEDIA_TYPE, drawn(_frames(captured, answer.missing)))
             return answer
 
         return await self._patiently(once)
@@ -197,8 +196,18 @@ async def _sent(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
         yield piece
 
 
-def _frames(captured: Captured, chunks: Sequence[Chunk]) -> Generator[bytes, None, None]:
-    yield from frames((chunk.digest, captured.read(chunk)) for chunk in chunks)
+def _frames(captured: Captured, runs: Sequence[tuple[int, int]]) -> Generator[bytes, None, None]:
+    """The chunks in these runs, first to last, as they are counted."""
+    wanted = chain.from_iterable(range(first, last + 1) for first, last in runs)
+    yield from frames((chunk.digest, captured.read(chunk)) for chunk in _numbered(captured.chunks(), wanted))
+
+
+def _numbered(chunks: Iterator[Chunk], numbers: Iterator[int]) -> Iterator[Chunk]:
+    """Those with these numbers, which rise."""
+    at = 0
+    for number in numbers:
+        yield from islice(chunks, number - at, number - at + 1)
+        at = number + 1
 
 
 def _bearer(package: Package) -> dict[str, str]:

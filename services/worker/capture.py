@@ -5,6 +5,7 @@ same is refused.
 import hashlib
 import os
 import stat
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,17 +27,18 @@ _THREADS = 2
 _BATCH = 128
 _CHUNKS = 8
 _PIECE = 1 << 20
+_STAMP = struct.Struct("=QQqq")
 
 
 class FileChanged(Exception):
     """A file changed while it was read."""
 
 
-class Found(NamedTuple):
+class Found(msgspec.Struct, frozen=True, gc=False):
     """A plain file: its path in the captured folder, its stamp, and whether its contents are new to this worker."""
 
     path: bytes
-    stamp: Stamp
+    stamp: bytes
     new: bool
 
 
@@ -58,14 +60,14 @@ class Captured(NamedTuple):
     digest: str
     manifest: Sequence[bytes]
 
-    def chunks(self) -> list[Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
         """The distinct chunks, in the order in which they first appear."""
-        chunks: dict[bytes, Chunk] = {}
+        seen: set[bytes] = set()
         for entry, file in zip((entry for entry in self.entries if entry.kind == "file"), self.files, strict=True):
             for number, (digest, size) in enumerate(entry.chunks()):
-                if digest not in chunks:
-                    chunks[digest] = Chunk(digest, size, file, number * CHUNK)
-        return list(chunks.values())
+                if digest not in seen:
+                    seen.add(digest)
+                    yield Chunk(digest, size, file, number * CHUNK)
 
     def read(self, chunk: Chunk) -> bytes:
         """Raises FileChanged, OSError."""
@@ -110,7 +112,7 @@ def capture(folder: bytes, upper: bytes, known: Known, go_on: Callable[[], None]
         elif stat.S_ISREG(seen.st_mode):
             row = _Row(path, "file", PROGRAM_MODE if seen.st_mode & stat.S_IXUSR else FILE_MODE, seen.st_size)
             rows.append(row)
-            stamp = stamp_of(seen)
+            stamp = packed(seen)
             if seen.st_nlink > 1 and (one := linked.setdefault(seen.st_ino, row)) is not row:
                 links.append((row, one))
                 files.append(Found(path, stamp, False))
@@ -119,7 +121,7 @@ def capture(folder: bytes, upper: bytes, known: Known, go_on: Callable[[], None]
             size += row.size
             if size > SANE.max_bytes:
                 raise LimitExceeded(path, f"takes the tree past {SANE.max_bytes} bytes")
-            digest = known(stamp, new) if row.size else b""
+            digest = known(stamp_of(seen), new) if row.size else b""
             files.append(Found(path, stamp, new and digest is None))
             if digest is None:
                 unread.append((row, files[-1]))
@@ -240,7 +242,7 @@ class _Reading:
         return self._opened
 
     def __exit__(self, kind: object, *_: object) -> None:
-        stamp = stamp_of(os.fstat(self._opened))
+        stamp = packed(os.fstat(self._opened))
         os.close(self._opened)
         if kind is None and stamp != self._file.stamp:
             raise _changed(self._file)
@@ -254,6 +256,11 @@ def _pieces(opened: int, file: Found, at: int, size: int) -> Iterable[bytes]:
             raise _changed(file)
         at += len(piece)
         yield piece
+
+
+def packed(seen: os.stat_result) -> bytes:
+    """A file's stamp, in little room: a tree may have very many."""
+    return _STAMP.pack(*stamp_of(seen))
 
 
 def _changed(file: Found) -> FileChanged:

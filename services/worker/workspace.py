@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,10 +68,10 @@ class Workspace:
         self._pins = ExitStack()
         self._placed: dict[str, Path] = {}
         self._upper = self.folder
-        self._layers: list[tuple[Path, Sequence[Entry]]] = []
+        self._layers: list[tuple[Path, str]] = []
         self._lower: dict[int, bytes] | None = None
         self._fresh = True
-        self._stored: list[tuple[Path, Entry]] = []
+        self._stored: list[tuple[bytes, Entry]] = []
         self._used = False
 
     async def place_inputs(self, inputs: Sequence[TaskInput]) -> None:
@@ -176,7 +177,7 @@ class Workspace:
         """All of them below one overlay. Where it cannot be mounted, nothing is done. Raises Unplaceable, OSError."""
         assert self._overlays is not None
         used: Counter[str] = Counter()
-        layers: list[tuple[Path, Sequence[Entry]]] = []
+        layers: list[Path] = []
         for number, each in enumerate(inputs):
             path = _path(each)
             for other in inputs[:number]:
@@ -185,19 +186,19 @@ class Workspace:
             entries: Sequence[Entry] = [entry for entry in trees[each.name] if entry.path not in linked]
             inside = b"" if path == "." else os.fsencode(path)
             with _naming(each):
-                layers.append((self._cache.layer(self._package.inputs[each.name].digest, entries, inside, used), entries))
+                layers.append(self._cache.layer(self._package.inputs[each.name].digest, entries, inside, used))
         upper, work = self._overlay / "upper", self._overlay / "work"
         for folder in (self._overlay, upper, work):
             folder.mkdir()
         upper.chmod(FOLDER_MODE)
         try:
-            self._overlays.mount(self.folder, [layer for layer, _ in layers], upper, work)
+            self._overlays.mount(self.folder, layers, upper, work)
         except OSError as error:
             logger.warning("no overlay: the inputs are copied", error=str(error))
             return
         self._upper = upper
-        for each, (layer, entries) in zip(inputs, layers, strict=True):
-            self._layers.append((layer / _path(each), entries))
+        for each, layer in zip(inputs, layers, strict=True):
+            self._layers.append((layer / _path(each), self._package.inputs[each.name].digest))
             self._copies.put_linked(linked_files(trees[each.name]), self.folder / _path(each))
             self._placed[each.name] = self.folder / _path(each)
 
@@ -240,33 +241,37 @@ class Workspace:
             return self._copies.known.get(stamp)
         if self._lower is None:
             # Below one overlay every file has an inode of its own, which is seen through it.
-            self._lower = {
-                os.lstat(os.fsencode(layer) + b"/" + entry.path).st_ino: entry.digest
-                for layer, entries in self._layers
-                for entry in entries
-                if entry.kind == "file"
-            }
+            self._lower = dict(chain.from_iterable(self._below(layer, digest) for layer, digest in self._layers))
         return self._lower.get(stamp.inode)
+
+    def _below(self, layer: Path, digest: str) -> Iterator[tuple[int, bytes]]:
+        """Inode and digest of each file in a layer; the tree is read again, which costs less than to keep it while the steps run."""
+        tree = self._cache.tree(digest) or ()
+        linked = {entry.path for entry in linked_files(tree)}
+        for entry in tree:
+            if entry.kind == "file" and entry.path not in linked:
+                yield os.lstat(os.fsencode(layer) + b"/" + entry.path).st_ino, entry.digest
 
     def _note(self, captured: Captured, ref: ArtifactRef, upper: Path) -> None:
         """What is stored may become the cache's at the end."""
         if ref.digest == captured.digest:
             self._cache.add_tree(captured.digest, captured.manifest)
         files = (entry for entry in captured.entries if entry.kind == "file")
-        self._stored += [(upper / os.fsdecode(file.path), entry) for entry, file in zip(files, captured.files, strict=True) if file.new]
+        folder = os.fsencode(upper.relative_to(self._upper))
+        self._stored += [(folder, entry) for entry, file in zip(files, captured.files, strict=True) if file.new]
 
     def _keep(self) -> None:
         """Small files first, as long as there is time and room for them."""
         deadline, room = time.monotonic() + _KEEPING_SECONDS, self._cache.all.room()
         folders = OpenFolders(self._upper)
         try:
-            for path, entry in sorted(self._stored, key=lambda each: each[1].size):
+            for folder, entry in sorted(self._stored, key=lambda each: each[1].size):
                 room -= sum(size for digest, size in entry.chunks() if digest != ZERO_CHUNK)
                 if room < 0 or time.monotonic() > deadline:
                     return
                 self._go_on()
                 if not self._cache.has(entry):
-                    self._keep_file(folders, os.fsencode(path.relative_to(self._upper)), entry)
+                    self._keep_file(folders, entry.path if folder == b"." else folder + b"/" + entry.path, entry)
         finally:
             folders.close()
 
