@@ -37,7 +37,7 @@ test *args:
 
 # Kill things while builds run, and feed in what must be refused
 faults *args:
-    {{ elsewhere }} pytest tests/faults "$@"
+    {{ elsewhere }} pytest -n "${PENSTOCK_TEST_WORKERS:-2}" tests/faults "$@"
 
 # Format, lint, types, imports, schemas: quick, and first in CI
 check:

@@ -36,6 +36,8 @@ class Projector:
         self._projection = projection
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self.position = 0
+        self.settled = 0
+        """How often the read model has come to be all that the log says, from the start or after the database was away; negative while it is not."""
         self.problem: str | None = "has not read the log yet"
         self.advanced = asyncio.Event()
         """Set when the read model has come to exist, and whenever it has changed; whoever waits for the next change clears it."""
@@ -50,6 +52,7 @@ class Projector:
                     wakeup.unheard = False
                     self._projection.doubt()
                     self.position = 0
+                    self.settled = -abs(self.settled)
                 try:
                     position = await self._projection.advance()
                 except LogUnavailable as error:
@@ -66,6 +69,8 @@ class Projector:
                     self.problem = None
                     self._reached(position)
                     if not self._projection.more:
+                        if self.settled <= 0:
+                            self.settled = 1 - self.settled
                         await wakeup.wait(self.IDLE)
                     continue
                 await asyncio.sleep(pause)

@@ -27,6 +27,7 @@ from services.gateway import decider
 from services.gateway.artifacts import ArtifactsClient
 from services.gateway.auth import Authenticator
 from services.gateway.bootstrap import Bootstrap
+from services.gateway.certainty import ReadModels
 from services.gateway.commands import RequestBuild, RequestCommand, TeamCommand
 from services.gateway.feed import LogFeed
 from services.gateway.inputs import Inputs
@@ -135,12 +136,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     ]
     about = AboutRoutes(version=importlib.metadata.version("penstock"), authenticator=authenticator, public_url=public_url, known=known)
     app = web.Application(middlewares=[problems])
-
-    async def up_to_date() -> bool:
-        head = await log.head()
-        return await projector.passed(head, 1.0) and await queries.position() >= head
-
-    add(app, [*known, *about.endpoints()], authenticator, up_to_date)
+    add(app, [*known, *about.endpoints()], authenticator, ReadModels(projector, log, queries.position))
 
     async def close_streams(_: web.Application) -> None:
         streams.close()

@@ -15,6 +15,7 @@ from nacl.public import PrivateKey
 from libs.archives.pump import in_thread
 from libs.archives.selftest import self_test
 from libs.bus.jetstream import connect_jetstream
+from libs.runtime.memory import keep_memory
 from libs.runtime.service import Service
 from libs.runtime.settings import BadSettings, decode
 from proto.messages import Offers
@@ -59,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[str, socket.socket], private: bool = False) -> web.Application | None:
     """Serves nothing but its status: all that the worker hears comes by the bus. `private` says whether mounts are this process's own."""
     settings = decode(Settings, environ)
+    keep_memory(8 << 20)
     self_test()
     if settings.worker_slots < 1:
         raise BadSettings("PENSTOCK_WORKER_SLOTS: at least 1")

@@ -1,7 +1,7 @@
 """An endpoint as data: it is served, authenticated and documented from one description."""
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
@@ -16,6 +16,16 @@ MAX_PAGE = 200
 
 Handler = Callable[[web.Request, Principal], Awaitable[web.StreamResponse]]
 Served = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Certainty(Protocol):
+    """Whether the read models know all that has happened."""
+
+    def mark(self) -> int:
+        """Now: for `lasted`."""
+
+    async def lasted(self, since: int) -> bool:
+        """Whether they knew it from the mark on, and know what had happened when this was asked."""
 
 
 class Parameter(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,22 +67,23 @@ LAST_EVENT = (
 ANYBODY = Principal("", "viewer", "")
 
 
-def add(app: web.Application, endpoints: Iterable[Endpoint], authenticator: Authenticator, up_to_date: Callable[[], Awaitable[bool]]) -> None:
-    """Serve the endpoints. `up_to_date` says whether the read models know all that had happened when it was asked."""
+def add(app: web.Application, endpoints: Iterable[Endpoint], authenticator: Authenticator, certainty: Certainty) -> None:
+    """Serve the endpoints."""
     for endpoint in endpoints:
-        guarded = _certain(_guarded(endpoint, authenticator), up_to_date)
+        guarded = _certain(_guarded(endpoint, authenticator), certainty)
         app.router.add_route(endpoint.method, PREFIX + endpoint.path, guarded, expect_handler=expect_later)
 
 
-def _certain(handler: Served, up_to_date: Callable[[], Awaitable[bool]]) -> Served:
+def _certain(handler: Served, certainty: Certainty) -> Served:
     """What the read models do not know may only be unknown to them: after a crash of the database they are, for a moment, what they were before.
     So nobody is told that something is not there unless that is certain."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
+        since = certainty.mark()
         try:
             return await handler(request)
         except Problem as problem:
-            if problem.status in (401, 404, 422) and not await up_to_date():
+            if problem.status in (401, 404, 422) and not await certainty.lasted(since):
                 raise unavailable("the read models are catching up") from problem
             raise
 
