@@ -10,6 +10,7 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ class NatsServer:
         self.password = PASSWORD
         self.workers = WORKERS
         self.port = -1
+        self._spawner = ThreadPoolExecutor(1)
+        """What a thread spawned dies with that thread, and a test may start the server from one that ends with the test."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -61,14 +64,18 @@ class NatsServer:
             )
         )
         binary = Path(sysconfig.get_path("scripts")) / "nats-server"
-        self._process = subprocess.Popen(
-            [binary, "-c", config],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-        )
+
+        def spawn() -> "subprocess.Popen[bytes]":
+            return subprocess.Popen(
+                [binary, "-c", config],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+        self._process = self._spawner.submit(spawn).result()
         self._wait_ready(self._process)
 
     def kill(self) -> None:
