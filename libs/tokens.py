@@ -30,11 +30,12 @@ class BadSignature(Exception):
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """gateway → artifacts: act on one artifact of a team for `actor` (see: its names; get: its bytes; change: its lifetime), or read one build's logs
-    (`artifact` is then the build's id), or see what a team stores (`artifact` is ""). `exp` in unix seconds."""
+    (`artifact` is then the build's id), or see what a team stores (`artifact` is ""). gateway → client → artifacts, and no more than that: `tar`,
+    upload it as a tar; `send`, chunks that its upload misses; `fetch`, its chunks. `exp` in unix seconds."""
 
     team: str
     artifact: str
-    action: Literal["put", "get", "see", "change", "log"]
+    action: Literal["put", "get", "see", "change", "log", "tar", "send", "fetch"]
     exp: int
     actor: str = ""
 

@@ -110,12 +110,16 @@ class TreeRef(_Answer, frozen=True, kw_only=True):
     files: int
 
 
+ArtifactKind = Literal["user", "output", "part"]
+
+
 class Artifact(_Answer, frozen=True, kw_only=True):
-    """A stored tree of files that a person uploaded (user) or a step wrote (output; `build` is then the build's number). `digest` names its
-    content, `size` is the bytes of its files. `expires_at` is null when it stays; while it is `pinned` it stays in any case."""
+    """A stored tree of files that a person uploaded (user), a step wrote (output; `build` is then the build's number), or a build was given as a part
+    of another (part; listed only for whoever asks for that kind). `digest` names its content, `size` is the bytes of its files. `expires_at` is null
+    when it stays; while it is `pinned` it stays in any case, and longer than it says while a build that was asked for before uses it."""
 
     id: str
-    kind: Literal["user", "output"]
+    kind: ArtifactKind
     digest: str
     size: int
     files: int
@@ -127,14 +131,24 @@ class Artifact(_Answer, frozen=True, kw_only=True):
     pinned: bool = False
 
 
-class PendingUpload(_Answer, frozen=True, kw_only=True):
+class Direct(_Answer, frozen=True, kw_only=True):
+    """Where bytes may go, or come from, without the gateway in between: `url`, with `Authorization: Bearer` and this token, for so many seconds. It
+    takes and answers what the gateway's own route does. Whoever cannot reach it, or is answered 401 or 403, uses that route."""
+
+    url: str
+    token: str
+    seconds: int
+
+
+class PendingUpload(_Answer, frozen=True, kw_only=True, omit_defaults=True):
     """The manifest is known, and these chunks are still to be sent: ranges [first, last] over the distinct chunk digests of the tree's files, in
-    the order of their first appearance, from 0. `id` is the artifact's, once nothing is missing."""
+    the order of their first appearance, from 0. `id` is the artifact's, once nothing is missing. `direct`: where they, or the tar, may go, too."""
 
     id: str
     missing: list[tuple[int, int]]
     missing_bytes: int
     missing_blobs: int
+    direct: Direct | None = None
 
 
 class TreeEntry(_Answer, frozen=True, kw_only=True):

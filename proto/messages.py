@@ -2,7 +2,7 @@
 
 subject                              from → to               delivery
 `reports.<worker>.<build>`           worker → builds         JetStream REPORTS; the spool keeps it until a receipt
-`logs.<worker>.<build>.<stage>.<n>`  worker → artifacts      JetStream LOGS; the spool keeps it until LogArchived
+`logs.<worker>.<build>.<stage>.<n>`  worker → artifacts      JetStream LOGS; the spool keeps it until a LogArchived holds it
 `presence.<worker>`                  worker → scheduler      core NATS, signed by the worker
 `control.<worker>`                   scheduler → worker      core NATS, signed by the scheduler
 `packages.<worker>`                  scheduler → worker      core NATS, signed by the scheduler and sealed to a credit's key
@@ -139,7 +139,7 @@ MAX_HINTS = 256
 
 class Heartbeat(_Message, frozen=True, kw_only=True):
     """Sent every second, and whenever a slot becomes free. `challenge` quotes the last one the scheduler gave (b"" at first).
-    `credits` are all the open ones. `logs` are attempts whose log still waits in the spool for LogArchived. `goodbye`: the worker leaves.
+    `credits` are all the open ones. `logs` are attempts whose log still waits in the spool to be archived. `goodbye`: the worker leaves.
     `cached` are the trees of inputs it has, the latest, each by the beginning of its digest; None: as it said last in this boot. It is sent until a
     heartbeat that holds it was answered, after each change, and with every new challenge (whose giver may not have heard it)."""
 
@@ -164,16 +164,30 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     interrupted: str = ""
 
 
+class ArchivedLog(Attempt, frozen=True, array_like=True):
+    """What of an attempt's log may be forgotten: chunks up to number `last` (-1: all there are) but for those in `gaps` (first, last)."""
+
+    last: int = -1
+    gaps: list[tuple[int, int]] = []
+
+    @property
+    def attempt(self) -> Attempt:
+        return Attempt(self.build, self.stage, self.number)
+
+    def holds(self, chunk: int) -> bool:
+        return self.last < 0 or (chunk <= self.last and not any(first <= chunk <= last for first, last in self.gaps))
+
+
 class Control(_Message, frozen=True, kw_only=True):
     """The answer to heartbeat `number` of `boot`, or (with number 0) an early word. An attempt that the heartbeat listed and `held` does not is
-    not the worker's any more: kill it and forget its reports. `archived`: forget these logs. With number 0 only what is listed is meant."""
+    not the worker's any more: kill it and forget its reports. `archived`: forget that of these logs. With number 0 only what is listed is meant."""
 
     boot: str
     number: int
     challenge: bytes
     lease_seconds: float
     held: list[Held] = []
-    archived: list[Attempt] = []
+    archived: list[ArchivedLog] = []
 
 
 # --- packages ------------------------------------------------------------------------------------------------------------------------

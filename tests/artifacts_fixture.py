@@ -22,7 +22,7 @@ from libs.archives.tree import CHUNK, FOLDER_MODE, ZERO_CHUNK, Entry, manifest_o
 from libs.runtime.service import Service, bind, listen
 from libs.tokens import new_seed, public_key, sign_token
 from services.artifacts.wiring import wire
-from tests.controls import eventually
+from tests.controls import eventually, files_in
 from tests.nats_fixture import PASSWORD, NatsServer
 from tests.postgres_fixture import Database
 
@@ -169,7 +169,7 @@ class Api:
         assert (answer.status, blobs_in(answer.body).keys()) == (200, digests)
 
     def stored(self) -> list[str]:
-        return sorted(str(path) for path in self.store.rglob("*") if path.is_file())
+        return sorted(str(self.store / name) for name in files_in(self.store))
 
 
 def missing(files: Mapping[str, bytes], pending: Any) -> list[bytes]:

@@ -3,8 +3,11 @@
 import asyncio
 import inspect
 import itertools
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -32,6 +35,17 @@ async def eventually(condition: Callable[[], T | Awaitable[T]], timeout: float =
         if time.monotonic() > deadline:
             raise failure or AssertionError(f"not within {timeout} s: {inspect.getsource(condition).strip()}")
         await asyncio.sleep(0.01)
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """The files below a folder that others may be changing, by path from there, with their sizes: what goes meanwhile is passed over."""
+    found: dict[str, int] = {}
+    for within, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                path = Path(within, name)
+                found[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return found
 
 
 def counter(prefix: str = "id") -> Callable[[], str]:

@@ -2,15 +2,20 @@
 contents, ended by 36 zero bytes, without which the stream was cut. Their order is free."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import TypeVar
 
+from libs.archives.pages import LARGE, Paged, is_paged, paged
 from libs.archives.pump import gathered
 from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import CHUNK, DIGEST
 
 MEDIA_TYPE = "application/vnd.penstock.blobs"
 _HEADER = DIGEST + 4
+P = TypeVar("P", bound=bytes | memoryview)
+
 END_FRAME = bytes(_HEADER)
+_PIECE = 1 << 20
 
 
 def frame_header(digest: bytes, size: int) -> bytes:
@@ -18,21 +23,56 @@ def frame_header(digest: bytes, size: int) -> bytes:
     return digest + size.to_bytes(4, "big")
 
 
-def frames(blobs: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+def stream_size(count: int, size: int) -> int:
+    """Bytes of a stream of so many blobs, with so many bytes in all."""
+    return (count + 1) * _HEADER + size
+
+
+def frames(blobs: Iterable[tuple[bytes, P]]) -> Iterator[P | bytes]:
     """The stream of these blobs (digest, contents), its end with it, small ones gathered. Blocking, as `blobs` is."""
     return gathered(_frames(blobs))
 
 
-def _frames(blobs: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+def _frames(blobs: Iterable[tuple[bytes, P]]) -> Iterator[P | bytes]:
     for digest, contents in blobs:
         yield frame_header(digest, len(contents))
         yield contents
     yield END_FRAME
 
 
+async def whole_pieces(fill: Callable[[memoryview], Awaitable[int]]) -> AsyncIterator[memoryview]:
+    """A stream in pieces for a BlobStreamReader, each large blob in one, which lies so that it need not be copied to be stored. `fill` puts into
+    memory as much as fits, less only at the stream's end. What is out of order is left to the reader."""
+    begun = memoryview(b"")
+    inside = 0
+    while True:
+        if not inside and len(begun) < _HEADER:
+            header = memoryview(bytearray(_HEADER))
+            header[: len(begun)] = begun
+            begun = header[: len(begun) + await fill(header[len(begun) :])]
+            if len(begun) < _HEADER:
+                yield begun
+                return
+        if begun:
+            size = int.from_bytes(begun[DIGEST:_HEADER], "big")
+            whole = paged(_HEADER + size, _HEADER) if LARGE <= size <= CHUNK else begun
+            whole[: len(begun)] = begun
+            yield whole[: len(begun) + await fill(whole[len(begun) :])]
+            begun, inside = begun[:0], size if whole is begun else 0
+            continue
+        piece = memoryview(bytearray(_PIECE))
+        came, at = await fill(piece), inside
+        if not came:
+            return
+        while at + _HEADER <= came and not LARGE <= (size := int.from_bytes(piece[at + DIGEST : at + _HEADER], "big")) <= CHUNK:
+            at += _HEADER + size
+        begun, inside = piece[at:came], max(at - came, 0)
+        yield piece[: min(at, came)]
+
+
 class BlobStreamReader:
-    """Takes a blob stream apart as it arrives, and gives on only what was asked for, once, and is what its digest says. Memory: one blob, and the
-    digests of those that `came`."""
+    """Takes a blob stream apart as it arrives, and gives on only what was asked for, once, and is what its digest says; a large one in memory that
+    begins at a page. Memory: one blob, and the digests of those that `came`."""
 
     def __init__(self, expected: Callable[[bytes], int | None]) -> None:
         """`expected` says how large the blob with a digest is, None when it is not wanted."""
@@ -41,15 +81,31 @@ class BlobStreamReader:
         self._digest: bytes | None = None
         self._needed = _HEADER
         self._waiting: list[bytes] = []
+        self._large: Paged | None = None
         self._ended = False
 
-    def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    def feed(self, data: bytes | memoryview) -> Iterator[tuple[bytes, bytes | memoryview]]:
         """The blobs that `data` completes: digest and contents; to be drawn to its end. Raises ArchiveRefused."""
         at = 0
         while at < len(data):
             if self._ended:
                 raise ArchiveRefused(b"", "goes on after its end")
-            taken = data[at : at + self._needed]
+            if self._digest is not None and (self._large is not None or self._needed >= LARGE):
+                part = memoryview(data)[at : at + self._needed]
+                at += len(part)
+                if self._large is None:
+                    if len(part) == self._needed and is_paged(part):
+                        yield self._verified(part)
+                        continue
+                    self._large = Paged(self._needed)
+                self._needed -= len(part)
+                self._large.add(part)
+                if self._needed:
+                    return
+                contents, self._large = self._large.filled(), None
+                yield self._verified(contents)
+                continue
+            taken = bytes(data[at : at + self._needed])
             at += len(taken)
             self._needed -= len(taken)
             if self._needed or self._waiting:
@@ -60,17 +116,23 @@ class BlobStreamReader:
                 self._waiting.clear()
             if self._digest is None:
                 self._begin(taken)
-                continue
-            digest, self._digest, self._needed = self._digest, None, _HEADER
-            if hashlib.sha256(taken).digest() != digest:
-                raise ArchiveRefused(b"", f"holds bytes that are not those of blob {digest.hex()}")
-            self.came.add(digest)
-            yield digest, taken
+            else:
+                yield self._verified(taken)
 
     def finish(self) -> None:
         """The stream is over. Raises ArchiveRefused when it was cut."""
         if not self._ended:
             raise ArchiveRefused(b"", "is cut short")
+
+    def _verified(self, contents: bytes | memoryview) -> tuple[bytes, bytes | memoryview]:
+        """The blob that is whole now."""
+        digest = self._digest
+        assert digest is not None
+        self._digest, self._needed = None, _HEADER
+        if hashlib.sha256(contents).digest() != digest:
+            raise ArchiveRefused(b"", f"holds bytes that are not those of blob {digest.hex()}")
+        self.came.add(digest)
+        return digest, contents
 
     def _begin(self, header: bytes) -> None:
         if header == END_FRAME:

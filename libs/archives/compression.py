@@ -3,7 +3,7 @@
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, TypeVar
 
 from libs.archives.rules import ArchiveRefused, LimitExceeded, Limits
 
@@ -13,6 +13,7 @@ else:
     from backports import zstd
 
 Format = Literal["tar", "tgz", "tzst"]
+P = TypeVar("P", bound=bytes | memoryview)
 
 _PIECE = 1 << 20
 _GZIP = b"\x1f\x8b"
@@ -41,16 +42,17 @@ class Decompressor:
         self.came_in = 0
         self._went_out = 0
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Plain pieces. Raises ArchiveRefused for damaged data and LimitExceeded for a bomb."""
+    def feed(self, data: P) -> Iterator[P | bytes]:
+        """Plain pieces; what is not packed, as it is. Raises ArchiveRefused for damaged data and LimitExceeded for a bomb."""
         self.came_in += len(data)
         if self._format is None:
-            data = self._head + data
-            if len(data) < len(_ZSTD):
-                self._head = data
+            head = self._head = self._head + data
+            if len(head) < len(_ZSTD):
                 return
-            self._format = "tgz" if data.startswith(_GZIP) else "tzst" if data.startswith(_ZSTD) else "tar"
-        pieces = self._from_gzip(data) if self._format == "tgz" else self._from_zstd(data) if self._format == "tzst" else iter((data,))
+            self._format = "tgz" if head.startswith(_GZIP) else "tzst" if head.startswith(_ZSTD) else "tar"
+            pieces: Iterator[P | bytes] = self._unpacked(head)
+        else:
+            pieces = self._unpacked(data)
         for piece in pieces:
             self._went_out += len(piece)
             limits = self._limits
@@ -59,6 +61,11 @@ class Decompressor:
             if self._went_out > self._most:
                 raise LimitExceeded(b"", f"holds more than {self._most} bytes")
             yield piece
+
+    def _unpacked(self, data: P) -> Iterator[P | bytes]:
+        if self._format == "tar":
+            return iter((data,))
+        return self._from_gzip(bytes(data)) if self._format == "tgz" else self._from_zstd(bytes(data))
 
     def finish(self) -> None:
         """No more will come. Raises ArchiveRefused when a compressed stream is unfinished."""

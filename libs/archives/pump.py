@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from typing import TypeVar
 
 T = TypeVar("T")
+P = TypeVar("P", bound=bytes | memoryview)
 
 _ENOUGH = 64 << 10
 _AT_MOST = 1 << 20
@@ -25,11 +26,11 @@ async def in_thread(work: Callable[[], T], threads: Executor | None = None) -> T
         raise
 
 
-async def pump(chunks: AsyncIterator[bytes], feed: Callable[[bytes], None], finish: Callable[[], T], threads: Executor | None = None) -> T:
+async def pump(chunks: AsyncIterator[P], feed: Callable[[P], None], finish: Callable[[], T], threads: Executor | None = None) -> T:
     """Call `feed` in threads, one call at a time, with each of `chunks`; a thread is taken for 64 KiB to about 1 MiB of them, and meanwhile more are
     read. Then `finish`, whose answer is the answer. When this returns or raises, no call is under way. The producer waits once so much is waiting:
     backpressure."""
-    waiting: list[bytes] = []
+    waiting: list[P] = []
     size = 0
     working: asyncio.Task[None] | None = None
     try:
@@ -55,16 +56,16 @@ async def pump(chunks: AsyncIterator[bytes], feed: Callable[[bytes], None], fini
             await _settled(working)
 
 
-async def drawn(pieces: Generator[bytes, None, None], threads: Executor | None = None) -> AsyncGenerator[bytes, None]:
+async def drawn(pieces: Generator[P, None, None], threads: Executor | None = None) -> AsyncGenerator[P, None]:
     """The pieces of a blocking generator, each drawn in a thread, one ahead of a reader who took the last one quickly: a slow one costs one piece.
     The generator is closed at the end."""
     clock = asyncio.get_running_loop().time
     quick = False
 
-    def draw() -> bytes | None:
+    def draw() -> P | None:
         return next(pieces, None)
 
-    ahead: asyncio.Task[bytes | None] | None = None
+    ahead: asyncio.Task[P | None] | None = None
     try:
         while True:
             ahead = ahead or asyncio.create_task(in_thread(draw, threads))
@@ -80,10 +81,10 @@ async def drawn(pieces: Generator[bytes, None, None], threads: Executor | None =
         await in_thread(pieces.close, threads)
 
 
-def gathered(pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
+def gathered(pieces: Iterable[P]) -> Generator[P | bytes, None, None]:
     """The same bytes, small pieces gathered to some 256 KiB, so that each is worth a step to another thread; large ones, of 1 MiB or more, are
     given on as they are."""
-    waiting: list[bytes] = []
+    waiting: list[P] = []
     size = 0
     for piece in pieces:
         large = len(piece) >= _AT_MOST
@@ -100,7 +101,7 @@ def gathered(pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
         yield b"".join(waiting)
 
 
-def _feeding(feed: Callable[[bytes], None], pieces: list[bytes]) -> Callable[[], None]:
+def _feeding(feed: Callable[[P], None], pieces: list[P]) -> Callable[[], None]:
     """Each piece is let go once it was fed."""
 
     def work() -> None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 import asyncpg
 
 from libs.blobstore.packs import Pack, Place
+from libs.blobstore.upload import QuotaExceeded
 from libs.eventlog.log import LogUnavailable
 from libs.eventlog.postgres import Pool, unavailable
 
@@ -47,7 +48,14 @@ FROM blob b JOIN pack p ON p.id = b.pack WHERE b.team = $1 AND b.digest = ANY ($
 """
 _USAGE = "SELECT coalesce(sum(bytes), 0)::bigint FROM pack WHERE team = $1"
 
-_INTEND = "INSERT INTO leftover (team, name, writer, since) VALUES ($1, $2, $3, now())"
+_INTEND = "INSERT INTO leftover (team, name, writer, since, bytes) VALUES ($1, $2, $3, now(), $4)"
+_INTEND_WITHIN = """
+INSERT INTO leftover (team, name, writer, since, bytes) SELECT $1, $2, $3, now(), $4::bigint
+WHERE (SELECT coalesce(sum(bytes), 0) FROM pack WHERE team = $1)
+    + (SELECT coalesce(sum(bytes), 0) FROM leftover WHERE team = $1 AND writer <> '') + $4::bigint <= $5::bigint
+"""
+_ROOM_BY_TURNS = "SELECT pg_advisory_xact_lock(hashtext('room for blobs'), hashtext($1))"
+_GIVE_BACK = "UPDATE leftover SET bytes = 0 WHERE team = $1 AND name = $2"
 _PUBLISH = """
 WITH intent AS (
     DELETE FROM leftover WHERE team = $1 AND name = $2 AND writer = $3 RETURNING name
@@ -105,6 +113,9 @@ _DAMAGED = """
 UPDATE blob b SET damaged = true FROM pack p
 WHERE p.team = $1 AND p.name = $2 AND b.pack = p.id AND NOT b.damaged AND (b.digest = $3 OR b.start + b.size > $4)
 """
+_LOST = """
+UPDATE blob b SET damaged = true FROM pack p WHERE p.team = $1 AND p.name = ANY ($2::text[]) AND b.pack = p.id AND NOT b.damaged
+"""
 _SOUND = """
 UPDATE blob b SET damaged = false FROM pack p WHERE p.team = $1 AND p.name = $2 AND b.pack = p.id AND b.damaged AND b.digest = ANY ($3::bytea[])
 """
@@ -116,6 +127,8 @@ AND NOT EXISTS (SELECT FROM leftover l WHERE l.team = o.team AND l.name = o.name
 """
 _CLAIM = "INSERT INTO leftover (team, name, writer, since) VALUES ($1, $2, '', now()) ON CONFLICT DO NOTHING"
 _ADOPTED = "adopted"
+
+_NEWEST = "SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('leftover') AND attname = 'bytes')"
 
 _ARRIVE = "INSERT INTO blob_writer (writer, seen_at) VALUES ($1, now()) ON CONFLICT (writer) DO UPDATE SET seen_at = now()"
 _RENEW = "UPDATE blob_writer SET seen_at = now() WHERE writer = $1"
@@ -148,7 +161,7 @@ class BlobIndex:
     async def create(self) -> None:
         """Make the tables if they are not there. Whoever works with them is not disturbed: even CREATE INDEX IF NOT EXISTS waits for writers."""
         with unavailable():
-            if await self.pool.fetchval("SELECT to_regclass('adopted')") is not None:
+            if await self.pool.fetchval(_NEWEST):
                 return
             try:
                 await self.pool.execute(_TABLES.read_text(encoding="utf-8"))
@@ -189,10 +202,22 @@ class BlobIndex:
         with unavailable():
             return int(await self.pool.fetchval(_USAGE, team))
 
-    async def intend(self, team: str, name: str, writer: str) -> None:
-        """Before an object is put: whatever happens now, it is not forgotten."""
+    async def intend(self, team: str, name: str, writer: str, size: int = 0, quota: int | None = None) -> None:
+        """Before an object is put: whatever happens now, it is not forgotten. It takes `size` bytes of the team's room, until it is published or
+        given up. Raises QuotaExceeded when that is more than is left, beside all that is there or under way."""
         with unavailable():
-            await self.pool.execute(_INTEND, team, name, writer)
+            if quota is None:
+                await self.pool.execute(_INTEND, team, name, writer, size)
+                return
+            async with self.pool.acquire() as connection, connection.transaction():
+                await connection.execute(_ROOM_BY_TURNS, team)
+                if await connection.execute(_INTEND_WITHIN, team, name, writer, size, quota) == "INSERT 0 0":
+                    raise QuotaExceeded(f"the team may store {quota} bytes")
+
+    async def give_back(self, team: str, name: str) -> None:
+        """It will not be published: others may have its room."""
+        with unavailable():
+            await self.pool.execute(_GIVE_BACK, team, name)
 
     async def publish(self, writer: str, team: str, name: str, pack: Pack, holders: Mapping[str, Sequence[int]]) -> None:
         """A pack that is in the store becomes visible, each holder holding its ordinals, all or nothing. A blob that meanwhile came from elsewhere is
@@ -230,10 +255,20 @@ class BlobIndex:
             await connection.execute(_HOLD_HEALED, team, holder, new, bits(len(pack.digests), damaged))
             await connection.execute(_NOTHING_USED, team)
 
-    async def damaged(self, team: str, pack: str, digest: bytes, end: int = 1 << 31) -> None:
-        """This blob of the pack is not what it was, nor is any that goes beyond `end`: to be stored anew by whoever has it."""
+    async def damaged(self, team: str, pack: str, digest: bytes, end: int = 1 << 31) -> bool:
+        """This blob of the pack is not what it was, nor is any that goes beyond `end`: to be stored anew by whoever has it. Whether that is news."""
         with unavailable():
-            await self.pool.execute(_DAMAGED, team, pack, digest, min(end, (1 << 31) - 1))
+            return bool(await self.pool.execute(_DAMAGED, team, pack, digest, min(end, (1 << 31) - 1)) != "UPDATE 0")
+
+    async def packs(self, team: str) -> set[str]:
+        """Names of all that the team should have."""
+        with unavailable():
+            return {row[0] for row in await self.pool.fetch("SELECT name FROM pack WHERE team = $1", team)}
+
+    async def lost(self, team: str, packs: Collection[str]) -> None:
+        """Nothing is left of these."""
+        with unavailable():
+            await self.pool.execute(_LOST, team, list(packs))
 
     async def sound(self, team: str, pack: str, digests: Collection[bytes]) -> None:
         """These blobs of the pack are what they were, after all."""

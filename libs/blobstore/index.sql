@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS hold (
 CREATE INDEX IF NOT EXISTS hold_by_pack ON hold (pack);
 
 -- Objects that may be in the store, and that are no packs: what `writer` is writing now, or, with no writer, what is to be deleted. Once nobody writes it, it is
--- `emptied`, and when it is older than any writer could be late by, again.
+-- `emptied`, and when it is older than any writer could be late by, again. While it is written, its `bytes` count towards the team's quota.
 
 CREATE TABLE IF NOT EXISTS leftover (
     team    text        NOT NULL,
@@ -50,8 +50,11 @@ CREATE TABLE IF NOT EXISTS leftover (
     writer  text        NOT NULL,
     since   timestamptz NOT NULL,
     emptied boolean     NOT NULL DEFAULT false,
+    bytes   bigint      NOT NULL DEFAULT 0,
     PRIMARY KEY (team, name)
 );
+-- An index that was made before has leftovers without bytes.
+ALTER TABLE leftover ADD COLUMN IF NOT EXISTS bytes bigint NOT NULL DEFAULT 0;
 
 -- Instances that may be writing.
 

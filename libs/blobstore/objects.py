@@ -2,6 +2,7 @@
 Objects are written once, whole, and never changed. Blocking: call it from threads."""
 
 import errno
+import fcntl
 import os
 import re
 from abc import ABC, abstractmethod
@@ -14,10 +15,14 @@ import obstore
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import from_url
 
+from libs.archives.pages import PAGE, is_paged
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_REMOTE = re.compile(r"os error (28|122|27)\b|QuotaExceeded|InsufficientStorage|507 ")
 _PAST_THE_END = re.compile(r"range was invalid|InvalidRange|416 Range|Requested Range Not Satisfiable", re.IGNORECASE)
 _PART = ".part"
+_MADE = ".store"
+"""A folder that only the store's own file system has: where it is not seen, nothing is mounted."""
 _BUFFERS = 512
 """So many at a time go to one `writev`."""
 
@@ -38,7 +43,7 @@ class Objects(ABC):
     """Whole objects under keys `<folder>/<name>`. All methods raise StoreUnavailable."""
 
     @abstractmethod
-    def put(self, key: str, data: Sequence[bytes]) -> None:
+    def put(self, key: str, data: Sequence[bytes | memoryview]) -> None:
         """The buffers one after another, as one object that would survive a power cut. Raises StoreFull. After a failure it may yet appear."""
 
     @abstractmethod
@@ -76,10 +81,11 @@ class Folder(Objects):
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
-        next(root.iterdir(), None)
+        if next(root.iterdir(), None) is not None:
+            (root / _MADE).mkdir(exist_ok=True)
         self._root = root
 
-    def put(self, key: str, data: Sequence[bytes]) -> None:
+    def put(self, key: str, data: Sequence[bytes | memoryview]) -> None:
         path = self._root / key
         part = path.with_name(path.name + _PART)
         with _named(key):
@@ -110,12 +116,8 @@ class Folder(Objects):
                 yield (Path(folder) / name).relative_to(self._root).as_posix().removesuffix(_PART)
 
     def reachable(self, key: str) -> bool:
-        """A folder without anything is what a file system leaves that is not mounted."""
         with _named(key):
-            try:
-                return next((self._root / key).parent.iterdir(), None) is not None
-            except FileNotFoundError:
-                return False
+            return (self._root / _MADE).is_dir()
 
     def delete(self, keys: Sequence[str]) -> None:
         folders = {(self._root / key).parent for key in keys}
@@ -133,6 +135,7 @@ class Folder(Objects):
         while True:
             if not part.parent.is_dir():
                 part.parent.mkdir(exist_ok=True)
+                (self._root / _MADE).mkdir(exist_ok=True)
                 _sync(self._root)
             with suppress(FileNotFoundError):
                 file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -151,7 +154,7 @@ class Bucket(Objects):
     def __init__(self, url: str) -> None:
         self._store = from_url(url)
 
-    def put(self, key: str, data: Sequence[bytes]) -> None:
+    def put(self, key: str, data: Sequence[bytes | memoryview]) -> None:
         with _named(key):
             obstore.put(self._store, key, b"".join(data), use_multipart=False)
 
@@ -211,15 +214,35 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(file)
 
 
-def _write(file: int, data: Sequence[bytes]) -> None:
-    for at in range(0, len(data), _BUFFERS):
-        waiting = [memoryview(buffer) for buffer in data[at : at + _BUFFERS]]
+def _write(file: int, data: Sequence[bytes | memoryview]) -> None:
+    views = [memoryview(buffer) for buffer in data]
+    if is_paged(views[0]):
+        views[0] = views[0][_write_past_cache(file, views[0]) :]
+    for at in range(0, len(views), _BUFFERS):
+        waiting = views[at : at + _BUFFERS]
         while waiting:
             written = os.writev(file, waiting)
             while waiting and written >= len(waiting[0]):
                 written -= len(waiting.pop(0))
             if waiting:
                 waiting[0] = waiting[0][written:]
+
+
+def _write_past_cache(file: int, data: memoryview) -> int:
+    """The whole pages of it, as far as the file system takes them straight from this memory: a large file would be copied into the kernel's own
+    page by page, for half of all that storing it costs, and push out what others read. How many bytes."""
+    flags, done = fcntl.fcntl(file, fcntl.F_GETFL), 0
+    end = len(data) - len(data) % PAGE
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+        while done < end and not done % PAGE:
+            done += os.write(file, data[done:end])
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    finally:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags)
+    return done
 
 
 def _sync(path: Path) -> None:

@@ -84,7 +84,7 @@ class BlobReader:
             return bytes(self._verified(digest, place, data[place.start - start : place.start - start + place.size], start + len(data)))
         raise BlobDamaged(f"blob {digest.hex()} is never where it is said to be")
 
-    def stream(self, digests: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    def stream(self, digests: Iterable[bytes]) -> Iterator[tuple[bytes, bytes | memoryview]]:
         """Each of these once, in the order in which they lie in the store; the next are read while these are dealt with."""
         waiting = _ranges({digest: self._places[digest] for digest in digests})
         waiting.reverse()
@@ -104,7 +104,9 @@ class BlobReader:
             for digest in current.digests:
                 place = self._places[digest]
                 piece = data[place.start - current.start : place.start - current.start + place.size]
-                yield digest, bytes(self._verified(digest, place, piece, current.start + len(data)))
+                sound = self._verified(digest, place, piece, current.start + len(data))
+                # a view of a small one would keep all of its neighbours
+                yield digest, sound if place.size >= _LARGE else bytes(sound)
 
     def _begun(self, wanted: _Range) -> tuple[_Range, Future[memoryview]]:
         return wanted, self._ahead.submit(self._objects.get, key(self._team, wanted.pack), wanted.start, wanted.end - wanted.start)

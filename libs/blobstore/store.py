@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
+import structlog
+
 from libs.archives.pump import in_thread
 from libs.archives.tree import CHUNK
 from libs.blobstore.adoption import adopt
@@ -38,6 +40,8 @@ __all__ = [
     "Upload",
     "open_blob_store",
 ]
+
+logger = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -86,8 +90,8 @@ class BlobStore:
         self._waiting: dict[str, list[_Waiting]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._putting: set[str] = set()
-        self._storing: dict[str, dict[asyncio.Future[None], int]] = {}
-        """By team: packs under way that have a quota to keep to, with their bytes, in the order in which they came."""
+        self._storing: dict[str, list[asyncio.Future[None]]] = {}
+        """By team: the ends of packs under way that have a quota to keep to."""
         self._begun = False
         self._turns = threading.Semaphore(_TURNS)
         self.threads = threads
@@ -141,9 +145,9 @@ class BlobStore:
         put here now, past `quota`."""
         self._ready()
 
-        def write(digests: Sequence[bytes], contents: Sequence[bytes]) -> Coroutine[None, None, None]:
-            writing = self._writer.write(team, digests, contents, {holder: range(len(digests))})
-            return self._unbroken(writing if quota is None else self._within(team, quota, sum(map(len, contents)), writing))
+        def write(digests: Sequence[bytes], contents: Sequence[bytes | memoryview]) -> Coroutine[None, None, None]:
+            write = partial(self._writer.write, team, digests, contents, {holder: range(len(digests))}, quota)
+            return self._unbroken(write() if quota is None else self._in_turn(team, write))
 
         return Upload(asyncio.get_running_loop(), partial(self._index.hold, team, holder), write, self._turns, room)
 
@@ -199,24 +203,24 @@ class BlobStore:
         self._ready()
         return await self._index.usage(team)
 
-    async def _within(self, team: str, quota: int, size: int, writing: Coroutine[None, None, None]) -> None:
-        """Those that came before count as long as they may still be published; when there is no room beside them, their end is waited for: they
-        may fail."""
-        before = list(self._storing.setdefault(team, {}).items())
-        ended = asyncio.get_running_loop().create_future()
-        self._storing[team][ended] = size
+    async def _in_turn(self, team: str, write: Callable[[], Coroutine[None, None, None]]) -> None:
+        """When there is no room, the end of those that came before is waited for: they may fail, and give theirs back."""
+        under_way = self._storing.setdefault(team, [])
+        before, ended = list(under_way), asyncio.get_running_loop().create_future()
+        under_way.append(ended)
         try:
-            while await self._index.usage(team) + sum(each for _, each in before) + size > quota:
-                if not before:
-                    raise QuotaExceeded(f"the team may store {quota} bytes")
-                await before.pop(0)[0]
-            await writing
+            while True:
+                try:
+                    return await write()
+                except QuotaExceeded:
+                    if not before:
+                        raise
+                await before.pop(0)
         finally:
-            writing.close()
             ended.set_result(None)
-            del self._storing[team][ended]
-            if not self._storing[team]:
-                del self._storing[team]
+            under_way.remove(ended)
+            if not under_way:
+                self._storing.pop(team, None)
 
     def _ready(self) -> None:
         if not self._begun:
@@ -238,14 +242,23 @@ class BlobStore:
             return asyncio.run_coroutine_threadsafe(self._index.find(team, digests), loop).result()
 
         def damaged(pack: str, digest: bytes, end: int) -> None:
-            with suppress(LogUnavailable):  # then the next who reads it says so
-                asyncio.run_coroutine_threadsafe(self._index.damaged(team, pack, digest, end), loop).result()
+            with suppress(LogUnavailable, StoreUnavailable):  # then the next who reads it says so
+                asyncio.run_coroutine_threadsafe(self._damaged(team, pack, digest, end), loop).result()
 
         def sound(pack: str, digests: Collection[bytes]) -> None:
             with suppress(LogUnavailable):
                 asyncio.run_coroutine_threadsafe(self._index.sound(team, pack, digests), loop).result()
 
         return BlobReader(self._objects, team, places, find, damaged, sound, self._store_threads)
+
+    async def _damaged(self, team: str, pack: str, digest: bytes, end: int) -> None:
+        """A pack that is gone seldom went alone: what else of the team is gone is found out at once, so that one upload heals all of it."""
+        # whoever calls keeps one of `threads` waiting
+        if await self._index.damaged(team, pack, digest, end) and not end:
+            packs = await self._index.packs(team)
+            lost = packs - await in_thread(lambda: {found.removeprefix(f"{team}/") for found in self._objects.list()}, self._store_threads)
+            logger.error("packs are gone from the store", team=team, packs=len(lost), of=len(packs))
+            await self._index.lost(team, lost)
 
     async def _put_waiting(self, team: str) -> None:
         try:

@@ -19,7 +19,8 @@ class QuotaExceeded(Exception):
 
 
 Hold = Callable[[Sequence[bytes], Sequence[int]], Coroutine[None, None, list[int]]]
-Write = Callable[[Sequence[bytes], Sequence[bytes]], Coroutine[None, None, None]]
+Contents = bytes | memoryview
+Write = Callable[[Sequence[bytes], Sequence[Contents]], Coroutine[None, None, None]]
 
 
 class Upload:
@@ -35,18 +36,18 @@ class Upload:
         self._write = write
         self._turns = turns
         self._room = room
-        self._asked: dict[bytes, bytes] = {}
+        self._asked: dict[bytes, Contents] = {}
         self._asked_bytes = 0
-        self._fresh: dict[bytes, bytes] = {}
+        self._fresh: dict[bytes, Contents] = {}
         self._fresh_bytes = 0
         self._under_way: deque[tuple[Future[None], frozenset[bytes]]] = deque()
         self._failed: BaseException | None = None
         self.new_bytes = 0
         """What the team did not have."""
 
-    def add(self, contents: bytes, digest: bytes | None = None) -> bytes:
-        """A blob; its digest, which may be given by whoever has it. It is durable and held after `flush`. Raises QuotaExceeded, StoreFull,
-        StoreUnavailable, LogUnavailable, ValueError for what is no blob."""
+    def add(self, contents: Contents, digest: bytes | None = None) -> bytes:
+        """A blob, whose memory is not written to any more; its digest, which may be given by whoever has it. It is durable and held after `flush`.
+        Raises QuotaExceeded, StoreFull, StoreUnavailable, LogUnavailable, ValueError for what is no blob."""
         if not 0 < len(contents) <= CHUNK:
             raise ValueError("a blob is of 1 byte to 8 MiB")
         self._check()

@@ -4,9 +4,11 @@ aiohttp sets no timeout on headers, bodies or silent connections: `runner` serve
 """
 
 import asyncio
+import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -30,6 +32,11 @@ MAX_HEADERS, MAX_HEADER = 64, 64 << 10
 
 _PIECE = 1 << 20
 """Bytes that one read of a widened socket may take: a fifth less processor time than with asyncio's 256 KiB."""
+_ENOUGH = 1 << 20
+"""Bytes that have to be there before a body that is read straight is looked at again."""
+_STRAIGHT = 4 << 20
+"""Bytes of a body that is worth reading straight."""
+_STRAIGHTLY = web.RequestKey("straight", bool)
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 """A string without an end matches too: looking for one again at each of its quotes would take time with the square of its length."""
 _STATUS_OF_REFUSAL = {"conflict": 409, "invalid": 422, "too-large": 413, "forbidden": 403, "missing": 404}
@@ -162,9 +169,7 @@ async def body_chunks(request: web.Request, limit: int | None = None) -> AsyncIt
     Time that the consumer takes is not counted against the client. Raises Problem 413, 408."""
     if limit is not None and (request.content_length or 0) > limit:
         raise _too_large(limit)
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.version == HttpVersion11:
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer itself has not begun
+    await _tell_to_go_on(request)
     timeouts = request.app.get(TIMEOUTS, Timeouts())
     clock = asyncio.get_running_loop().time
     total = in_window = 0
@@ -177,7 +182,7 @@ async def body_chunks(request: web.Request, limit: int | None = None) -> AsyncIt
             chunk = None
         if chunk is None or clock() > window:
             if in_window + len(chunk or b"") < timeouts.least_bytes and chunk != b"":
-                raise Problem(408, "slow-body", "The body came too slowly", f"under {timeouts.least_bytes} bytes in {timeouts.body:g} s")
+                raise _too_slow(timeouts)
             in_window, window = 0, clock() + timeouts.body
             if chunk is None:
                 continue
@@ -192,6 +197,88 @@ async def body_chunks(request: web.Request, limit: int | None = None) -> AsyncIt
         window += clock() - handed_over
 
 
+class StraightBody:
+    """A body that is read from its socket into the caller's own memory, past aiohttp, which would copy it twice in small pieces."""
+
+    def __init__(self, request: web.Request, sock: socket.socket, early: bytes, size: int) -> None:
+        """`early`: what has come of its `size` bytes already."""
+        self._request = request
+        self._socket = sock
+        self._early = early
+        self._told = bool(early)
+        self._timeouts = request.app.get(TIMEOUTS, Timeouts())
+        self.left = size
+
+    async def into(self, memory: memoryview) -> int:
+        """As many bytes as fit, or as came within the time that a body has; 0 at its end. Raises Problem 408, ConnectionResetError."""
+        if not self._told:
+            self._told = True
+            await _tell_to_go_on(self._request)
+        memory = memory[: self.left]
+        came = len(self._early[: len(memory)])
+        memory[:came], self._early = self._early[:came], self._early[came:]
+        try:
+            async with asyncio.timeout(self._timeouts.body):
+                while came < len(memory):
+                    if got := self._read(memory[came:]):
+                        came += got
+                    else:
+                        await self._readable(min(len(memory) - came, _ENOUGH))
+        except TimeoutError:
+            came += self._read(memory[came:])
+            if came < min(self._timeouts.least_bytes, len(memory)):
+                raise _too_slow(self._timeouts) from None
+        self.left -= came
+        return came
+
+    def _read(self, memory: memoryview) -> int:
+        """0: nothing is there."""
+        try:
+            came = self._socket.recv_into(memory)
+        except BlockingIOError:
+            return 0
+        if not came:
+            raise ConnectionResetError("the body was cut short")
+        return came
+
+    async def _readable(self, enough: int) -> None:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
+        loop.add_reader(self._socket, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(self._socket)
+
+
+@contextlib.contextmanager
+def straight(request: web.Request) -> Iterator[StraightBody | None]:
+    """The body so; None where that cannot be, or is not worth it: it is short, of no declared length, or not what the socket has. The connection is
+    closed after the answer, as aiohttp has not seen all that came."""
+    transport, size = request.transport, request.content_length or 0
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if transport is None or sock is None or transport.get_extra_info("sslcontext") is not None or size < _STRAIGHT:
+        yield None
+        return
+    request[_STRAIGHTLY] = True
+    early = bytearray()
+    transport.pause_reading()
+    while piece := request.content.read_nowait():
+        early += piece
+        transport.pause_reading()
+    transport.pause_reading()
+    with socket.fromfd(sock.fileno(), sock.family, sock.type) as own:
+        own.setblocking(False)
+        try:
+            body = StraightBody(request, own, bytes(early), size)
+            yield body
+            if not body.left:
+                request.content.feed_eof()
+        finally:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            transport.resume_reading()
+
+
 def widen(transport: asyncio.BaseTransport | None) -> None:
     """Bytes that come in masses are read from the socket in larger pieces than asyncio's."""
     if isinstance(getattr(transport, "max_size", None), int):
@@ -200,6 +287,16 @@ def widen(transport: asyncio.BaseTransport | None) -> None:
 
 def _too_large(limit: int) -> Problem:
     return Problem(413, "too-large", "The body is too large", f"at most {limit} bytes", limit=limit)
+
+
+def _too_slow(timeouts: Timeouts) -> Problem:
+    return Problem(408, "slow-body", "The body came too slowly", f"under {timeouts.least_bytes} bytes in {timeouts.body:g} s")
+
+
+async def _tell_to_go_on(request: web.Request) -> None:
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version == HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
 
 
 async def expect_later(_: web.Request) -> None:
@@ -213,7 +310,10 @@ async def expect_later(_: web.Request) -> None:
 async def problems(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
     """Answer every error as a problem. Of an unforeseen one the client learns nothing but that it happened."""
     try:
-        return await handler(request)
+        response = await handler(request)
+        if _STRAIGHTLY in request:
+            response.force_close()
+        return response
     except web.HTTPException as error:
         if error.status < 400:
             raise
@@ -237,7 +337,10 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
         if request.transport is not None:
             request.transport.abort()  # a cut is the only way left to say that the answer is not whole
         raise ConnectionResetError("the answer was cut short")
-    return failure.response()
+    answer = failure.response()
+    if _STRAIGHTLY in request:
+        answer.force_close()
+    return answer
 
 
 # --- connections ---------------------------------------------------------------------------------------------------------------------

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import aiohttp
 
-from penstock.client.errors import Damaged, NotFound, Refused, Unavailable
-from penstock.client.http import Http, Waiting
-from penstock.client.model import Problem, Progress, Transfer
+from penstock.client.errors import Damaged, NotFound, NotThere, Refused, Unavailable
+from penstock.client.http import Http, Waiting, is_loopback
+from penstock.client.model import Direct, Problem, Progress, Transfer
 from penstock.client.placing import Parts, Place, refuse_git
 from penstock.client.scan import TICK
 from penstock.client.threads import Threads
 from penstock.client.tree import DIGEST, ZERO_CHUNK, Entry, InvalidManifest, ManifestReader
 from penstock.client.treecheck import Check, limits_of, part_of
-from penstock.client.upload import is_loopback
 
 if sys.version_info >= (3, 14):
     from compression.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
@@ -32,6 +31,9 @@ _WINDOW_LOG = 25
 """The largest window a compressed manifest may ask for: 32 MiB of memory."""
 ASKED = 16_384
 """Chunks asked for in one request."""
+_HEADER = DIGEST + 4
+_READ = 1 << 20
+"""Bytes that one read of the connection may take."""
 GATHERED = 4 << 20
 """Bytes that are handed to a thread together."""
 LOOKED_AT = 256
@@ -40,12 +42,18 @@ LOOKED_AT = 256
 
 async def fetch_manifest(http: Http, artifact: str) -> list[Entry]:
     """All that an artifact (the path of its URL) holds. Raises Damaged when it is no tree, or none that may be written."""
+    return (await _manifest(http, artifact))[0]
+
+
+async def _manifest(http: Http, artifact: str) -> tuple[list[Entry], Direct | None]:
+    """The same, and where its chunks can be fetched past the gateway."""
     headers = {"Accept-Encoding": "identity" if is_loopback(http.url) else "zstd"}
     limits = limits_of(os.environ)
     reader, check = ManifestReader(), Check(limits)
     entries: list[Entry] = []
     left = limits.manifest
     async with http.open("GET", artifact, params={"format": "tree"}, headers=headers) as response:
+        url, token = response.headers.get("Penstock-Direct-Url"), response.headers.get("Penstock-Direct-Token")
         unpacked = _unpacker() if response.headers.get("Content-Encoding") == "zstd" else None
         try:
             async for data in response.content.iter_chunked(PIECE):
@@ -62,7 +70,7 @@ async def fetch_manifest(http: Http, artifact: str) -> list[Entry]:
         except (InvalidManifest, ZstdError, EOFError) as error:
             raise Damaged(f"{http.url} sent a manifest that cannot be read ({error}): try again, or look whether it is as new as this") from error
     check.finish()
-    return entries
+    return entries, http.direct(Direct(url=url, token=token)) if url and token else None
 
 
 def _unpacker() -> ZstdDecompressor:
@@ -105,26 +113,39 @@ async def read_file(http: Http, artifact: str, path: str | bytes, start: int, le
 async def download_folder(http: Http, artifact: str, into: Path, path: bytes, progress: Progress | None, patience: float) -> int:
     """Bring the tree, or the part of it at `path`, into the folder; the number of its files. Raises Damaged, Unwritable, NotFound."""
     waiting = http.waiting(patience)
-    entries = await http.repeated(lambda: fetch_manifest(http, artifact), patience)
+    entries, direct = await http.repeated(lambda: _manifest(http, artifact), patience)
     if path.strip(b"/"):
         entries = _part(entries, path.strip(b"/"))
     refuse_git(into, entries)
     with Parts(into) as parts:  # left when no thread is at work any more
-        await _fetch(http, artifact, waiting, into, entries, parts, progress)
+        await _fetch(http, artifact, direct, waiting, into, entries, parts, progress)
     return sum(entry.kind == "file" for entry in entries)
 
 
-async def _fetch(http: Http, artifact: str, waiting: Waiting, into: Path, entries: list[Entry], parts: Parts, progress: Progress | None) -> None:
+async def _fetch(
+    http: Http,
+    artifact: str,
+    direct: Direct | None,
+    waiting: Waiting,
+    into: Path,
+    entries: list[Entry],
+    parts: Parts,
+    progress: Progress | None,
+) -> None:
     async with Threads(2) as threads:
         work = _Download(into, entries, parts, threads, progress)
         await work.prepare()
         while work.wanted:
             try:
-                async with aclosing(_blobs(http, f"{artifact}/blobs", list(work.wanted)[:ASKED], work.sizes)) as blobs:
-                    async for digest, contents in blobs:
-                        await work.take(digest, contents)
+                async with aclosing(_blobs(http, f"{artifact}/blobs", list(work.wanted)[:ASKED], work.sizes, direct)) as blobs:
+                    async for came in blobs:
+                        for digest, contents in came:
+                            await work.take(digest, contents)
                         waiting.moved()
                 await work.flush()
+            except NotThere:
+                await work.flush()
+                direct = None
             except Unavailable as error:
                 await work.flush()
                 await waiting.after(error)
@@ -143,21 +164,82 @@ def _part(entries: list[Entry], path: bytes) -> list[Entry]:
     return part
 
 
-async def _blobs(http: Http, path: str, digests: Sequence[bytes], sizes: dict[bytes, int]) -> AsyncGenerator[tuple[bytes, bytes], None]:
-    """The chunks, in the server's order, not yet verified. Raises Unavailable when it ends early, Damaged when it is not what was asked for."""
-    left = set(digests)
-    async with http.open("POST", path, data=b"".join(digests), headers={"Content-Type": "application/octet-stream"}) as response:
+Contents = bytes | bytearray
+
+
+async def _blobs(
+    http: Http, path: str, digests: Sequence[bytes], sizes: dict[bytes, int], at: Direct | None
+) -> AsyncGenerator[list[tuple[bytes, Contents]], None]:
+    """The chunks, some at a time, in the server's order, not yet verified. Raises Unavailable when it ends early, Damaged when it is not what was
+    asked for."""
+    reader = _Reader(digests, sizes)
+    async with http.open("POST", path, at=at, data=b"".join(digests), headers={"Content-Type": "application/octet-stream"}) as response:
+        if response.connection and hasattr(response.connection.transport, "max_size"):
+            response.connection.transport.max_size = _READ  # type: ignore[union-attr]
         try:
-            while (header := await response.content.readexactly(DIGEST + 4)) != bytes(DIGEST + 4):
-                digest, size = header[:DIGEST], int.from_bytes(header[DIGEST:], "big")
-                if digest not in left or size != sizes[digest]:
-                    raise Damaged(f"{http.url} sent a chunk that was not asked for: nothing of it is written")
-                left.remove(digest)
-                yield digest, await response.content.readexactly(size)
-        except (asyncio.IncompleteReadError, aiohttp.ClientPayloadError) as error:
+            async for data in response.content.iter_any():
+                if came := list(reader.feed(data)):
+                    yield came
+        except ValueError:
+            raise Damaged(f"{http.url} sent a chunk that was not asked for: nothing of it is written") from None
+        except aiohttp.ClientPayloadError as error:
             raise Unavailable(f"the connection to {http.url} broke while it sent") from error
-    if left:
-        raise Unavailable(f"{http.url} left {len(left)} chunks out")
+    if not reader.ended:
+        raise Unavailable(f"the connection to {http.url} broke while it sent")
+    if reader.left:
+        raise Unavailable(f"{http.url} left {len(reader.left)} chunks out")
+
+
+class _Reader:
+    """Takes a stream of chunks apart; `left` are those that have not begun to come."""
+
+    def __init__(self, digests: Sequence[bytes], sizes: dict[bytes, int]) -> None:
+        self._sizes = sizes
+        self._header = b""
+        self._digest = b""
+        self._contents = bytearray()
+        self._filled = 0
+        self.left = set(digests)
+        self.ended = False
+
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, Contents]]:
+        """What this completes. Raises ValueError when it is not what was asked for."""
+        at = 0
+        while at < len(data):
+            if self.ended:
+                raise ValueError
+            if not self._digest:
+                part = data[at : at + _HEADER - len(self._header)]
+                self._header += part
+                at += len(part)
+                if len(self._header) == _HEADER:
+                    self._begin()
+                continue
+            size = self._sizes[self._digest]
+            stretch = memoryview(data)[at : at + size - self._filled]
+            at += len(stretch)
+            if not self._filled and len(stretch) == size:
+                yield self._digest, bytes(stretch)
+                self._digest = b""
+                continue
+            if not self._filled:
+                self._contents = bytearray(size)
+            self._contents[self._filled : self._filled + len(stretch)] = stretch
+            self._filled += len(stretch)
+            if self._filled == size:
+                yield self._digest, self._contents
+                self._digest, self._contents, self._filled = b"", bytearray(), 0
+
+    def _begin(self) -> None:
+        digest, size = self._header[:DIGEST], int.from_bytes(self._header[DIGEST:], "big")
+        self.ended = self._header == bytes(_HEADER)
+        self._header = b""
+        if self.ended:
+            return
+        if digest not in self.left or size != self._sizes[digest]:
+            raise ValueError
+        self.left.remove(digest)
+        self._digest = digest
 
 
 class _Download:
@@ -171,7 +253,7 @@ class _Download:
         self._progress = progress
         self._lock = threading.Lock()
         self._left: dict[int, int] = {}
-        self._gathered: list[tuple[bytes, bytes]] = []
+        self._gathered: list[tuple[bytes, Contents]] = []
         self._size = 0
         self._writing: deque[tuple[asyncio.Future[None], list[bytes]]] = deque()
         self._done = self._total = 0
@@ -230,7 +312,7 @@ class _Download:
                     lacking.append((n, had))
         return lacking
 
-    async def take(self, digest: bytes, contents: bytes) -> None:
+    async def take(self, digest: bytes, contents: Contents) -> None:
         """A chunk that came."""
         self._gathered.append((digest, contents))
         self._size += len(contents)
@@ -259,7 +341,7 @@ class _Download:
         while self._writing:
             await self._written()
 
-    def _write(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
+    def _write(self, blobs: Sequence[tuple[bytes, Contents]]) -> None:
         with Place(self._into, self._threads.check, self._parts) as place:
             for digest, contents in blobs:
                 self._threads.check()

@@ -19,6 +19,10 @@ class Unavailable(PenstockError):
     retry_after: float = 0.0
 
 
+class NotThere(Unavailable):
+    """A direct address does not take us; the server itself does."""
+
+
 class StreamBroken(Unavailable):
     """An event stream ended before its end and could not be taken up again."""
 

@@ -5,6 +5,7 @@ answered before, and for a moment when it never has: then it most likely is not 
 """
 
 import asyncio
+import ipaddress
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -17,12 +18,13 @@ import aiohttp
 import msgspec
 import yarl
 
-from penstock.client.errors import PenstockError, Unavailable, error_for
-from penstock.client.model import Problem
+from penstock.client.errors import NotThere, PenstockError, Unavailable, error_for
+from penstock.client.model import Direct, Problem
 
 T = TypeVar("T")
 
 CONNECT_SECONDS = 10.0
+DIRECT_CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 60.0
 NEVER_REACHED_PATIENCE = 0.5
 LONGEST_PAUSE = 60.0
@@ -39,6 +41,7 @@ class Http:
         self._clock = clock
         self._reached = False
         self._session: aiohttp.ClientSession | None = None
+        self._not_there: set[str] = set()
 
     @property
     def reached(self) -> bool:
@@ -73,6 +76,16 @@ class Http:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS + wait)
         return await self.repeated(lambda: self._ask(method, path, answer, data=data, headers=sent, timeout=timeout))
 
+    def direct(self, offered: Direct | None) -> Direct | None:
+        """What is offered, if it is of use: it was not found wanting before, is no less private than the server, and not this machine unless the
+        server is this machine, too."""
+        if offered is None:
+            return None
+        url = yarl.URL(offered.url)
+        private = url.scheme == "https" or (url.scheme == "http" and yarl.URL(self.url).scheme == "http")
+        usable = private and (is_loopback(self.url) or not is_loopback(offered.url)) and _origin(offered) not in self._not_there
+        return offered if usable else None
+
     async def delete(self, path: str) -> None:
         """DELETE, repeated while the server is away."""
 
@@ -98,22 +111,32 @@ class Http:
 
     @asynccontextmanager
     async def open(
-        self, method: str, path: str, params: Mapping[str, str | bytes | int] | None = None, **request: Any
+        self, method: str, path: str, params: Mapping[str, str | bytes | int] | None = None, at: Direct | None = None, **request: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One try: the response, its body still to be read. Raises PenstockError for an answer that is a problem, Unavailable when there is none,
-        also while the body is read. Bytes in the query go as they are."""
+        also while the body is read. Bytes in the query go as they are. With `at` it is made there; raises NotThere when that takes us for
+        nobody, or is nobody: it is not offered again by `direct`."""
         if self._session is None:
             raise RuntimeError("use the client as an async context manager: `async with Client(…) as client:`")
         try:
-            url = yarl.URL(f"{self.url}{path}?{urlencode(params)}" if params else self.url + path, encoded=True)
+            url = yarl.URL(at.url if at else f"{self.url}{path}?{urlencode(params)}" if params else self.url + path, encoded=True)
+            if at:
+                request["headers"] = {**request.get("headers", {}), "Authorization": f"Bearer {at.token}"}
             async with self._session.request(method, url, allow_redirects=False, **request) as response:
+                if at and (response.status in (401, 403) or (response.status >= 300 and response.content_type != "application/problem+json")):
+                    if response.status != 401:  # only too old, perhaps
+                        self._not_there.add(_origin(at))
+                    raise NotThere(f"{_origin(at)} answered {response.status}")
                 self._reached = True
                 if response.status >= 300:
                     raise _error(response, await response.content.read(LARGEST_PROBLEM))
                 yield response
         except aiohttp.InvalidURL as error:
             raise PenstockError(f"`{self.url}` is no URL: it looks like http://127.0.0.1:7420") from error
-        except aiohttp.ClientConnectorError as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            if at:
+                self._not_there.add(_origin(at))
+                raise NotThere(f"cannot reach {_origin(at)}") from error
             raise Unavailable(f"cannot reach {self.url}: is it running? start it with `penstock up`") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unavailable(f"the connection to {self.url} broke ({str(error) or type(error).__name__})") from error
@@ -156,6 +179,19 @@ class Waiting:
             raise error
         await asyncio.sleep(pause * random.uniform(1.0, 1.2) if error.retry_after else pause * random.uniform(0.5, 1.0))  # noqa: S311
         self._pause = min(self._pause * 2, 1.0)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the server is on this machine, where compressing costs more than it saves."""
+    host = yarl.URL(url).host or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _origin(direct: Direct) -> str:
+    return str(yarl.URL(direct.url).origin())
 
 
 def _error(response: aiohttp.ClientResponse, body: bytes) -> PenstockError:

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 Status = Literal["pending", "started", "succeeded", "failed", "errored", "aborted"]
+ArtifactKind = Literal["user", "output", "part"]
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "errored", "aborted"})
 
 
@@ -35,11 +36,12 @@ class Info(_Answer, frozen=True, kw_only=True):
 
 
 class Artifact(_Answer, frozen=True, kw_only=True):
-    """A stored tree of files: what somebody uploaded (`user`), or an `output` of a build, `build` by number. `size` is the bytes of its files,
+    """A stored tree of files: what somebody uploaded (`user`), an `output` of a build, `build` by number, or a `part` that was made of another for a
+    build. `size` is the bytes of its files,
     `digest` names its content. `expires_at`: None while it stays."""
 
     id: str
-    kind: Literal["user", "output"] = "user"
+    kind: ArtifactKind = "user"
     digest: str = ""
     size: int = 0
     files: int = 0
@@ -86,6 +88,13 @@ class Policy(_Answer, frozen=True, kw_only=True):
     quota_bytes: int = 0
 
 
+class Direct(_Answer, frozen=True, kw_only=True):
+    """Where bytes may be sent, or fetched, past the gateway: with this token."""
+
+    url: str
+    token: str
+
+
 class PendingUpload(_Answer, frozen=True, kw_only=True):
     """What the server lacks: first and last of runs of distinct chunks, counted as they first appear in the manifest, from 0."""
 
@@ -93,6 +102,7 @@ class PendingUpload(_Answer, frozen=True, kw_only=True):
     missing: list[tuple[int, int]]
     missing_bytes: int = 0
     missing_blobs: int = 0
+    direct: Direct | None = None
 
 
 class Transfer(msgspec.Struct, frozen=True):

@@ -247,7 +247,7 @@ class Place:
 
     # --- what is written
 
-    def write(self, entry: Entry, contents: bytes) -> None:
+    def write(self, entry: Entry, contents: bytes | bytearray) -> None:
         """A file of one chunk, or an empty one."""
         parent, name = self._at(entry.path)
         new = _new_name()
@@ -262,7 +262,7 @@ class Place:
                 os.unlink(new, dir_fd=parent)
             raise
 
-    def write_chunk(self, entry: Entry, chunk: int, contents: bytes) -> None:
+    def write_chunk(self, entry: Entry, chunk: int, contents: bytes | bytearray) -> None:
         """A chunk of a big file."""
         parent, _ = self._at(entry.path)
         with contextlib.suppress(FileNotFoundError), _Opened(self._parts.name(entry), parent, os.O_WRONLY) as handle:
@@ -367,7 +367,7 @@ def _set_executable(handle: int, entry: Entry) -> None:
         os.fchmod(handle, PROGRAM_MODE if entry.executable else FILE_MODE)
 
 
-def _write(handle: int, contents: bytes, start: int, over: bool = False) -> None:
+def _write(handle: int, contents: bytes | bytearray, start: int, over: bool = False) -> None:
     """Write at a place; blocks of zeros are left as holes, unless something may be there already (`over`)."""
     if over or len(contents) < _BLOCK:
         _write_all(handle, contents, start)
@@ -382,7 +382,7 @@ def _write(handle: int, contents: bytes, start: int, over: bool = False) -> None
         os.ftruncate(handle, max(os.fstat(handle).st_size, start + len(contents)))
 
 
-def _write_all(handle: int, data: bytes | memoryview, start: int) -> None:
+def _write_all(handle: int, data: bytes | bytearray | memoryview, start: int) -> None:
     view = memoryview(data)
     while view:
         done = os.pwrite(handle, view, start)

@@ -2,23 +2,25 @@
 
 import asyncio
 import hashlib
-import ipaddress
 import os
 import secrets
 import sys
 from array import array
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
-import yarl
+import msgspec
+from aiohttp.abc import AbstractStreamWriter
 
-from penstock.client.errors import Changed, NotFound, PenstockError, Refused, Unavailable
-from penstock.client.http import CONNECT_SECONDS, Http
+from penstock.client.errors import Changed, NotFound, NotThere, PenstockError, Refused, Unavailable
+from penstock.client.http import CONNECT_SECONDS, DIRECT_CONNECT_SECONDS, Http, is_loopback
 from penstock.client.index import is_known, note_known, stamp_of
-from penstock.client.model import Artifact, PendingUpload, Progress, Transfer
+from penstock.client.model import Artifact, Direct, PendingUpload, Progress, Transfer
 from penstock.client.scan import hash_files, opened, read_chunk, save
 from penstock.client.selection import Selection, select
 from penstock.client.threads import Threads
@@ -29,15 +31,24 @@ if sys.version_info >= (3, 14):
 else:
     from backports.zstd import ZstdCompressor
 
+T = TypeVar("T")
+
 TREE_TYPE = "application/vnd.penstock.tree"
+LED_TREE_TYPE = "application/vnd.penstock.blobs+tree"
 BLOBS_TYPE = "application/vnd.penstock.blobs"
 END_FRAME = bytes(DIGEST + 4)
 AT_ONCE = 2
 """Streams to the server."""
 STREAM = 64 << 20
 """Bytes in one of them."""
+LEAD = 256 << 10
+"""Bytes of changed files that are sent with the manifest, without asking whether they are missing."""
 GATHERED = 1 << 20
-"""Bytes that are read before they are handed on, and that are handed on at once."""
+"""Bytes that are read before they are handed on; what is longer goes from the file to the connection as it is."""
+DIRECT = 4 << 20
+"""Bytes from which on they are sent past the gateway, which costs a request more."""
+STEP = 2 << 20
+"""Bytes of a file that are handed to the connection at once."""
 
 
 async def upload_folder(
@@ -63,6 +74,12 @@ async def upload_folder(
     raise AssertionError
 
 
+class Stored(msgspec.Struct, frozen=True):
+    """What a direct address says of an artifact."""
+
+    digest: str
+
+
 class _Upload:
     def __init__(
         self, http: Http, base: str, selection: Selection, params: Mapping[str, str], progress: Progress | None, patience: float, threads: Threads
@@ -83,14 +100,16 @@ class _Upload:
 
     async def run(self) -> Artifact:
         selection = self._selection
-        total = sum(selection.entries[n].size for n in selection.unread)
+        unread, before = selection.unread, selection.index.tree
+        total = sum(selection.entries[n].size for n in unread)
         skipped = selection.size - total
         tree = await hash_files(selection, self._threads, lambda done: self._tell("hashing", min(done, total), total, skipped))
         self._tell("hashing", total, total, skipped)
         saving = self._threads.start(save, selection)
-        artifact = await self._store(tree)
-        await saving
         server = f"{self._http.url}{self._path}"
+        changed = unread if total <= LEAD and before and is_known(selection.index, server, before) else []
+        artifact = await self._store(tree, changed)
+        await saving
         if not is_known(selection.index, server, tree):
             note_known(selection.index, server, tree)
         self._tell("sending", self._total or 0, self._total or 0, selection.size - (self._total or 0))
@@ -100,7 +119,8 @@ class _Upload:
         if self._progress:
             self._progress(Transfer(phase, done, total, skipped))
 
-    async def _store(self, tree: bytes) -> Artifact:
+    async def _store(self, tree: bytes, changed: Sequence[int]) -> Artifact:
+        """`changed`: files that the server is likely to lack, and no others."""
         if is_known(self._selection.index, f"{self._http.url}{self._path}", tree):
             try:
                 return await self._http.repeated(lambda: self._name(tree), self._patience)
@@ -110,7 +130,8 @@ class _Upload:
         kept = True  # what was sent
         while True:
             try:
-                answer = await self._offer()
+                answer = await self._offer(changed)
+                changed = []
                 if isinstance(answer, Artifact):
                     return answer
                 if answer.missing_bytes < lacked:
@@ -130,38 +151,54 @@ class _Upload:
         async with self._http.open("POST", self._path, params=params, headers=self._headers) as response:
             return self._http.decoded(await response.read(), Artifact)
 
-    async def _offer(self) -> Artifact | PendingUpload:
-        """Show the manifest."""
-        headers = {**self._headers, "Content-Type": TREE_TYPE}
-        return await self._asked("POST", self._path, self._offered(manifest_of(self._selection.entries)), headers, self._params)
+    async def _offer(self, changed: Sequence[int]) -> Artifact | PendingUpload:
+        """Show the manifest, after these files' contents."""
+        manifest: Iterable[bytes] = manifest_of(self._selection.entries)
+        kind = TREE_TYPE
+        if changed:
+            manifest, kind = chain([await self._threads.run(self._lead, changed)], manifest), LED_TREE_TYPE
+        try:
+            headers = {**self._headers, "Content-Type": kind}
+            return await self._asked("POST", self._path, self._offered(manifest), headers, Artifact, self._params)
+        except Refused:
+            if not changed:
+                raise
+            return await self._offer([])  # what was written to without a trace is found when it is asked for
+
+    def _lead(self, changed: Sequence[int]) -> bytes:
+        contents = dict(self._chunk(n, 0) for n in changed if self._selection.entries[n].size <= CHUNK)
+        return b"".join(part for digest, data in contents.items() if data for part in (digest, len(data).to_bytes(4, "big"), data)) + END_FRAME
 
     async def _asked(
-        self, method: str, path: str, body: AsyncIterator[bytes | memoryview], headers: dict[str, str], params: Mapping[str, str]
-    ) -> Artifact | PendingUpload:
+        self,
+        method: str,
+        path: str,
+        body: "AsyncIterator[bytes | _Stretch]",
+        headers: dict[str, str],
+        stored: type[T],
+        params: Mapping[str, str] | None = None,
+        at: Direct | None = None,
+    ) -> T | PendingUpload:
         """One request with a body that may take any time, while it moves. Raises Unavailable when it does not."""
         if self._packed:
             headers["Content-Encoding"] = "zstd"
         fault: list[PenstockError] = []
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=DIRECT_CONNECT_SECONDS if at else CONNECT_SECONDS)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             async with asyncio.timeout(self._stalled) as limit:
 
-                async def moving() -> AsyncIterator[bytes | memoryview]:
-                    loop = asyncio.get_running_loop()
-                    try:
-                        began = loop.time()
-                        async for piece in body:
-                            yield piece
-                            limit.reschedule(loop.time() + self._stalled)
-                            self._waiting.excuse(loop.time() - began)
-                            began = loop.time()
-                    except PenstockError as error:  # aiohttp would call it a broken connection
-                        fault.append(error)
-                        raise
+                def moved() -> None:
+                    nonlocal began
+                    limit.reschedule(loop.time() + self._stalled)
+                    self._waiting.excuse(loop.time() - began)
+                    began = loop.time()
 
-                async with self._http.open(method, path, params=params, data=moving(), headers=headers, timeout=timeout) as response:
+                data = _Body(body, moved, fault)
+                async with self._http.open(method, path, params=params, at=at, data=data, headers=headers, timeout=timeout) as response:
                     answer = await response.read()
-                    return self._http.decoded(answer, Artifact) if response.status == 201 else self._http.decoded(answer, PendingUpload)
+                    return self._http.decoded(answer, stored) if response.status == 201 else self._http.decoded(answer, PendingUpload)
         except TimeoutError:
             raise Unavailable(f"nothing has moved to {self._http.url} for {self._stalled:g} s") from None
         except PenstockError as error:
@@ -183,15 +220,23 @@ class _Upload:
             self._total = pending.missing_bytes
         self._sent = self._total - pending.missing_bytes
         streams = iter(_streams(entries, self._located(pending)))
-        stored: list[Artifact] = []
+        stored: list[Artifact | Stored] = []
+
+        direct = pending.direct if pending.missing_bytes >= DIRECT else None
 
         async def sender() -> None:
+            nonlocal direct
             for places in streams:
-                answer = await self._put(pending.id, places)
-                if isinstance(answer, Artifact):
-                    stored.append(answer)
-                else:
+                try:
+                    answer = await self._put(pending.id, places, self._http.direct(direct))
+                except NotThere:
+                    direct = None
+                    answer = await self._put(pending.id, places, None)
+                if isinstance(answer, PendingUpload):
+                    direct = direct and (answer.direct or direct)
                     self._waiting.moved()
+                else:
+                    stored.append(answer)
 
         senders = [asyncio.ensure_future(sender()) for _ in range(AT_ONCE)]
         try:
@@ -200,7 +245,12 @@ class _Upload:
             for task in senders:
                 task.cancel()
             await asyncio.wait(senders)
-        return stored[0] if stored else None
+        if not stored:
+            return None
+        if isinstance(made := stored[0], Artifact):
+            return made
+        digest = bytes.fromhex(made.digest)
+        return await self._http.repeated(lambda: self._name(digest), self._patience)
 
     def _located(self, pending: PendingUpload) -> "array[int]":
         """Where the missing chunks are: file << 32 | chunk."""
@@ -223,12 +273,12 @@ class _Upload:
                     places.append(n << 32 | chunk)
         return places
 
-    async def _put(self, upload: str, places: Sequence[int]) -> Artifact | PendingUpload:
+    async def _put(self, upload: str, places: Sequence[int], at: Direct | None) -> Artifact | PendingUpload | Stored:
         headers = {**self._headers, "Content-Type": BLOBS_TYPE}
         if not self._packed:  # a body without chunks of HTTP's own need not be put together again at each step
             headers["Content-Length"] = str(sum(len(END_FRAME) + _size(self._selection.entries, place) for place in places) + len(END_FRAME))
         try:
-            return await self._asked("PUT", f"{self._path}/{upload}/blobs", self._framed(places), headers, {})
+            return await self._asked("PUT", f"{self._path}/{upload}/blobs", self._framed(places), headers, Stored if at else Artifact, at=at)
         except NotFound as error:  # it lapsed, or the server has made the artifact of it: to be offered again
             lapsed = Unavailable(str(error))
             raise lapsed from error
@@ -237,7 +287,7 @@ class _Upload:
                 await self._threads.run(self._verify, places)
             raise
 
-    async def _framed(self, places: Sequence[int]) -> AsyncIterator[bytes | memoryview]:
+    async def _framed(self, places: Sequence[int]) -> "AsyncIterator[bytes | _Stretch]":
         frames = self._frames(places)
         ahead = self._threads.start(next, frames, None)
         while (ready := await ahead) is not None:
@@ -249,52 +299,74 @@ class _Upload:
                 self._sent += size
                 self._tell("sending", min(self._sent, self._total), self._total, self._selection.size - self._total)
 
-    def _frames(self, places: Sequence[int]) -> Iterator[tuple[Iterable[bytes | memoryview], int]]:
+    def _frames(self, places: Sequence[int]) -> "Iterator[tuple[tuple[bytes | _Stretch, ...], int]]":
         """The stream in some pieces at a time, with the bytes of contents in them. Runs in a thread, until the next of them."""
         compressor = ZstdCompressor(level=3) if self._packed else None
         gathered: list[bytes] = []
         size = 0
         for place in places:
             self._threads.check()
+            length = _size(self._selection.entries, place)
+            if compressor is None and length >= GATHERED and hasattr(os, "sendfile"):
+                yield (b"".join([*gathered, self._digest(place), length.to_bytes(4, "big")]), _Stretch(self, place, length)), size + length
+                gathered, size = [], 0
+                continue
             digest, contents = self._chunk(place >> 32, place & 0xFFFFFFFF)
             gathered += [digest, len(contents).to_bytes(4, "big"), contents]
             size += len(contents)
             if size >= GATHERED:
-                yield (compressor.compress(b"".join(gathered)),) if compressor else _pieces(gathered), size
+                data = b"".join(gathered)
+                yield (compressor.compress(data) if compressor else data,), size
                 gathered, size = [], 0
         data = b"".join([*gathered, END_FRAME])
         yield (compressor.compress(data, ZstdCompressor.FLUSH_FRAME) if compressor else data,), size
 
+    def _digest(self, place: int) -> bytes:
+        chunk = place & 0xFFFFFFFF
+        return self._selection.entries[place >> 32].digest[chunk * DIGEST : (chunk + 1) * DIGEST]
+
     def _chunk(self, n: int, chunk: int) -> tuple[bytes, bytes]:
         """A chunk as it was hashed. Raises Changed when the file is not the same any more."""
-        entry = self._selection.entries[n]
-        digest = entry.digest[chunk * DIGEST : (chunk + 1) * DIGEST]
-        size = min(CHUNK, entry.size - chunk * CHUNK)
+        digest = self._digest(n << 32 | chunk)
+        size = min(CHUNK, self._selection.entries[n].size - chunk * CHUNK)
         if digest == ZERO_CHUNK:
             return digest, bytes(CHUNK)
-        path = os.fsencode(self._selection.root) + b"/" + entry.path
+        with self.unchanged(n) as handle:
+            contents = read_chunk(handle, chunk, size)
+        if len(contents) != size:
+            raise self.changed(n)
+        return digest, contents
+
+    @contextmanager
+    def unchanged(self, n: int) -> Iterator[int]:
+        """A file to read. Raises Changed when it is not, or in the end is no more, the one that was hashed."""
+        path = os.fsencode(self._selection.root) + b"/" + self._selection.entries[n].path
         with opened(path) as handle:
             before = stamp_of(os.fstat(handle))
-            contents = read_chunk(handle, chunk, size)
-            if len(contents) != size or before != self._selection.stamps[n] or stamp_of(os.fstat(handle)) != before:
-                raise Changed(f"{os.fsdecode(path)} changed while it was uploaded: try again when nothing writes to it")
-        return digest, contents
+            if before != self._selection.stamps[n]:
+                raise self.changed(n)
+            yield handle
+            if stamp_of(os.fstat(handle)) != before:
+                raise self.changed(n)
+
+    def changed(self, n: int) -> Changed:
+        path = os.fsdecode(os.fsencode(self._selection.root) + b"/" + self._selection.entries[n].path)
+        return Changed(f"{path} changed while it was uploaded: try again when nothing writes to it")
 
     def _verify(self, places: Sequence[int]) -> None:
         """The server says that something does not match: find what was written to without a trace in its times, and do not trust it again.
         Raises Changed when there is such a file."""
-        changed = b""
+        changed = -1
         for place in places:
             n = place >> 32
             digest, contents = self._chunk(n, place & 0xFFFFFFFF)
             if hashlib.sha256(contents).digest() != digest:
-                changed = self._selection.entries[n].path
+                changed = n
                 self._selection.index.stamps[n] = b""
                 self._selection.stale = True
-        if changed:
+        if changed >= 0:
             save(self._selection)
-            path = os.fsdecode(os.fsencode(self._selection.root) + b"/" + changed)
-            raise Changed(f"{path} changed while it was uploaded: try again when nothing writes to it")
+            raise self.changed(changed)
 
 
 def _streams(entries: Sequence[Entry], places: "array[int]") -> Iterator[Sequence[int]]:
@@ -314,19 +386,60 @@ def _size(entries: Sequence[Entry], place: int) -> int:
     return min(CHUNK, entries[place >> 32].size - (place & 0xFFFFFFFF) * CHUNK)
 
 
-def _pieces(gathered: list[bytes]) -> Iterator[bytes | memoryview]:
-    """Small ones together; a large one at the end in parts, not copied."""
-    *small, last = gathered
-    first = len(last) % GATHERED if len(last) > GATHERED else len(last)
-    yield b"".join((*small, memoryview(last)[:first]))
-    for at in range(first, len(last), GATHERED):
-        yield memoryview(last)[at : at + GATHERED]
+class _Stretch:
+    """A chunk that goes from its file to the connection without passing through this process, where it can."""
+
+    def __init__(self, upload: _Upload, place: int, size: int) -> None:
+        self._upload = upload
+        self._place = place
+        self._size = size
+
+    async def send(self, writer: AbstractStreamWriter, moved: Callable[[], None]) -> None:
+        """Raises Changed, Unreadable, ConnectionError."""
+        broken: ConnectionError | None = None
+        with self._upload.unchanged(self._place >> 32) as handle:
+            try:
+                await self._sent(handle, writer, moved)
+            except ConnectionError as error:  # no fault of the file's
+                broken = error
+        if broken is not None:
+            raise broken
+
+    async def _sent(self, handle: int, writer: AbstractStreamWriter, moved: Callable[[], None]) -> None:
+        at = (self._place & 0xFFFFFFFF) * CHUNK
+        end = at + self._size
+        loop, transport = asyncio.get_running_loop(), writer.transport
+        with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
+            while at < end:
+                if transport is None or transport.is_closing():
+                    raise ConnectionResetError("the connection is closed")
+                sent = await loop.sendfile(transport, file, at, min(STEP, end - at))
+                if not sent:
+                    raise self._upload.changed(self._place >> 32)
+                at += sent
+                moved()
 
 
-def is_loopback(url: str) -> bool:
-    """Whether the server is on this machine, where compressing costs more than it saves."""
-    host = yarl.URL(url).host or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+class _Body(aiohttp.Payload):
+    """A body as it comes; `moved` is told of each piece that went."""
+
+    def __init__(self, pieces: AsyncIterator[bytes | _Stretch], moved: Callable[[], None], fault: list[PenstockError]) -> None:
+        super().__init__(pieces)
+        self._moved = moved
+        self._fault = fault
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        raise TypeError("a stream")
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        self._consumed = True
+        try:
+            async for piece in self._value:
+                if isinstance(piece, _Stretch):
+                    await piece.send(writer, self._moved)
+                else:
+                    await writer.write(piece)
+                    self._moved()
+        except PenstockError as error:  # aiohttp would call it a broken connection
+            self._fault.append(error)
+            raise

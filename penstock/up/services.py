@@ -72,6 +72,7 @@ def service_specs(
                 **bus("gateway"),
                 **database("gateway"),
                 "PENSTOCK_ARTIFACTS_URL": artifacts_url,
+                "PENSTOCK_ARTIFACTS_PUBLIC_URL": artifacts_url,
                 "PENSTOCK_GRANT_KEY": secrets.grant_key,
                 "PENSTOCK_BOOTSTRAP_TEAM": FIRST_TEAM,
                 "PENSTOCK_BOOTSTRAP_TOKEN_SHA256": hashlib.sha256(secrets.token.encode()).hexdigest(),

@@ -7,7 +7,8 @@ from proto.events.base import Event, Value
 
 class ArtifactSealed(Event, frozen=True, kw_only=True):
     """artifacts, once all bytes are stored: the tree `digest` can be read until `expires_at` (unix seconds; 0: for ever), or for as long as it is
-    pinned. `upload` names the session that brought it, and with it what the artifact holds in the store."""
+    pinned. `upload` names the session that brought it, and with it what the artifact holds in the store. `part`: nobody asked for it by itself; a
+    build was given a part of another artifact."""
 
     artifact: str
     kind: Literal["user", "output"]
@@ -22,6 +23,7 @@ class ArtifactSealed(Event, frozen=True, kw_only=True):
     expires_at: int = 0
     pinned: bool = False
     upload: str = ""
+    part: bool = False
 
 
 class ArtifactLifetimeChanged(Event, frozen=True, kw_only=True):
@@ -54,7 +56,8 @@ class LogGap(Value, frozen=True, kw_only=True):
 
 class LogArchived(Event, frozen=True, kw_only=True):
     """artifacts, after a stage's end: the attempt's log can be read from the store, whatever the bus forgets.
-    An archive is immutable; a late chunk makes a new `archive` number. `digest` is the blob's sha256."""
+    An archive is immutable; a late chunk makes a new `archive` number. `digest` is the blob's sha256. Its `chunks` are those up to number `last`
+    that are in no gap."""
 
     build: str
     stage: str
@@ -65,3 +68,7 @@ class LogArchived(Event, frozen=True, kw_only=True):
     lines: int
     bytes: int
     gaps: list[LogGap] = []
+
+    @property
+    def last(self) -> int:
+        return self.chunks + sum(gap.last - gap.first + 1 for gap in self.gaps)

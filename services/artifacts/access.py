@@ -9,7 +9,7 @@ from libs.runtime.http import Problem
 from libs.tokens import BadToken, BuildToken, Grant, read_token
 from services.artifacts.queries import Queries
 
-Action = Literal["put", "get", "see", "change", "log"]
+Action = Literal["put", "get", "see", "change", "log", "tar", "send", "fetch"]
 
 
 class Access:
@@ -21,13 +21,13 @@ class Access:
         self._queries = queries
         self._now = now
 
-    def grant(self, request: web.Request, subject: str, action: Action) -> Grant:
-        """The gateway's grant for just this. Raises Problem 401, 403."""
+    def grant(self, request: web.Request, subject: str, *actions: Action) -> Grant:
+        """The gateway's grant for just this, which one of these actions allows. Raises Problem 401, 403."""
         try:
             grant = read_token(self._grant_key, _bearer(request), self._now(), Grant)
         except BadToken:
             raise _unknown() from None
-        if grant.artifact != subject or grant.action != action:
+        if grant.artifact != subject or grant.action not in actions:
             raise _forbidden()
         return grant
 

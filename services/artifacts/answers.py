@@ -40,7 +40,12 @@ class Traffic:
         self._bytes.labels("in").inc(size)
 
     async def send(
-        self, request: web.Request, pieces: AsyncGenerator[bytes, None], headers: dict[str, str], status: int = 200, length: int | None = None
+        self,
+        request: web.Request,
+        pieces: AsyncGenerator[bytes | memoryview, None],
+        headers: dict[str, str],
+        status: int = 200,
+        length: int | None = None,
     ) -> web.StreamResponse:
         """Stream an answer as fast as it is read, at most `length` bytes of it. What fails before its first piece is still answered as a
         problem; later the connection is cut."""
@@ -53,7 +58,7 @@ class Traffic:
             first = await anext(pieces, b"")
             await response.prepare(request)
             pace = _Pace(response)
-            piece: bytes | None = first if request.method != "HEAD" else None
+            piece: bytes | memoryview | None = first if request.method != "HEAD" else None
             while piece is not None:
                 if left is not None:
                     piece, left = piece[:left], left - min(left, len(piece))
@@ -75,7 +80,7 @@ class _Pace:
         self._waited = 0.0
         self._taken = 0
 
-    async def write(self, piece: bytes) -> None:
+    async def write(self, piece: bytes | memoryview) -> None:
         """Raises TimeoutError."""
         view = memoryview(piece)
         for at in range(0, len(piece), _WRITTEN):

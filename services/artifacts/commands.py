@@ -23,6 +23,7 @@ class SealArtifact(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: int = 0
     pinned: bool = False
     upload: str = ""
+    part: bool = False
 
 
 class ChangeLifetime(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +50,8 @@ class DeleteArtifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArchiveLog(msgspec.Struct, frozen=True, kw_only=True):
-    """The log of an attempt is stored as the blob `digest`. `chunks` are those that it holds."""
+    """The log of an attempt is stored as the blob `digest`. `chunks` are those that it holds: more than the archive that it `replaces` (its number;
+    0: none)."""
 
     build: str
     stage: str
@@ -59,6 +61,7 @@ class ArchiveLog(msgspec.Struct, frozen=True, kw_only=True):
     lines: int
     bytes: int
     gaps: list[LogGap] = []
+    replaces: int = 0
 
 
 Command = SealArtifact | ChangeLifetime | ExpireArtifact | DeleteArtifact | ArchiveLog

@@ -12,16 +12,13 @@ from services.artifacts.commands import ArchiveLog, ChangeLifetime, Command, Del
 
 
 class Sealed(msgspec.Struct, frozen=True, kw_only=True):
-    """An artifact: as it was sealed, what holds of its lifetime now, and whether it is gone (`expires_at` and `pinned` as in ArtifactSealed)."""
+    """An artifact: as it was sealed, what holds of its lifetime now (`expires_at` and `pinned` as in ArtifactSealed), and whether it is gone: only a
+    tombstone says so, and no clock of whoever is asked."""
 
     as_sealed: ArtifactSealed
     expires_at: int
     pinned: bool
     gone: bool = False
-
-    def over(self, now: float) -> bool:
-        """Whether nobody may ask for it any more at `now` (unix seconds), tombstone or not."""
-        return self.gone or (not self.pinned and 0 < self.expires_at <= now)
 
 
 State = Sealed | LogArchived | None
@@ -56,8 +53,8 @@ class ArtifactDecider:
                 return []
             case ArchiveLog(), None:
                 return [_archived(command, 1)]
-            case ArchiveLog(), LogArchived() if command.chunks > state.chunks:
-                return [_archived(command, state.archive + 1)]
+            case ArchiveLog(replaces=former), LogArchived(archive=newest) if former == newest and command.chunks > state.chunks:
+                return [_archived(command, newest + 1)]
             case ArchiveLog(), LogArchived():
                 return []
             case SealArtifact() | ArchiveLog(), _:
@@ -98,4 +95,6 @@ def _changed(command: ChangeLifetime, state: Sealed) -> Sequence[Event]:
 
 
 def _archived(command: ArchiveLog, archive: int) -> LogArchived:
-    return LogArchived(**msgspec.structs.asdict(command), archive=archive)
+    fields = msgspec.structs.asdict(command)
+    del fields["replaces"]
+    return LogArchived(**fields, archive=archive)

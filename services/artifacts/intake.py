@@ -1,13 +1,16 @@
 """What is uploaded on its way into the store: hostile streams in, chunks and a tree out. Blocking; fed in threads."""
 
 from collections.abc import Mapping, Set
+from hashlib import sha256
 
-from libs.archives.blobstream import BlobStreamReader
+from libs.archives.blobstream import END_FRAME, BlobStreamReader
 from libs.archives.compression import Decompressor, Format
+from libs.archives.pages import LARGE, Paged
 from libs.archives.reader import HOLE, ArchiveReader, Member
-from libs.archives.rules import Limits
+from libs.archives.rules import ArchiveRefused, LimitExceeded, Limits
 from libs.archives.tree import (
     CHUNK,
+    DIGEST,
     FILE_MODE,
     PROGRAM_MODE,
     ZERO_CHUNK,
@@ -20,6 +23,9 @@ from libs.archives.tree import (
 )
 from libs.blobstore.store import Upload
 
+LEAD = 1 << 20
+"""Bytes that may come before a manifest."""
+
 
 class TarIntake:
     """A tar, plain, gzip or zstd. Memory: one chunk and the tree's entries, whatever the sizes of its files."""
@@ -31,6 +37,7 @@ class TarIntake:
         self._member: Member | None = None
         self._remaining = 0
         self._chunk: list[bytes | memoryview] = []
+        self._large: Paged | None = None
         self._room = CHUNK
         self._digests = bytearray()
 
@@ -63,22 +70,28 @@ class TarIntake:
             self._tree.add(self._tree.link(member))
 
     def _more(self, piece: bytes | memoryview) -> None:
-        self._remaining -= len(piece)
-        while len(piece) > self._room:
+        while piece:
+            if self._room == CHUNK and piece is not HOLE and self._remaining >= LARGE:
+                self._large = Paged(min(self._remaining, CHUNK))
             part, piece = piece[: self._room], piece[self._room :]
-            self._chunk.append(part)
-            self._keep()
-        self._chunk.append(piece)
-        self._room -= len(piece)
-        if not self._room or not self._remaining:
-            self._keep()
+            if self._large is None:
+                self._chunk.append(part)
+            else:
+                self._large.add(part)
+            self._room -= len(part)
+            self._remaining -= len(part)
+            if not self._room or not self._remaining:
+                self._keep()
         if not self._remaining:
             self._end()
 
     def _keep(self) -> None:
         """A chunk is complete."""
-        chunk = HOLE if self._chunk[0] is HOLE else b"".join(self._chunk)
-        self._chunk, self._room = [], CHUNK
+        if self._large is not None:
+            chunk: bytes | memoryview = self._large.filled()
+        else:
+            chunk = HOLE if self._chunk[0] is HOLE else b"".join(self._chunk)
+        self._chunk, self._large, self._room = [], None, CHUNK
         self._digests += ZERO_CHUNK if chunk is HOLE or chunk == HOLE else self._upload.add(chunk)
 
     def _end(self) -> None:
@@ -91,9 +104,12 @@ class TarIntake:
 
 class ManifestIntake:
     """A manifest; `sizes` are the distinct chunks of its tree (digest → size), in the order of their first appearance, and `blobs` the manifest
-    itself, as it is to be stored."""
+    itself, as it is to be stored. When it is `led`, a short blob stream comes before it: `ahead` are those of its chunks."""
 
-    def __init__(self, limits: Limits, form: Format = "tar") -> None:
+    def __init__(self, limits: Limits, form: Format = "tar", led: bool = False) -> None:
+        self.ahead: dict[bytes, bytes] = {}
+        self._lead: bytearray | None = bytearray() if led else None
+        self._led = 0
         self._unpacked = Decompressor(limits, form, limits.max_manifest)
         self._reader = ManifestReader()
         self._check = TreeCheck(limits)
@@ -103,7 +119,8 @@ class ManifestIntake:
 
     def feed(self, data: bytes) -> None:
         """Raises ArchiveRefused, InvalidManifest."""
-        for piece in self._unpacked.feed(data):
+        for came in self._unpacked.feed(data):
+            piece = came if self._lead is None else self._after_lead(self._lead, came)
             for entry in self._reader.feed(piece):
                 self._check.add(entry)
             self.blobs += self._root.feed(piece)
@@ -112,9 +129,35 @@ class ManifestIntake:
         """The tree. Raises as `feed`."""
         self._unpacked.finish()
         self._reader.finish()
+        if self._lead is not None:
+            raise ArchiveRefused(b"", "is cut short")
         root = self._root.finish()
         self.blobs += root.blobs
+        for digest, contents in self.ahead.items():
+            if self.sizes.get(digest) != len(contents):
+                raise ArchiveRefused(b"", f"comes with blob {digest.hex()}, which is not of its tree")
         return self._check.finish(root.digest)
+
+    def _after_lead(self, lead: bytearray, data: bytes) -> bytes:
+        """What is the manifest's of it."""
+        lead += data
+        while len(lead) >= len(END_FRAME):
+            digest, size = bytes(lead[:DIGEST]), int.from_bytes(lead[DIGEST : len(END_FRAME)], "big")
+            end = len(END_FRAME) + size
+            if not size:
+                self._lead = None
+                return bytes(lead[end:])
+            if self._led + end > LEAD:
+                raise LimitExceeded(b"", f"brings more than {LEAD} bytes with its manifest")
+            if end > len(lead):
+                break
+            contents = bytes(lead[len(END_FRAME) : end])
+            if sha256(contents).digest() != digest:
+                raise ArchiveRefused(b"", f"holds bytes that are not those of blob {digest.hex()}")
+            self.ahead[digest] = contents
+            del lead[:end]
+            self._led += end
+        return b""
 
 
 class BlobIntake:
@@ -129,7 +172,7 @@ class BlobIntake:
     def came(self) -> Set[bytes]:
         return self._reader.came
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Raises as TarIntake."""
         for piece in self._unpacked.feed(data):
             for digest, contents in self._reader.feed(piece):

@@ -227,7 +227,10 @@ class Janitor:
             for recorded in page:
                 event = decode(recorded.type, recorded.data)
                 if isinstance(event, LogArchived):
-                    await self._logs.hold(recorded.team, recorded.stream, event.digest)
+                    try:
+                        await self._logs.hold(recorded.team, recorded.stream, event.digest)
+                    except (BlobMissing, BlobDamaged) as error:
+                        logger.error("an archived log is not whole", stream=recorded.stream, team=recorded.team, why=str(error))
             after = page[-1].position if page else head
 
 

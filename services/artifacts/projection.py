@@ -1,5 +1,5 @@
-"""What must be kept and for how long, folded from the log: artifacts that live, what unfinished builds may read, the policies of teams; and which
-attempts are over, because their build tokens are dead. Pure.
+"""What must be kept and for how long, folded from the log: artifacts that live, what unfinished builds may read, the policies of teams; which
+attempts are over, because their build tokens are dead; and whose logs are not archived whole. Pure.
 
 The rows at one position are what the log says up to there, so they decide by its order: a build that was requested before a tombstone has noted
 what it uses by then, and one that was requested after it finds nothing to note.
@@ -14,12 +14,14 @@ from msgspec.structs import replace
 
 from libs.eventlog.projections import Get, Gone, Projection, Table
 from proto.envelope import Fact
-from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed
+from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
 from proto.events.build import BuildFinished, StageFinished, StageQueued
 from proto.events.request import BuildRequested
 from proto.events.team import TeamPolicySet
+from services.artifacts.decider import log_stream
+from services.artifacts.reactions import ended_log
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Raised when a row's meaning changes: the tables are then rebuilt from the log."""
 
 ALL = 1 << 31
@@ -55,6 +57,25 @@ class UseRow(msgspec.Struct, frozen=True, kw_only=True):
     keep_seconds: int = 0
 
 
+class LogRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The log of an attempt that has ended (EndedLog says what is known of it), of which there is no `archive` yet (0), or one that may lack
+    chunks: so it was at `since` (unix seconds)."""
+
+    stream: str
+    team: str
+    build: str
+    stage: str
+    attempt: int
+    worker: str
+    chunks: int
+    lines: int
+    bytes: int
+    correlation_id: str
+    event_id: str
+    archive: int = 0
+    since: int
+
+
 class PolicyRow(msgspec.Struct, frozen=True, kw_only=True):
     """TeamPolicySet, the last of a team."""
 
@@ -74,6 +95,8 @@ def keys(fact: Fact) -> Iterable[tuple[type[Any], str]]:
     match fact.event:
         case StageFinished(stage=stage) | StageQueued(stage=stage):
             return [(OverRow, f"{fact.subject_id}/{stage}")]
+        case LogArchived():
+            return [(LogRow, fact.stream)]
         case BuildFinished():
             return [(OverRow, fact.subject_id), (UseRow, fact.subject_id)]
         case BuildRequested() as event:
@@ -90,7 +113,9 @@ def project(fact: Fact, get: Get) -> Iterable[msgspec.Struct]:
     """The rows that are different after an event."""
     match fact.event:
         case StageFinished(stage=stage, attempt=attempt):
-            return _over(f"{fact.subject_id}/{stage}", attempt, get)
+            return [*_over(f"{fact.subject_id}/{stage}", attempt, get), *_log(fact)]
+        case LogArchived() as event:
+            return _archived(fact, event, get)
         case StageQueued(stage=stage, attempt=attempt) if attempt > 1:
             return _over(f"{fact.subject_id}/{stage}", attempt - 1, get)
         case BuildFinished():
@@ -114,6 +139,26 @@ def project(fact: Fact, get: Get) -> Iterable[msgspec.Struct]:
 def _over(key: str, attempt: int, get: Get) -> Iterable[OverRow]:
     known = get(OverRow, key)
     return [OverRow(key=key, attempt=attempt)] if known is None or known.attempt < attempt else []
+
+
+def _log(fact: Fact) -> Iterable[LogRow]:
+    log = ended_log(fact)
+    if log is None:
+        return []
+    return [LogRow(stream=log_stream(log.build, log.stage, log.attempt), since=_recorded(fact), **msgspec.structs.asdict(log))]
+
+
+def _archived(fact: Fact, event: LogArchived, get: Get) -> Iterable[Any]:
+    row = get(LogRow, fact.stream)
+    if row is None:
+        return []
+    if row.chunks == event.chunks:
+        return [Gone(LogRow, fact.stream)]
+    return [replace(row, archive=event.archive, since=_recorded(fact))]
+
+
+def _recorded(fact: Fact) -> int:
+    return int(fact.recorded_at.timestamp())
 
 
 def _requested(team: str, event: BuildRequested, get: Get) -> Iterable[UseRow]:
@@ -140,6 +185,7 @@ ARTIFACTS = Projection(
         Table(ArtifactRow, "artifact", "id"),
         Table(UseRow, "build_use", "build"),
         Table(PolicyRow, "policy", "team"),
+        Table(LogRow, "unarchived", "stream"),
     ],
     tables_sql=(Path(__file__).parent / "tables.sql").read_text(encoding="utf-8"),
     categories=frozenset({"artifact", "build", "request", "team"}),

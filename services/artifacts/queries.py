@@ -2,13 +2,15 @@
 
 from typing import Protocol
 
+import msgspec
+
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.eventlog.postgres import Pool, unavailable
 from proto.envelope import fact
 from proto.events.artifact import LogArchived
 from proto.events.team import DEFAULT_POLICY
 from services.artifacts.decider import ArtifactDecider, Sealed, State, artifact_stream, log_stream
-from services.artifacts.projection import ArtifactRow, PolicyRow, attempt_keys
+from services.artifacts.projection import ArtifactRow, LogRow, PolicyRow, attempt_keys
 
 _OVER = "SELECT EXISTS (SELECT FROM over WHERE key = ANY ($1::text[]) AND attempt >= $2)"
 _POLICY = "SELECT input_seconds, output_seconds, quota_bytes FROM policy WHERE team = $1"
@@ -21,6 +23,10 @@ _DAMAGED = """
 SELECT EXISTS (
     SELECT FROM blob b JOIN hold h ON h.pack = b.pack WHERE b.damaged AND h.team = $1 AND h.holder = $2 AND get_bit(h.used, b.ordinal) = 1
 )
+"""
+_UNARCHIVED = """
+SELECT * FROM (SELECT *, extract(epoch FROM clock_timestamp())::bigint - since AS age FROM unarchived) u
+WHERE archive > 0 OR age > $1 ORDER BY since DESC LIMIT $2
 """
 _USAGE = "SELECT count(*), coalesce(sum(size), 0)::bigint FROM artifact WHERE team = $1"
 
@@ -49,6 +55,13 @@ class Queries:
         """The newest archive of an attempt's log."""
         state = await self._state(log_stream(build, stage, attempt), team)
         return state if isinstance(state, LogArchived) else None
+
+    async def unarchived(self, late: float, most: int) -> list[tuple[int, LogRow]]:
+        """Logs without an archive for more than `late` seconds, and those with one that may not be the last; each with the seconds for which it has
+        been so. The latest come first, and no more than `most`."""
+        with unavailable():
+            rows = await self._pool.fetch(_UNARCHIVED, late, most)
+        return [(row["age"], msgspec.convert(row, LogRow)) for row in map(dict, rows)]
 
     async def is_over(self, build: str, stage: str, attempt: int) -> bool:
         """Whether the attempt has ended, as far as this service has read."""

@@ -4,19 +4,22 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 
+import msgspec
 from aiohttp import web
 
 from libs.archives.blobstream import MEDIA_TYPE as BLOBS
+from libs.archives.blobstream import whole_pieces
 from libs.archives.compression import Format
 from libs.archives.rules import ArchiveRefused, Limits
 from libs.blobstore.store import BlobMissing
 from libs.runtime.decisions import Cause
-from libs.runtime.http import TIMEOUTS, Problem, Timeouts, body_chunks, widen
+from libs.runtime.http import TIMEOUTS, Problem, StraightBody, Timeouts, body_chunks, straight, widen
 from libs.tokens import BuildToken, Grant
 from proto.api import LONGEST, PendingUpload
 from proto.events.base import ArtifactRef
-from services.artifacts.access import Access
+from services.artifacts.access import Access, Action
 from services.artifacts.answers import Traffic, absent, answer, damaged, invalid, path_of, refused
 from services.artifacts.commands import SealArtifact
 from services.artifacts.decider import Sealed
@@ -25,6 +28,8 @@ from services.artifacts.turns import Turns
 from services.artifacts.uploads import Gone, TreeUnknown, Uploads
 
 TREE = "application/vnd.penstock.tree"
+LED_TREE = "application/vnd.penstock.blobs+tree"
+"""A blob stream of at most 1 MiB, and after it the manifest of a tree that has these blobs."""
 UPLOADS = 32
 """How many bodies may come at once."""
 _LEAST = 64 << 10
@@ -44,7 +49,6 @@ class Receiving:
         queries: Queries,
         uploads: Uploads,
         limits: Limits,
-        now: Callable[[], float],
         traffic: Traffic,
         at_once: int = UPLOADS,
     ) -> None:
@@ -52,14 +56,17 @@ class Receiving:
         self._queries = queries
         self._uploads = uploads
         self._limits = limits
-        self._now = now
         self._traffic = traffic
         self._turns = Turns(at_once, "uploads")
 
     async def put_artifact(self, request: web.Request) -> web.StreamResponse:
-        grant, artifact = self._granted(request)
+        grant, artifact = self._granted(request, "tar")
         team, query = grant.team, request.query
-        seal = SealArtifact(artifact=artifact, kind="user", digest="", size=0, files=0, name=query.get("name", "")[:255])
+        if grant.action == "tar" and (request.content_type in (TREE, LED_TREE) or not query.keys() <= {"name", "keep"}):
+            raise Problem(403, "forbidden", "The token does not allow this")
+        if len(query.get("name", "")) > 200 or "\0" in query.get("name", ""):
+            raise invalid("name", "at most 200 characters, and no NUL")
+        seal = SealArtifact(artifact=artifact, kind="user", digest="", size=0, files=0, name=query.get("name", ""))
         keep, cause = await self._keep(request, team), _cause(grant, artifact)
         with self._turns.turn(team):
             if "tree" in query:
@@ -67,14 +74,15 @@ class Receiving:
                     raise invalid("tree", "must be a digest in hex")
                 return _answer(await self._uploads.known(team, seal, keep, cause, query["tree"]))
             if "from" in query:
+                seal = msgspec.structs.replace(seal, part=query.get("kind") == "part")
                 return _answer(await self._part(request, team, seal, keep, cause))
-            if request.content_type == TREE:
+            if request.content_type in (TREE, LED_TREE):
                 return _answer(await self._manifest(request, team, seal, keep, cause))
             self._check_length(request, self._limits.max_stream)
             return _answer(await self._uploads.tar(team, seal, keep, cause, self._received(request, team)))
 
     async def put_blobs(self, request: web.Request) -> web.StreamResponse:
-        grant, artifact = self._granted(request)
+        grant, artifact = self._granted(request, "send")
         with self._turns.turn(grant.team):
             return _answer(await self._blobs(request, grant.team, artifact, _cause(grant, artifact)), more=200)
 
@@ -103,9 +111,10 @@ class Receiving:
         with self._turns.turn(token.team, build=True):
             return _answer_ref(await self._blobs(request, token.team, artifact, cause), more=200)
 
-    def _granted(self, request: web.Request) -> tuple[Grant, str]:
+    def _granted(self, request: web.Request, direct: Action) -> tuple[Grant, str]:
+        """The gateway may, and a client that it has given the action `direct`."""
         artifact = request.match_info["artifact"]
-        grant = self._access.grant(request, artifact, "put")
+        grant = self._access.grant(request, artifact, "put", direct)
         if not _UUID.fullmatch(artifact):
             raise invalid("id", "must be a UUID")
         return grant, artifact
@@ -119,7 +128,8 @@ class Receiving:
     async def _manifest(self, request: web.Request, team: str, seal: SealArtifact, keep: int, cause: Cause) -> Sealed | PendingUpload:
         self._check_length(request, self._limits.max_manifest)
         try:
-            return await self._uploads.manifest(team, seal, keep, cause, self._received(request, team), _form(request))
+            led = request.content_type == LED_TREE
+            return await self._uploads.manifest(team, seal, keep, cause, self._received(request, team), _form(request), led)
         except ArchiveRefused as error:
             raise refused("manifest-refused", error) from None
 
@@ -127,8 +137,11 @@ class Receiving:
         if request.content_type != BLOBS:
             raise Problem(415, "unsupported-media-type", "Chunks come as a blob stream", BLOBS)
         self._check_length(request, self._limits.max_stream)
+        form = _form(request)
         try:
-            return await self._uploads.blobs(team, artifact, cause, self._received(request, team), _form(request))
+            with straight(request) if form == "tar" else nullcontext() as body:
+                pieces = self._received(request, team) if body is None else self._straight(request, team, body)
+                return await self._uploads.blobs(team, artifact, cause, pieces, form)
         except ArchiveRefused as error:
             raise refused("blobs-refused", error) from None
 
@@ -137,7 +150,7 @@ class Receiving:
         source = await self._queries.artifact(team, request.query["from"])
         if source is None:
             raise absent()
-        if source.over(self._now()):
+        if source.gone:
             raise Gone
         try:
             if path := path_of(request):
@@ -145,7 +158,7 @@ class Receiving:
             return await self._uploads.copy(team, seal, keep, cause, source)
         except (BlobMissing, TreeUnknown):
             sealed = await self._queries.artifact(team, request.query["from"])
-            if sealed is None or sealed.over(self._now()):
+            if sealed is None or sealed.gone:
                 raise Gone from None
             raise damaged(f"artifact {request.query['from']} is not whole") from None
 
@@ -167,17 +180,54 @@ class Receiving:
     async def _received(self, request: web.Request, team: str) -> AsyncIterator[bytes]:
         """The body. Raises Problem 408 when it dawdles; while others wait for its turn, that is said sooner."""
         widen(request.transport)
-        seconds, clock = request.app.get(TIMEOUTS, Timeouts()).body, asyncio.get_running_loop().time
-        waited, brought, since = 0.0, 0, clock()
+        pace = self._pace(request, team)
         async for piece in body_chunks(request):
-            self._traffic.came(len(piece))
-            waited, brought = waited + clock() - since, brought + len(piece)
-            if waited > seconds:
-                if brought < _LEAST and self._turns.waited_for(team):
-                    raise Problem(408, "slow-body", "The body came too slowly", f"under {_LEAST} bytes in {seconds:g} s while others wait")
-                waited, brought = 0.0, 0
+            pace.came(len(piece))
             yield piece
-            since = clock()
+            pace.wait()
+
+    def _straight(self, request: web.Request, team: str, body: StraightBody) -> AsyncIterator[memoryview]:
+        """The same of a blob stream, where it is to be stored."""
+        pace = self._pace(request, team)
+
+        async def fill(memory: memoryview) -> int:
+            size = len(memory)
+            pace.wait()
+            while memory and (came := await body.into(memory)):
+                pace.came(came)
+                memory = memory[came:]
+            return size - len(memory)
+
+        return whole_pieces(fill)
+
+    def _pace(self, request: web.Request, team: str) -> "_Pace":
+        seconds = request.app.get(TIMEOUTS, Timeouts()).body
+        return _Pace(seconds, self._traffic, lambda: self._turns.waited_for(team), asyncio.get_running_loop().time)
+
+
+class _Pace:
+    """What a body brings in the time that it is waited for. Raises Problem 408 when that is little, while others wait for its turn."""
+
+    def __init__(self, seconds: float, traffic: Traffic, waited_for: Callable[[], bool], clock: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self._traffic = traffic
+        self._waited_for = waited_for
+        self._clock = clock
+        self._waited, self._brought = 0.0, 0
+        self.wait()
+
+    def wait(self) -> None:
+        """From now on."""
+        self._since = self._clock()
+
+    def came(self, size: int) -> None:
+        self._traffic.came(size)
+        now = self._clock()
+        self._waited, self._since, self._brought = self._waited + now - self._since, now, self._brought + size
+        if self._waited > self._seconds:
+            if self._brought < _LEAST and self._waited_for():
+                raise Problem(408, "slow-body", "The body came too slowly", f"under {_LEAST} bytes in {self._seconds:g} s while others wait")
+            self._waited, self._brought = 0.0, 0
 
 
 def output_id(token: BuildToken, step: str, name: str) -> str:

@@ -8,6 +8,7 @@ from itertools import islice
 from aiohttp import web
 
 from libs.archives.blobstream import MEDIA_TYPE as BLOBS
+from libs.archives.blobstream import stream_size
 from libs.archives.compression import Format, compressed
 from libs.archives.pump import gathered, in_thread
 from libs.archives.tree import DIGEST, Entry
@@ -97,7 +98,7 @@ class Serving:
         return await self._send_archive(request, grant.team, digest, b"", form)
 
     async def get_blobs(self, request: web.Request) -> web.StreamResponse:
-        grant, sealed = await self._artifact(request, "get")
+        grant, sealed = await self._artifact(request, "get", "fetch")
         with self._downloads.turn(grant.team):
             return await self._send_blobs(request, grant.team, sealed.as_sealed.digest)
 
@@ -118,16 +119,18 @@ class Serving:
         return answer(200, TreePage(items=[_shown(entry) for entry in found[:limit]], next=following))
 
     async def change_artifact(self, request: web.Request) -> web.StreamResponse:
-        grant, _ = await self._artifact(request, "change", also_due=True)
+        grant, _ = await self._artifact(request, "change")
         change = strict_json(await read_body(request, _MAX_CHANGE), ArtifactChange)
         expires_at = None if change.keep is None else int(self._now()) + change.keep
         command = ChangeLifetime(artifact=grant.artifact, pinned=change.pinned, expires_at=expires_at, shorten=change.shorten)
         sealed = (await self._commands.execute(command, _cause(grant))).state
         assert isinstance(sealed, Sealed)
+        if change.shorten:
+            self._tidy()
         return answer(200, described(sealed))
 
     async def delete_artifact(self, request: web.Request) -> web.StreamResponse:
-        grant, _ = await self._artifact(request, "change", also_due=True)
+        grant, _ = await self._artifact(request, "change")
         await self._commands.execute(DeleteArtifact(artifact=grant.artifact), _cause(grant))
         self._tidy()
         return web.Response(status=204)
@@ -169,16 +172,15 @@ class Serving:
 
     async def _lost(self, token: BuildToken, digest: str, error: BlobMissing) -> Exception:
         """An input that is not whole: its artifact was gone before the build could hold it; or it is not, and the store is damaged."""
-        row = await self._queries.with_tree(token.team, digest)
-        return Gone() if row is None or 0 < row.due_at <= self._now() else error
+        return error if await self._queries.with_tree(token.team, digest) is not None else Gone()
 
-    async def _artifact(self, request: web.Request, action: Action, also_due: bool = False) -> tuple[Grant, Sealed]:
-        """One that is there; `also_due`: its time may be up, as long as it has no tombstone. Raises Problem 404, 410."""
-        grant = self._access.grant(request, request.match_info["artifact"], action)
+    async def _artifact(self, request: web.Request, *actions: Action) -> tuple[Grant, Sealed]:
+        """One that is there. Raises Problem 404, 410."""
+        grant = self._access.grant(request, request.match_info["artifact"], *actions)
         sealed = await self._queries.artifact(grant.team, grant.artifact)
         if sealed is None:
             raise absent()
-        if sealed.gone or (not also_due and sealed.over(self._now())):
+        if sealed.gone:
             raise gone()
         return grant, sealed
 
@@ -231,27 +233,28 @@ class Serving:
         tree = await self._trees.open(team, digest)
         if strange := await tree.select(lambda entries: _strange(entries, wanted)):
             raise Problem(422, "invalid", "The tree does not have these chunks", f"{strange.hex()} is none of its chunks", path="body")
-        return await self._traffic.send(request, tree.drawn(tree.blobs(wanted)), {"Content-Type": BLOBS})
+        length = stream_size(len(wanted), sum(wanted.values()))
+        return await self._traffic.send(request, tree.drawn(tree.blobs(wanted)), {"Content-Type": BLOBS}, length=length)
 
 
-def _digests(body: bytes) -> dict[bytes, bool]:
-    """Each with whether it is known to be of the tree: not yet."""
+def _digests(body: bytes) -> dict[bytes, int]:
+    """Each with its size in the tree: not known yet."""
     if len(body) % DIGEST:
         raise invalid("body", f"must be digests of {DIGEST} bytes each")
-    return dict.fromkeys((body[at : at + DIGEST] for at in range(0, len(body), DIGEST)), False)
+    return dict.fromkeys((body[at : at + DIGEST] for at in range(0, len(body), DIGEST)), -1)
 
 
-def _strange(entries: Iterator[Entry], wanted: dict[bytes, bool]) -> bytes | None:
+def _strange(entries: Iterator[Entry], wanted: dict[bytes, int]) -> bytes | None:
     """One that is no chunk of the tree; there may be very many, so they are noted in place."""
     left = len(wanted)
     for entry in entries:
-        for digest in (entry.digest,) if len(entry.digest) == DIGEST else (digest for digest, _ in entry.chunks()):
-            if wanted.get(digest) is False:
-                wanted[digest] = True
+        for digest, size in ((entry.digest, entry.size),) if len(entry.digest) == DIGEST else entry.chunks():
+            if wanted.get(digest) == -1:
+                wanted[digest] = size
                 left -= 1
         if not left:
             return None
-    return next((digest for digest, known in wanted.items() if not known), None)
+    return next((digest for digest, size in wanted.items() if size < 0), None)
 
 
 def _shown(entry: Entry) -> TreeEntry:

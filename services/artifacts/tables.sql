@@ -33,3 +33,21 @@ CREATE TABLE policy (
     output_seconds bigint NOT NULL,
     quota_bytes bigint NOT NULL
 );
+
+-- Logs of attempts that have ended, of which there is no archive (0), or one that may lack chunks.
+CREATE TABLE unarchived (
+    stream text PRIMARY KEY,
+    team text NOT NULL,
+    build text NOT NULL,
+    stage text NOT NULL,
+    attempt bigint NOT NULL,
+    worker text NOT NULL,
+    chunks bigint NOT NULL,
+    lines bigint NOT NULL,
+    bytes bigint NOT NULL,
+    correlation_id text NOT NULL,
+    event_id text NOT NULL,
+    archive bigint NOT NULL,
+    since bigint NOT NULL
+);
+CREATE INDEX ON unarchived (since);

@@ -18,6 +18,7 @@ from libs.archives.writer import tar_size, write_tar_from, write_tree
 from libs.blobstore.store import BlobReader, BlobStore
 
 T = TypeVar("T")
+P = TypeVar("P", bound=bytes | memoryview)
 
 _AT_ONCE = 4096
 """Entries, or chunks, whose places are looked up together."""
@@ -130,7 +131,7 @@ class Tree:
         """Bytes of the plain archive of a part."""
         return await self._in_thread(lambda: tar_size(self.part(path)))
 
-    def drawn(self, pieces: Generator[bytes, None, None]) -> AsyncGenerator[bytes, None]:
+    def drawn(self, pieces: Generator[P, None, None]) -> AsyncGenerator[P, None]:
         """A blocking generator's pieces, drawn in the store's threads."""
         return drawn(pieces, self._store.threads)
 
@@ -148,7 +149,7 @@ class Tree:
         for each in contents.ahead([entry]):
             yield from contents.of(each, start)
 
-    def blobs(self, digests: Iterable[bytes]) -> Generator[bytes, None, None]:
+    def blobs(self, digests: Iterable[bytes]) -> Generator[bytes | memoryview, None, None]:
         """A blob stream of these chunks, each named once, in the store's order. Blocking."""
         yield from frames(self._stream(digests))
 
@@ -156,7 +157,7 @@ class Tree:
         """Blocking."""
         return self._wait(self._store.reader(self._team, set(digests) - {ZERO_CHUNK}))
 
-    def _stream(self, digests: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    def _stream(self, digests: Iterable[bytes]) -> Iterator[tuple[bytes, bytes | memoryview]]:
         left = iter(digests)
         while wanted := list(islice(left, _AT_ONCE)):
             if ZERO_CHUNK in wanted:

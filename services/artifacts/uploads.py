@@ -2,10 +2,10 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -28,6 +28,9 @@ from services.artifacts.sessions import Session, Sessions, holder_of
 from services.artifacts.trees import Trees
 
 logger = structlog.get_logger()
+
+Piece = bytes | memoryview
+P = TypeVar("P", bound=Piece)
 
 _TOUCH = 60.0
 """Seconds between signs of life while a body comes."""
@@ -126,18 +129,25 @@ class Uploads:
         return await self._seal(session, tree, cause)
 
     async def manifest(
-        self, team: str, seal: SealArtifact, lifetime: int, cause: Cause, body: AsyncIterator[bytes], form: Format = "tar"
+        self,
+        team: str,
+        seal: SealArtifact,
+        lifetime: int,
+        cause: Cause,
+        body: AsyncIterator[bytes],
+        form: Format = "tar",
+        led: bool = False,
     ) -> Sealed | PendingUpload:
-        """A manifest (`form` "tzst": compressed). What the team lacks of its tree is then to be sent to `blobs`.
+        """A manifest (`form` "tzst": compressed), `led` by some chunks of its tree. What the team lacks of it besides is then to be sent to `blobs`.
         Raises ArchiveRefused, ManifestRefused, QuotaExceeded."""
-        intake = ManifestIntake(self._limits, form)
+        intake = ManifestIntake(self._limits, form, led)
         try:
             tree = await pump(body, intake.feed, intake.finish, self._store.threads)
         except InvalidManifest as error:
             raise ManifestRefused(str(error)) from None
-        sizes, blobs = intake.sizes, intake.blobs
+        sizes, blobs, ahead = intake.sizes, intake.blobs, intake.ahead
         del intake  # what it knows of a large tree is large
-        return await self._begin(team, seal, lifetime, cause, tree, sizes, blobs)
+        return await self._begin(team, seal, lifetime, cause, tree, sizes, blobs, ahead)
 
     async def known(self, team: str, seal: SealArtifact, lifetime: int, cause: Cause, digest: str) -> Sealed:
         """A tree of which the team has an artifact, or will have one at once, by digest. Raises TreeUnknown."""
@@ -184,14 +194,14 @@ class Uploads:
             return intake.finish()
 
         summary = await in_thread(cut, self._store.threads)
-        begun = await self._begin(team, seal, lifetime, cause, summary, intake.sizes, intake.blobs)
+        begun = await self._begin(team, seal, lifetime, cause, summary, intake.sizes, intake.blobs, {})
         if isinstance(begun, PendingUpload):
             if (session := await self._sessions.find(team, seal.artifact, self._now())) is not None:
                 await self._drop(session)
             raise BlobMissing(f"{begun.missing_blobs} chunks of {digest}")
         return begun
 
-    async def blobs(self, team: str, artifact: str, cause: Cause, body: AsyncIterator[bytes], form: Format = "tar") -> Sealed | PendingUpload:
+    async def blobs(self, team: str, artifact: str, cause: Cause, body: AsyncIterator[Piece], form: Format = "tar") -> Sealed | PendingUpload:
         """Chunks of a tree whose manifest is known. What came is kept, whatever becomes of the rest, unless the store is full. Raises
         UploadUnknown, ArchiveRefused, QuotaExceeded."""
         session = await self._sessions.find(team, artifact, self._now())
@@ -213,7 +223,7 @@ class Uploads:
             return wanted.pending(artifact)
         return await self._seal(session, TreeSummary(session.seal.digest, session.seal.size, session.seal.files), cause)
 
-    async def _receive(self, session: Session, upload: Upload, intake: BlobIntake, body: AsyncIterator[bytes]) -> None:
+    async def _receive(self, session: Session, upload: Upload, intake: BlobIntake, body: AsyncIterator[Piece]) -> None:
         broken: list[Exception] = []
         try:
             await pump(_until_broken(self._alive(session, body), broken), intake.feed, intake.finish, self._store.threads)
@@ -233,9 +243,17 @@ class Uploads:
         return sealed
 
     async def _begin(
-        self, team: str, seal: SealArtifact, lifetime: int, cause: Cause, tree: TreeSummary, sizes: dict[bytes, int], blobs: list[bytes]
+        self,
+        team: str,
+        seal: SealArtifact,
+        lifetime: int,
+        cause: Cause,
+        tree: TreeSummary,
+        sizes: dict[bytes, int],
+        blobs: list[bytes],
+        ahead: Mapping[bytes, bytes],
     ) -> Sealed | PendingUpload:
-        """Store the manifest, and hold what is there of the tree."""
+        """Store the manifest and what came with it, and hold what else is there of the tree."""
         done, room = await asyncio.gather(self._done(team, seal.artifact, tree.digest), self._room(team))
         if done is not None:
             return done
@@ -245,7 +263,8 @@ class Uploads:
         if session.seal.digest != tree.digest:
             raise Refused("conflict", "another tree is being uploaded under this id")
         wanted = Wanted(sizes, set())
-        await asyncio.gather(self._keep_manifest(session, blobs, room), self._look(session, wanted, sizes))
+        rest = [digest for digest in sizes if digest not in ahead] if ahead else sizes
+        await asyncio.gather(self._keep_manifest(session, blobs, ahead, room), self._look(session, wanted, rest))
         blobs.clear()
         if not wanted.missing:
             return await self._seal(session, tree, cause)
@@ -257,11 +276,13 @@ class Uploads:
         self._remember(session, wanted)
         return pending
 
-    async def _keep_manifest(self, session: Session, blobs: list[bytes], room: Room) -> None:
+    async def _keep_manifest(self, session: Session, blobs: list[bytes], ahead: Mapping[bytes, bytes], room: Room) -> None:
         upload = self._store.begin(session.team, session.holder, *room)
 
         def store() -> None:
             try:
+                for digest, contents in ahead.items():
+                    upload.add(contents, digest)
                 for blob in blobs:
                     upload.add(blob)
                 upload.flush()
@@ -308,7 +329,7 @@ class Uploads:
     def _the_same(self, sealed: Sealed, digest: str) -> Sealed:
         if sealed.as_sealed.digest != digest:
             raise Refused("conflict", "there is another artifact under this id")
-        if sealed.over(self._now()):
+        if sealed.gone:
             raise Gone
         return sealed
 
@@ -355,7 +376,7 @@ class Uploads:
         quota = (await self._queries.policy(team)).quota_bytes
         return Room(max(quota - await self._store.usage(team), 0), quota) if quota else Room(None, None)
 
-    async def _alive(self, session: Session, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _alive(self, session: Session, body: AsyncIterator[P]) -> AsyncIterator[P]:
         """The body, while the session is alive. Raises UploadUnknown."""
         seen = self._now()
         async for piece in body:
@@ -366,7 +387,7 @@ class Uploads:
                     raise UploadUnknown
 
 
-async def _until_broken(body: AsyncIterator[bytes], broken: list[Exception]) -> AsyncIterator[bytes]:
+async def _until_broken(body: AsyncIterator[P], broken: list[Exception]) -> AsyncIterator[P]:
     """The body; what breaks it off is noted instead of raised, so that what came before is dealt with."""
     try:
         async for piece in body:

@@ -29,6 +29,7 @@ from services.artifacts.archivist import PATIENCE, Archivist
 from services.artifacts.commands import ArchiveLog, Command, SealArtifact
 from services.artifacts.decider import ArtifactDecider, State
 from services.artifacts.janitor import Janitor
+from services.artifacts.late_logs import LateLogs
 from services.artifacts.logs import Logs
 from services.artifacts.projection import ARTIFACTS
 from services.artifacts.queries import Queries
@@ -86,7 +87,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     archivist = Archivist(bus, log, commands, logs, service.registry, settings.log_patience)
     uploads = Uploads(store, sessions, trees, commands, queries, limits, lambda: instance + uuid4().hex, time.time)
     janitor = Janitor(log, log.pool, projector, store, sessions, uploads, trees, logs, commands, time.time, settings.tidy_seconds, instance)
-    receiving = Receiving(access, queries, uploads, limits, time.time, traffic, settings.max_uploads)
+    receiving = Receiving(access, queries, uploads, limits, traffic, settings.max_uploads)
     most_chunks = settings.max_artifact_files + (settings.max_artifact_bytes >> 23)
     serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, janitor.wake, settings.max_downloads)
 
@@ -98,13 +99,14 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.spawn("commands", commands.run())
     service.spawn("projector", projector.run())
     service.spawn("archivist", _archiving(bus, archivist))
+    service.spawn("late logs", LateLogs(bus, queries, archivist, settings.log_patience).run())
     service.spawn("janitor", janitor.run())
     service.spawn("memory", _giving_back())
     return application(receiving, serving)
 
 
 def _creates(command: Command) -> bool:
-    return isinstance(command, SealArtifact | ArchiveLog)
+    return isinstance(command, SealArtifact) or (isinstance(command, ArchiveLog) and not command.replaces)
 
 
 async def _giving_back() -> None:

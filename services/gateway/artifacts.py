@@ -1,6 +1,8 @@
-"""The artifacts service, as the gateway asks it: bytes are piped through, under a grant that names team, artifact and deed (60 s)."""
+"""The artifacts service, as the gateway asks it: bytes are piped through, under a grant that names team, artifact and deed (60 s); or go past the
+gateway, where clients can reach that service, under one for nothing but those bytes (300 s)."""
 
 import asyncio
+import ipaddress
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Literal
@@ -12,13 +14,16 @@ from yarl import URL
 
 from libs.runtime.http import unavailable
 from libs.tokens import sign_token
+from proto.api import Direct
 from proto.messages import Segment
 
 GRANT_SECONDS = 60.0
+DIRECT_SECONDS = 300
 _RECORD = msgspec.msgpack.Decoder(tuple[int, Segment])
 _MAX_RECORD = 16 << 20
 
 Deed = Literal["put", "get", "see", "change", "log"]
+DirectDeed = Literal["tar", "send", "fetch"]
 
 
 class ArchiveUnavailable(Exception):
@@ -36,9 +41,11 @@ class Whose(msgspec.Struct, frozen=True):
 class ArtifactsClient:
     """Calls the artifacts service. Raises Problem 503 when it cannot be reached."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, key: str, clock: Callable[[], float]) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str, clock: Callable[[], float], public_url: str = "") -> None:
+        """`public_url`: where clients reach it; "": they do not."""
         self._session = session
         self._url = url.rstrip("/")
+        self._public_url = public_url.rstrip("/")
         self._key = key
         self._clock = clock
 
@@ -92,9 +99,20 @@ class ArtifactsClient:
         except (aiohttp.ClientError, TimeoutError, EOFError, msgspec.DecodeError) as error:
             raise ArchiveUnavailable(str(error)) from error
 
+    def direct(self, deed: DirectDeed, whose: Whose, below: str, request: web.Request) -> Direct | None:
+        """Where the client who asks may do this itself. An address of this machine is only for who asked for an address of this machine, and is on
+        it: what comes through a proxy does not see that address, or another one there."""
+        if not self._public_url or (_is_here(URL(self._public_url).host) and not (_is_here(request.remote) and _is_here(request.url.host))):
+            return None
+        url = f"{self._public_url}/artifacts/{whose.artifact}{below}"
+        return Direct(url=url, token=self._signed(deed, whose, DIRECT_SECONDS), seconds=DIRECT_SECONDS)
+
     def _grant(self, deed: Deed, whose: Whose) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._signed(deed, whose, GRANT_SECONDS)}"}
+
+    def _signed(self, deed: Deed | DirectDeed, whose: Whose, seconds: float) -> str:
         claims = {"team": whose.team, "artifact": whose.artifact, "action": deed, "actor": whose.actor}
-        return {"Authorization": f"Bearer {sign_token(self._key, claims, GRANT_SECONDS, self._clock())}"}
+        return sign_token(self._key, claims, seconds, self._clock())
 
 
 def relayed(inner: aiohttp.ClientResponse, body: bytes) -> web.Response:
@@ -103,6 +121,14 @@ def relayed(inner: aiohttp.ClientResponse, body: bytes) -> web.Response:
         raise unavailable(f"the artifacts service answered {inner.status}")
     headers = {name: inner.headers[name] for name in ("Retry-After", "Content-Range") if name in inner.headers}
     return web.Response(body=body, status=inner.status, content_type=inner.content_type, headers=headers)
+
+
+def _is_here(host: str | None) -> bool:
+    """Whether that is this machine, whichever it is."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 async def _noting(chunks: AsyncIterator[bytes], failure: list[Exception]) -> AsyncIterator[bytes]:

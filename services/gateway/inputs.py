@@ -1,7 +1,7 @@
 """A build's inputs, found by what names them: each must be there when the build is asked for."""
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
@@ -31,12 +31,11 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Inputs:
-    """Finds them. `now` is unix seconds."""
+    """Finds them."""
 
-    def __init__(self, queries: Queries, artifacts: ArtifactsClient, now: Callable[[], float]) -> None:
+    def __init__(self, queries: Queries, artifacts: ArtifactsClient) -> None:
         self._queries = queries
         self._artifacts = artifacts
-        self._now = now
 
     async def find(self, wanted_by: Mapping[str, str], request: str, principal: Principal) -> dict[str, ArtifactRef | Part]:
         """The trees that the references name, by input; nothing is made yet. A part's id is the same however often the `request` (which must tell one
@@ -53,8 +52,8 @@ class Inputs:
         except ValueError as error:
             raise invalid(place, str(error)) from None
         row = await self._artifact(place, meant, principal)
-        if over := row.over(self._now()):
-            raise invalid(place, _gone(row, over))
+        if row.gone:
+            raise invalid(place, _gone(row, row.gone))
         if not meant.path:
             return ArtifactRef(id=row.id, digest=row.digest, size=row.size, files=row.files)
         return Part(str(uuid.uuid5(_PARTS, "\0".join((principal.team, request, row.id, meant.path)))), place, row, meant.path)
@@ -88,7 +87,7 @@ class Inputs:
 
     async def make(self, part: Part, principal: Principal) -> ArtifactRef:
         """The part as an artifact of its own; the one that is there when it was made before. Raises Problem 422 naming the input, 429, 503, 507."""
-        query = urlencode({"from": part.row.id, "path": part.path, "name": part.path.rpartition("/")[2][:200]})
+        query = urlencode({"from": part.row.id, "path": part.path, "name": part.path.rpartition("/")[2][:200], "kind": "part"})
         async with self._artifacts.ask("put", Whose(principal.team, part.id, principal.actor), "POST", query=query) as answer:
             body = await answer.read()
         if answer.status != 201:

@@ -27,6 +27,7 @@ _SAID = {
     412: "it is not what you have",
     415: "its media type, or its encoding, is not one of those that may be sent",
     416: "there is no such range",
+    500: "what is stored of it is damaged or lost; `detail` names it, and uploading the same again mends it",
     429: "too many at once: try again, after Retry-After seconds",
     503: "try again, after Retry-After seconds",
     507: "there is no room: the store is full, or the team's quota is used up",

@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from libs.eventlog.projections import Get, Projection, Table
-from proto.api import BuildStage, BuildStatus, Positions, Step, TreeRef
+from proto.api import ArtifactKind, BuildStage, BuildStatus, Positions, Step, TreeRef
 from proto.envelope import Fact
 from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
 from proto.events.base import ArtifactRef
@@ -26,7 +26,7 @@ from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
 from proto.events.team import DEFAULT_POLICY, Role, TeamCreated, TeamPolicySet, TokenIssued
 
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 """Raised when a row's meaning changes: the tables are then rebuilt from the log."""
 
 CATEGORIES = frozenset({"team", "request", "build", "lease", "artifact"})
@@ -94,7 +94,7 @@ class ArtifactRow(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     team: str
-    kind: Literal["user", "output"]
+    kind: ArtifactKind
     name: str = ""
     digest: str
     size: int
@@ -106,10 +106,6 @@ class ArtifactRow(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
     gone: Literal["", "expired", "deleted"] = ""
     position: int
-
-    def over(self, now: float) -> str:
-        """Why nobody may ask for it any more at `now` (unix seconds), tombstone or not; "" while it is there."""
-        return self.gone or ("expired" if not self.pinned and 0 < self.expires_at <= now else "")
 
 
 TABLES = (
@@ -213,7 +209,7 @@ def _artifact(fact: Fact, event: ArtifactSealed, build_number: int) -> ArtifactR
     return ArtifactRow(
         id=event.artifact,
         team=fact.team,
-        kind=event.kind,
+        kind="part" if event.part else event.kind,
         name=event.name,
         digest=event.digest,
         size=event.size,

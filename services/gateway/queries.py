@@ -21,7 +21,7 @@ _BUILDS = """
 """
 _ARTIFACTS = """
     SELECT row_to_json(a) FROM artifacts a
-    WHERE team = $1 AND gone = '' AND (pinned OR expires_at = 0 OR expires_at > $4) AND ($2::bigint IS NULL OR position < $2){wanted}
+    WHERE team = $1 AND gone = '' AND ($2::bigint IS NULL OR position < $2){wanted}
     ORDER BY position DESC LIMIT $3
 """
 
@@ -105,13 +105,15 @@ class Queries:
         """The team's builds, newest first, numbered below `below`."""
         return await self._rows(BuildRow, _BUILDS, team, below, status, limit)
 
-    async def artifacts(self, team: str, limit: int, before: int | None, now: float, **wanted: str) -> list[ArtifactRow]:
-        """The team's artifacts that are there at `now` (unix seconds), newest first, sealed before position `before`; `wanted`: columns (kind, build,
-        name) and their values."""
-        conditions = "".join(f" AND {column} = ${number}" for number, column in enumerate(wanted, 5))
+    async def artifacts(self, team: str, limit: int, before: int | None, **wanted: str) -> list[ArtifactRow]:
+        """The team's artifacts, newest first, sealed before position `before`; `wanted`: columns (kind, build, name) and their values. Parts that
+        were made for builds are there only for whoever wants them."""
+        conditions = "".join(f" AND {column} = ${number}" for number, column in enumerate(wanted, 4))
+        if "kind" not in wanted:
+            conditions += " AND kind <> 'part'"
         if "build" in wanted:
             conditions += " AND build <> ''"  # so that the index of what builds made serves
-        return await self._rows(ArtifactRow, _ARTIFACTS.format(wanted=conditions), team, before, limit, int(now), *wanted.values())
+        return await self._rows(ArtifactRow, _ARTIFACTS.format(wanted=conditions), team, before, limit, *wanted.values())
 
     async def _rows(self, row: type[R], query: str, *arguments: object) -> list[R]:
         records = await _fetch(self._pool, query, *arguments)

@@ -53,7 +53,8 @@ LINGER = 0.002
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """`grant_key` signs grants for the artifacts service; `bootstrap_*` name the first team and the SHA-256 (hex) of its first token;
+    """`artifacts_public_url` is where clients reach the artifacts service, to move bytes past the gateway ("": they do not); `grant_key` signs grants
+    for it; `bootstrap_*` name the first team and the SHA-256 (hex) of its first token;
     `public_url` is what clients reach the gateway by; `max_submissions`: submissions under way at once, past that 429;
     `sse_*`: seconds between heartbeats, seconds in which a client must take something, bytes buffered for the watchers of one build;
     `log_wait_seconds`: how long the rest of a finished log is waited for."""
@@ -63,6 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nats_user: str
     nats_password: str
     artifacts_url: str
+    artifacts_public_url: str = ""
     grant_key: str
     bootstrap_team: TeamName = "main"
     bootstrap_token_sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-fA-F]{64})?$")] = ""
@@ -96,7 +98,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     teams: CommandLoop[TeamCommand, decider.Team] = CommandLoop(log, decider.TeamDecider(), new_id)
     feed = LogFeed(log)
     queries = Queries(log.pool)
-    artifacts = ArtifactsClient(session, settings.artifacts_url, settings.grant_key, time.time)
+    artifacts = ArtifactsClient(session, settings.artifacts_url, settings.grant_key, time.time, settings.artifacts_public_url)
     authenticator = Authenticator(queries.token, time.monotonic)
     streams = Streams(settings.sse_heartbeat_seconds, settings.sse_stall_seconds)
 
@@ -113,7 +115,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     )
     builds = BuildRoutes(
         queries=queries,
-        inputs=Inputs(queries, artifacts, time.time),
+        inputs=Inputs(queries, artifacts),
         requests=requests,
         log=log,
         passed=projector.passed,
@@ -122,10 +124,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
         ids=new_id,
         most_at_once=settings.max_submissions,
     )
-    kept = ArtifactRoutes(queries=queries, artifacts=artifacts, log=log, passed=projector.passed, now=time.time)
-    transfers = TransferRoutes(
-        known=kept, queries=queries, artifacts=artifacts, log=log, passed=projector.passed, now=time.time, public_url=public_url
-    )
+    kept = ArtifactRoutes(queries=queries, artifacts=artifacts, log=log, passed=projector.passed)
+    transfers = TransferRoutes(known=kept, queries=queries, artifacts=artifacts, log=log, passed=projector.passed, public_url=public_url)
     known = [
         *builds.endpoints(),
         *LogRoutes(builds=builds, hub=hub, streams=streams, reader=LogReader(bus, artifacts, queries.build)).endpoints(),

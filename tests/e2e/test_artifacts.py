@@ -155,6 +155,9 @@ def test_artifacts_are_pinned_touched_and_removed_several_at_once(cli: Cli, work
     assert cli("artifact", "unpin", one, two).stderr.splitlines()[1] == f"artifact:{two}: kept forever"
     touched = json.loads(cli("artifact", "touch", "--keep", "30d", one, "--json").stdout)
     assert [row["id"] for row in touched] == [one]
+    for shorten in ([], ["--shorten"]):
+        [kept] = json.loads(cli("artifact", "touch", "--keep", "1d", one, "--json", *shorten).stdout)
+        assert (kept["expires_at"] < touched[0]["expires_at"]) == bool(shorten)
     removed = cli("artifact", "rm", one, two)
     assert removed.stderr.splitlines() == [f"artifact:{one}: removed (5 files, 27 B)", f"artifact:{two}: removed (5 files, 27 B)"]
     gone = cli("artifact", "rm", one, two)

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from penstock.client import Client
-from tests.controls import eventually
+from tests.controls import eventually, files_in
 from tests.faults.system import System
 from tests.faults.work import archive
 
 
 def stored(system: System) -> list[Path]:
     """Every pack that is in the store, whole."""
-    return sorted(path for path in system.data.blobs.rglob("*") if path.is_file() and path.suffix != ".part")
+    return sorted(system.data.blobs / name for name in files_in(system.data.blobs) if not name.endswith(".part"))
 
 
 async def nothing_but_what_lives(system: System, client: Client) -> None:
@@ -32,7 +32,7 @@ async def nothing_but_what_lives(system: System, client: Client) -> None:
                     "AND NOT EXISTS (SELECT FROM artifacts.artifact WHERE 'upload:' || upload = holder)"
                 )
                 uploads = await database.fetch("SELECT id, sealing FROM artifacts.upload")
-            files = {path.relative_to(system.data.blobs).as_posix(): path.stat().st_size for path in system.data.blobs.rglob("*") if path.is_file()}
+            files = files_in(system.data.blobs)
             assert (unheld, strange, uploads) == ([], [], []), (unheld, strange, uploads)
             assert files == packs, (files, packs)
             return True

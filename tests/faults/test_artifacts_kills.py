@@ -95,11 +95,7 @@ async def test_an_upload_that_sleeps_through_its_lapse_is_not_sealed(
                 if not uploading.done():
                     await log.pool.execute("UPDATE artifacts.upload SET seen_at = seen_at - 7200")
 
-                    async def tidied() -> bool:
-                        return not await log.pool.fetchval("SELECT count(*) FROM artifacts.upload")
-
-                    await eventually(tidied)
-                    await asyncio.sleep(0.4)  # longer than the other's round
+                    await eventually(lambda: tidied(log), timeout=20)
                     service.process.send_signal(signal.SIGCONT)
                 stopped.cancel()
                 answer = await uploading
@@ -114,6 +110,15 @@ async def test_an_upload_that_sleeps_through_its_lapse_is_not_sealed(
                 break
         assert {201, 404} <= set(outcomes), outcomes
         await all_gone(log, other)
+
+
+async def tidied(log: PostgresLog) -> bool:
+    """No upload is left, nor anything that none of the artifacts holds."""
+    return not await log.pool.fetchval("""
+        SELECT (SELECT count(*) FROM artifacts.upload)
+            + (SELECT count(*) FROM artifacts.hold WHERE NOT EXISTS (SELECT FROM artifacts.artifact a WHERE 'upload:' || a.upload = holder))
+            + (SELECT count(*) FROM artifacts.pack p WHERE NOT EXISTS (SELECT FROM artifacts.hold WHERE pack = p.id))
+    """)
 
 
 async def is_stopped(pid: int) -> None:

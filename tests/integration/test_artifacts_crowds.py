@@ -1,7 +1,9 @@
 """Many at once, and slow ones: nobody keeps another team, or builds, from their turn; and what is damaged is not passed off as expired."""
 
 import asyncio
+import hashlib
 import os
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 from libs.archives.tree import CHUNK
 from libs.runtime.http import TIMEOUTS, Timeouts
 from services.artifacts import answers
+from services.artifacts.receiving import UPLOADS
 from services.artifacts.wiring import wire
-from tests.artifacts_fixture import TREE, Api, manifest, serving, tar
+from tests.artifacts_fixture import TREE, Api, manifest, running, serving, tar
+from tests.controls import eventually, files_in
 from tests.nats_fixture import NatsServer
 from tests.postgres_fixture import Database
 
@@ -137,7 +141,7 @@ async def test_what_is_made_of_a_damaged_artifact_is_said_to_be_damaged_and_not_
     async with serving(database, nats_server, tmp_path / "store") as api:
         files = {"d/b": os.urandom(100_000), "e": os.urandom(1000)}
         made = await api.put({"d/b": files["d/b"]})
-        (pack,) = (path for path in api.store.rglob("*") if path.is_file() and path.stat().st_size > 100_000)
+        (pack,) = (api.store / name for name, size in files_in(api.store).items() if size > 100_000)
         data = bytearray(pack.read_bytes())
         data[data.find(files["d/b"]) + 50_000] ^= 1
         pack.write_bytes(data)
@@ -152,3 +156,82 @@ async def test_what_is_made_of_a_damaged_artifact_is_said_to_be_damaged_and_not_
         assert (await api.get(made["id"], "?path=d/b")).body == files["d/b"], "it was only away"
         for query in ("", "&path=d"):
             assert (await api.of(str(uuid4()), "put", "POST", f"?from={made['id']}{query}")).status == 201
+
+
+MB = 1 << 20
+
+
+async def test_150_readers_that_do_not_read_cost_their_team_its_turns_and_nobody_anything_else(
+    database: Database, nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """FAULTS 18: of 96 turns a team has 24, all people have 72, and builds have the rest; memory is bounded by turns, not by readers."""
+    large = {"large": os.urandom(4 * CHUNK)}
+    async with running(database, nats_server, tmp_path / "store", "one") as service, AsyncExitStack() as stack:
+        api = service.api
+        mine, theirs = await api.put(large), await api.put(FILES, team="other")
+        builds = api.build("b1", inputs={"src": mine["digest"]})
+        before = service.peak
+        readers = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False, connector=aiohttp.TCPConnector(limit=0)))
+
+        async def read(artifact: str, team: str) -> int:
+            url = f"{api.url}/artifacts/{artifact}?path=large"
+            return (await stack.enter_async_context(readers.get(url, headers=api.grant(artifact, "get", team)))).status
+
+        assert Counter(await asyncio.gather(*(read(mine["id"], "main") for _ in range(150)))) == {200: 24, 429: 126}
+        assert (await api.get(theirs["id"], team="other")).status == 200
+        assert (await api.of(mine["id"], "see", "GET", "/tree")).status == 200
+        assert (await api.put({"c": b"gamma"}))["files"] == 1
+        assert (await api.ask("GET", "/inputs/src", builds)).status == 200
+        for team in ("second", "third"):
+            artifact = (await api.put(large, team=team))["id"]
+            assert Counter(await asyncio.gather(*(read(artifact, team) for _ in range(50)))) == {200: 24, 429: 26}
+        assert (await api.get(theirs["id"], team="other")).status == 429, "people have had all their turns"
+        for _ in range(3):
+            chunk = hashlib.sha256(large["large"][:CHUNK]).digest()
+            assert (await api.ask("POST", "/inputs/src/blobs", builds, data=chunk)).status == 200
+        assert service.peak - before < 72 * 16 * MB
+        await readers.close()
+
+        async def free() -> bool:
+            return (await api.get(mine["id"], "?path=large")).body == large["large"]
+
+        await eventually(free)
+
+
+async def test_uploads_that_are_opened_and_left_cost_their_team_its_turns_and_nobody_anything_else(
+    database: Database, nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """FAULTS 7, 8"""
+    async with running(database, nats_server, tmp_path / "store", "one") as service:
+        api, before, answered = service.api, service.peak, Counter[int]()
+        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+        async def leave(begun: list[bytes]) -> None:
+            headers = api.grant(artifact := str(uuid4()), "put")
+            async with session.post(f"{api.url}/artifacts/{artifact}", headers=headers, data=_begun(begun), expect100=True) as answer:
+                answered[answer.status] += 1
+
+        begun: list[bytes] = []
+        left = [asyncio.create_task(leave(begun)) for _ in range(200)]
+        most = UPLOADS // 4
+        await eventually(lambda: (len(begun), answered) == (most, {429: 200 - most}))
+        assert (await api.upload(tar(FILES))).status == 429
+        assert (await api.upload(tar(FILES), team="other")).status == 201
+        headers = {**api.build(), "Content-Type": TREE}
+        assert (await api.ask("POST", "/outputs/step/out", headers, data=manifest({}))).status == 201
+        assert service.peak - before < (most + 2) * 24 * MB
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left)
+        await session.close()
+
+        async def free() -> bool:
+            return (await api.upload(tar(FILES))).status == 201
+
+        await eventually(free)
+
+
+async def _begun(begun: list[bytes]) -> AsyncIterator[bytes]:
+    begun.append(b"")
+    yield tar(FILES)[:600]
+    await asyncio.Event().wait()

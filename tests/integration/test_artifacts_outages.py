@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -14,9 +15,10 @@ from libs.archives.tree import CHUNK, ZERO_CHUNK, Entry
 from libs.blobstore.objects import Folder, StoreUnavailable
 from libs.eventlog.postgres import open_postgres_log
 from libs.runtime.http import TIMEOUTS, Timeouts
+from proto.events.artifact import LogArchived
 from services.artifacts.wiring import wire
 from tests.artifacts_fixture import TREE, Api, blob_stream, manifest, missing, running, serving, tar
-from tests.controls import eventually
+from tests.controls import eventually, write
 from tests.nats_fixture import NatsServer
 from tests.postgres_fixture import Database
 
@@ -47,6 +49,24 @@ async def test_while_the_store_is_away_uploads_are_503_and_go_on_afterwards(api:
             assert (answer.status, answer.problem, answer.headers["Retry-After"]) == (503, "unavailable", "1")
     assert (await api.send_blobs(artifact, blob_stream(missing(FILES, pending)))).status == 201
     await api.reads_back(artifact, FILES)
+
+
+async def test_a_team_whose_folder_is_lost_is_told_what_is_lost_and_one_upload_heals_it(api: Api) -> None:
+    files = {"a": os.urandom(9 << 20), "b": b"small"}
+    made, other = await api.put(files), await api.put({"c": b"another"})
+    theirs = await api.put(files, team="other")
+    shutil.rmtree(api.store / "main")
+    for query in ("", "?format=tree", "?path=b"):
+        answer = await api.get(made["id"], query)
+        assert (answer.status, answer.problem) == (500, "damaged"), answer.body
+        assert "is gone" in answer.json["detail"] and "uploading the same files again heals it" in answer.json["detail"]
+    await api.reads_back(theirs["id"], files, "other")
+    again = await api.put(files)
+    for artifact in (again, made):
+        await api.reads_back(artifact["id"], files)
+    assert (await api.get(other["id"])).status == 500
+    await api.put({"c": b"another"})
+    await api.reads_back(other["id"], {"c": b"another"})
 
 
 async def test_a_sender_that_dawdles_is_cut_off_and_what_it_sent_is_kept(
@@ -82,6 +102,9 @@ async def test_what_lives_is_held_again_when_the_index_was_lost(database: Databa
         kept, deleted = await api.put(FILES), await api.put({"x": b"x"})
         await api.of(deleted["id"], "change", "DELETE")
         await eventually(lambda: len(api.stored()) <= 2)
+    async with open_postgres_log(database.url("artifacts")) as log:
+        lost = LogArchived(build="b", stage="s", attempt=1, archive=1, digest="ab" * 32, chunks=1, lines=1, bytes=1)
+        await log.append([write("artifact-log-b-s-1", lost)])
     async with open_postgres_log(database.url("postgres")) as log:
         await log.pool.execute("DROP TABLE artifacts.hold, artifacts.blob, artifacts.pack, artifacts.adopted, artifacts.leftover, artifacts.upload")
         async with serving(database, nats_server, store) as api:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from libs.archives.pump import in_thread
 from libs.archives.tree import CHUNK
-from libs.blobstore.objects import ObjectMissing, Objects, open_objects
+from libs.blobstore.objects import Folder, ObjectMissing, Objects, open_objects
 from libs.blobstore.store import (
     BlobDamaged,
     BlobMissing,
@@ -223,6 +224,52 @@ async def test_uploads_at_once_keep_to_the_quota_together(database: Database, fo
         assert not await upload(9)
 
 
+async def test_instances_keep_to_the_quota_together(database: Database, folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs of both are under way at once; what one fails to store is the other's room."""
+    put, on, at_it = Folder.put, threading.Event(), threading.Barrier(3)
+
+    def waiting(self: Folder, key: str, data: Sequence[bytes]) -> None:
+        at_it.wait(20)
+        on.wait(20)
+        if key.startswith("main/one"):
+            raise StoreUnavailable("not this one")
+        put(self, key, data)
+
+    at = (running(database, folder.url, name) for name in ("one", "two", "three"))
+    async with next(at) as one, next(at) as two, next(at) as three:
+        tries = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "put", waiting)
+            for number, store in enumerate((one, two)):
+                tries.append(asyncio.create_task(_within(store, f"h{number}", 20_000, 50_000)))
+            await asyncio.to_thread(at_it.wait, 20)
+            with pytest.raises(QuotaExceeded):
+                await _within(three, "h", 20_000, 50_000)
+            on.set()
+            first, second = await asyncio.gather(*tries, return_exceptions=True)
+        assert isinstance(first, StoreUnavailable) and second is None
+        await _within(three, "h", 20_000, 50_000)
+        assert 40_000 < await one.usage("main") <= 50_000
+        with pytest.raises(QuotaExceeded):
+            await _within(one, "too much", 20_000, 50_000)
+
+
+async def _within(store: BlobStore, holder: str, size: int, quota: int) -> None:
+    going = store.begin("main", holder, quota, quota)
+    try:
+        await in_thread(lambda: (going.add(os.urandom(size)), going.flush()), store.threads)
+    finally:
+        await in_thread(going.close, store.threads)
+
+
+async def test_an_index_from_before_room_was_taken_is_brought_up_to_date(database: Database, folder: Place) -> None:
+    async with running(database, folder.url, "one") as store:
+        await store.put("main", "h", b"old")
+    await execute(database, "ALTER TABLE leftover DROP COLUMN bytes")
+    async with running(database, folder.url, "two") as store:
+        await _within(store, "g", 1000, 50_000)
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 async def test_a_damaged_pack_is_named_and_the_next_upload_heals_it_for_all_who_hold_it(database: Database, place: Place, damage: str) -> None:
     blobs = some(20)
@@ -260,22 +307,40 @@ async def test_a_damaged_pack_is_named_and_the_next_upload_heals_it_for_all_who_
         await empty_after_collection(store, place)
 
 
-@pytest.mark.parametrize("away", ["store", "store/main"])
-async def test_a_folder_that_is_not_there_for_a_moment_damages_nothing(database: Database, folder: Place, tmp_path: Path, away: str) -> None:
+async def test_a_store_that_is_not_mounted_for_a_moment_damages_nothing(database: Database, folder: Place, tmp_path: Path) -> None:
     blobs = some(20)
     async with running(database, folder.url) as store:
         digests = await uploaded(store, "main", "h", blobs)
-        (tmp_path / away).rename(tmp_path / "away")
+        (tmp_path / "store").rename(tmp_path / "away")
         for mounted in (False, True):
             if mounted:
-                (tmp_path / away).mkdir()
+                (tmp_path / "store").mkdir()
             for way in (store.get("main", digests[0]), read(store, "main", digests)):
                 with pytest.raises(StoreUnavailable):
                     await way
-        (tmp_path / away).rmdir()
-        (tmp_path / "away").rename(tmp_path / away)
+        (tmp_path / "store").rmdir()
+        (tmp_path / "away").rename(tmp_path / "store")
         assert await store.hold("main", "g", digests) == []
         assert await read(store, "main", digests) == blobs
+
+
+async def test_what_a_team_had_is_said_to_be_lost_with_its_folder_and_one_upload_heals_it(database: Database, folder: Place, tmp_path: Path) -> None:
+    blobs, more = some(20), some(3, 4000)
+    async with running(database, folder.url) as store:
+        digests = await uploaded(store, "main", "h", blobs)
+        others = await uploaded(store, "main", "g", more)
+        theirs = await uploaded(store, "other", "h", blobs)
+        (tmp_path / "store" / "main").rename(tmp_path / "lost")
+        for way in (store.get("main", digests[0]), read(store, "main", digests)):
+            with pytest.raises(BlobDamaged, match=r"pack main/.* is gone"):
+                await way
+        assert len(await store.hold("main", "i", [*digests, *others])) == 23, "all of it is missing, also what nobody has read"
+        assert await store.hold("other", "i", theirs) == []
+        await uploaded(store, "main", "i", [*blobs, *more])
+        assert await read(store, "main", [*digests, *others]) == [*blobs, *more]
+        await store.release("main", ["i"])
+        await store.collect()
+        assert await read(store, "main", [*digests, *others]) == [*blobs, *more], "those who held it hold what has come"
 
 
 @pytest.mark.parametrize("way", ["read", "stream"])

@@ -108,8 +108,8 @@ async def test_what_is_changed_about_a_lifetime_is_seen_at_once(gateway: Gateway
     assert (await gateway.json("PATCH", one, 200, json={"keep": 1}))["expires_at"] == before["expires_at"]
     assert (await gateway.json("PATCH", one, 200, json={"keep": 10**6}))["expires_at"] > before["expires_at"]
     await gateway.json("PATCH", one, 200, json={"keep": 0, "shorten": True})
-    assert (await gateway.json("GET", one, 410))["type"].endswith("expired")
     await eventually(lambda: _tombstone(gateway))
+    assert (await gateway.json("GET", one, 410))["type"].endswith("expired")
     assert (await gateway.json("PATCH", one, 410, json={"keep": 100}))["type"].endswith("expired")
 
 
@@ -124,6 +124,9 @@ async def test_a_folder_of_an_artifact_is_an_input_and_the_same_for_a_repeat_how
     part, file = (build["inputs"][name]["id"] for name in ("src", "file"))
     assert build["inputs"]["src"]["digest"] == tree_digest({"b": b"beta", "deep/c": b"gamma"})
     assert build["inputs"]["file"]["digest"] == tree_digest({"c": b"gamma"})
+    assert [each["id"] for each in (await gateway.json("GET", ALL, 200))["items"]] == [artifact], "nobody asked for the parts by themselves"
+    assert {each["id"] for each in (await gateway.json("GET", f"{ALL}?kind=part", 200))["items"]} == {part, file}
+    assert (await gateway.json("GET", f"{ALL}/{part}", 200, headers={"Accept": "application/json"}))["kind"] == "part"
     assert (await fetched(gateway, f"{ALL}/{file}?path=c"))[1] == b"gamma"
     async with asyncio.TaskGroup() as group:
         for each in (artifact, part, file):
@@ -133,7 +136,8 @@ async def test_a_folder_of_an_artifact_is_an_input_and_the_same_for_a_repeat_how
     fresh = (await gateway.json("POST", ALL, 201, data=tar(FILES)))["id"]
     assert "there is no `no`" in (await gateway.submit(inputs={"src": f"artifact:{fresh}/no"}, status=422))["detail"]
     copy = await gateway.json("POST", f"{ALL}?from={fresh}&path=lib/deep&name=part", 201)
-    assert (copy["digest"], copy["name"]) == (tree_digest({"c": b"gamma"}), "part")
+    assert (copy["digest"], copy["name"], copy["kind"]) == (tree_digest({"c": b"gamma"}), "part", "user")
+    assert {each["id"] for each in (await gateway.json("GET", ALL, 200))["items"]} == {fresh, copy["id"]}
 
 
 async def test_another_team_finds_neither_an_artifact_nor_an_unfinished_upload(gateway: Gateway) -> None:

@@ -47,8 +47,10 @@ async def test_artifacts_are_listed_by_pages_newest_first(gateway: Gateway) -> N
     for number in range(3):
         await seal(gateway, f"u{number}", name=f"n{number}")
     await seal(gateway, "old", expires_at=1)
+    await gateway.record("artifact-old", ArtifactExpired(artifact="old"))
     await seal(gateway, "o", kind="output", build=build["id"], name="dist")
     await seal(gateway, "e", kind="output", build="another", name="dist", expires_at=1, pinned=True)
+    await seal(gateway, "p", part=True)
     await eventually(lambda: _listed(gateway, 5))
     first = await gateway.json("GET", "/teams/main/user-artifacts?limit=3&kind=user", 200)
     assert [item["id"] for item in first["items"]] == ["u2", "u1", "u0"]
@@ -63,6 +65,7 @@ async def test_artifacts_are_listed_by_pages_newest_first(gateway: Gateway) -> N
         (f"build={build['id']}&kind=output", ["o"]),
         ("name=n1", ["u1"]),
         ("kind=output", ["e", "o"]),
+        ("kind=part", ["p"]),
         ("name=%00", []),
     ]:
         assert [item["id"] for item in (await gateway.json("GET", f"/teams/main/user-artifacts?{query}", 200))["items"]] == ids
@@ -220,6 +223,9 @@ INPUT: dict[str, object] = {
 
 async def test_an_artifact_is_an_input_until_it_is_gone(gateway: Gateway) -> None:
     await seal(gateway, "a1", name="mine", expires_at=1)
+    await eventually(lambda: _listed(gateway, 1))
+    await gateway.submit(INPUT, inputs={"src": "a1"})  # no clock has been judged by: there is no tombstone
+    await gateway.record("artifact-a1", ArtifactExpired(artifact="a1"))
     await seal(gateway, "a2", digest="d2", size=7, files=2)
     await seal(gateway, "a3", expires_at=1, pinned=True)
     await seal(gateway, "a4", kind="output", build="b")
@@ -286,7 +292,7 @@ async def test_a_part_of_an_artifact_is_an_input_the_same_for_a_repeat(gateway: 
     part = first["inputs"]["src"]["id"]
     assert part != artifact
     method, path, _ = gateway.artifacts.asked[-1]
-    assert (method, path) == ("POST", f"/artifacts/{part}?from={artifact}&path=lib%2Fa+b&name=a+b")
+    assert (method, path) == ("POST", f"/artifacts/{part}?from={artifact}&path=lib%2Fa+b&name=a+b&kind=part")
     asked = len(gateway.artifacts.asked)
     assert await gateway.submit(INPUT, inputs=inputs, headers=key) == first
     assert len(gateway.artifacts.asked) == asked

@@ -40,6 +40,18 @@ async def test_the_api_is_what_its_description_says(database, nats_server, role:
                     await asyncio.to_thread(_ask, gateway, described, path, method, names, token)
 
 
+async def test_what_may_keep_bytes_from_coming_and_going_is_described(database, nats_server) -> None:
+    async with running_gateway(database, nats_server.url) as gateway:
+        paths = (await gateway.json("GET", "/openapi.json", 200))["paths"]
+    artifacts = "/api/v1/teams/{team}/user-artifacts"
+    one = artifacts + "/{artifact}"
+    for path, method in ((artifacts, "post"), (one + "/blobs", "put"), (one + "/blobs", "post"), (one, "get"), (one, "head"), (one + "/tree", "get")):
+        described = paths[path][method]["responses"].keys()
+        assert {"410", "429", "500", "503"} <= described
+        assert ("507" in described) == (method == "put" or path == artifacts)
+    assert {"429", "507"} <= paths["/api/v1/teams/{team}/builds"]["post"]["responses"].keys()
+
+
 def _ask(gateway: Gateway, described: Any, path: str, method: str, names: dict[str, str], token: str) -> None:
     operation = schemathesis.openapi.from_dict(described)[path][method]
     assert set(DESCRIBED) <= {check.__name__ for check in CHECKS.get_all()}

@@ -85,6 +85,11 @@ class ArtifactServer:
                 return problem(404, "tree-unknown")
             self.manifests[key] = self.manifests[found[0]]
             return self._answer(key)
+        if request.content_type == "application/vnd.penstock.blobs+tree":
+            end = self._end(body)
+            if refused := self._store(body[:end]):
+                return refused
+            body = body[end:]
         assert b"".join(manifest_of(read_manifest(body))) == body
         self.manifests[key] = body
         return self._answer(key)
@@ -109,6 +114,13 @@ class ArtifactServer:
                 ranges.append([n, n])
         lacked = sum(size for _, _, size in missing)
         return web.json_response({"id": artifact, "missing": ranges, "missing_bytes": lacked, "missing_blobs": len(missing)}, status=pending)
+
+    def _end(self, data: bytes) -> int:
+        """Where the stream that the data begins with ends."""
+        at = 0
+        while data[at : at + 36] != END:
+            at += 36 + int.from_bytes(data[at + 32 : at + 36], "big")
+        return at + 36
 
     def _store(self, data: bytes) -> web.Response | None:
         """Frames up to the end or the cut."""

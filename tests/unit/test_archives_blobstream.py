@@ -1,12 +1,15 @@
 """Blob streams: what was asked for comes through, whole and once; anything else is refused as soon as it shows."""
 
+import asyncio
 import hashlib
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libs.archives.blobstream import END_FRAME, BlobStreamReader, frame_header, frames
+from libs.archives.blobstream import END_FRAME, BlobStreamReader, frame_header, frames, whole_pieces
+from libs.archives.pages import LARGE, is_paged
 from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import CHUNK
 
@@ -79,3 +82,43 @@ def test_what_is_refused_is_refused_before_its_bytes_are_kept() -> None:
     reader = BlobStreamReader({}.get)
     with pytest.raises(ArchiveRefused, match="not wanted"):
         list(reader.feed(frame_header(ONE[0], CHUNK)))
+
+
+@given(st.lists(st.sampled_from([1, 35, 36, 37, 5000, (1 << 20) - 1, 1 << 20, CHUNK]), max_size=12), st.integers(0, 1 << 20))
+@settings(deadline=None, max_examples=30)
+def test_whole_pieces_are_the_stream_and_large_blobs_are_not_copied(sizes: list[int], cut: int) -> None:
+    blobs = {hashlib.sha256(contents).digest(): contents for contents in (bytes([n + 1]) * size for n, size in enumerate(sizes))}
+    stream = b"".join(frames(blobs.items()))
+    assert asyncio.run(_whole(stream)) == (stream, blobs, sum(len(contents) >= LARGE for contents in blobs.values()))
+    assert asyncio.run(_whole(stream[:cut], whole=False))[0] == stream[:cut]
+
+
+async def _whole(stream: bytes, whole: bool = True) -> tuple[bytes, dict[bytes, bytes], int]:
+    """The pieces together, the blobs in them, and how many of these lie at a page of their own."""
+    at = 0
+
+    async def fill(memory: memoryview) -> int:
+        nonlocal at
+        part = stream[at : at + len(memory)]
+        memory[: len(part)] = part
+        at += len(part)
+        return len(part)
+
+    reader = BlobStreamReader(lambda digest: CHUNK) if not whole else BlobStreamReader(dict(_sizes(stream)).get)
+    together, found, paged = b"", {}, 0
+    async for piece in whole_pieces(fill):
+        together += piece
+        if whole:
+            for digest, contents in reader.feed(piece):
+                found[digest] = bytes(contents)
+                paged += is_paged(contents)
+    if whole:
+        reader.finish()
+    return together, found, paged
+
+
+def _sizes(stream: bytes) -> Iterator[tuple[bytes, int]]:
+    at = 0
+    while size := int.from_bytes(stream[at + 32 : at + 36], "big"):
+        yield stream[at : at + 32], size
+        at += 36 + size

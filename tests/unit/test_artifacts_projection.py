@@ -8,13 +8,13 @@ import pytest
 
 from libs.eventlog.projections import Gone
 from proto.envelope import Fact
-from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed
+from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived, LogGap
 from proto.events.base import ArtifactRef, Event
-from proto.events.build import BuildFinished, StageFinished, StageQueued
+from proto.events.build import BuildFinished, LogExtent, StageFinished, StageQueued
 from proto.events.request import BuildRequested
 from proto.events.team import TeamPolicySet
 from proto.plan import Plan, Requirements
-from services.artifacts.projection import ALL, ARTIFACTS, ArtifactRow, OverRow, PolicyRow, UseRow, keys, project
+from services.artifacts.projection import ALL, ARTIFACTS, ArtifactRow, LogRow, OverRow, PolicyRow, UseRow, keys, project
 
 SEALED = ArtifactSealed(artifact="a", kind="user", digest="d", size=1, files=1, expires_at=100, upload="u")
 ROW = ArtifactRow(id="a", team="main", digest="d", size=1, files=1, upload="u", due_at=100)
@@ -116,3 +116,27 @@ def test_the_last_policy_holds() -> None:
     assert fold(*(("team-main", event) for event in set_to))[PolicyRow] == {
         "main": PolicyRow(team="main", input_seconds=9, output_seconds=2, quota_bytes=3)
     }
+
+
+def logged(chunks: int, *archives: LogArchived) -> dict[str, LogRow]:
+    ended = StageFinished(stage="s", attempt=1, status="succeeded", worker="w1", log=LogExtent(chunks=chunks, lines=5, bytes=9))
+    return fold(ended, *(("artifact-log-b-s-1", each) for each in archives), deliveries=2)[LogRow]
+
+
+def an_archive(number: int, chunks: int, *gaps: LogGap) -> LogArchived:
+    return LogArchived(build="b", stage="s", attempt=1, archive=number, digest="d", chunks=chunks, lines=5, bytes=9, gaps=list(gaps))
+
+
+def test_a_log_is_to_be_archived_until_its_archive_holds_all_chunks() -> None:
+    [row] = logged(3).values()
+    assert (row.stream, row.team, row.worker, row.chunks, row.lines, row.bytes, row.archive) == ("artifact-log-b-s-1", "main", "w1", 3, 5, 9, 0)
+    assert [row.archive for row in logged(3, an_archive(1, 2, LogGap(first=2, last=2))).values()] == [1]
+    assert logged(3, an_archive(1, 2, LogGap(first=2, last=2)), an_archive(2, 3)) == {}
+
+
+def test_of_a_lost_workers_log_nobody_knows_whether_it_is_whole() -> None:
+    assert [row.archive for row in logged(-1, an_archive(1, 3)).values()] == [1]
+
+
+def test_an_attempt_without_a_log_has_none_to_be_archived() -> None:
+    assert logged(0) == {} == fold(StageFinished(stage="s", attempt=1, status="succeeded"))[LogRow]

@@ -81,6 +81,21 @@ async def test_after_an_edit_only_the_file_is_read_and_sent(source: Path) -> Non
     assert server.received < 200 * 120
 
 
+async def test_a_small_edit_comes_with_the_manifest_and_not_where_it_is_not_alone_missing(source: Path) -> None:
+    server, other = ArtifactServer(), ArtifactServer()
+    async with connected(server) as client, connected(other) as elsewhere:
+        await client.upload(source)
+        edited = sorted(path for path in source.rglob("*") if path.is_file())[0]
+        edited.write_bytes(b"another text")
+        server.log.clear()
+        artifact = await client.upload(source)
+        assert server.log == ["POST "]
+        assert artifact.digest
+        edited.write_bytes(b"and yet another")
+        await elsewhere.upload(source)  # it never had the tree before
+        assert [line.split()[0] for line in other.log] == ["POST", "PUT"]
+
+
 async def test_an_upload_goes_on_wherever_its_connection_is_cut(source: Path) -> None:
     (source / "big").write_bytes(os.urandom(2 * CHUNK))
     server = ArtifactServer()

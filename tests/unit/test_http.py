@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,7 +15,7 @@ from aiohttp import ClientSession, web
 
 from libs.eventlog.log import LogUnavailable
 from libs.runtime.decisions import Refused
-from libs.runtime.http import TIMEOUTS, Problem, Timeouts, expect_later, problems, read_body, runner, strict_json
+from libs.runtime.http import TIMEOUTS, Problem, Timeouts, expect_later, problems, read_body, runner, straight, strict_json
 
 
 class Inner(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,6 +122,19 @@ async def echo_length(request: web.Request) -> web.Response:
     return web.Response(text=str(len(await read_body(request, LIMIT))))
 
 
+async def digest_straight(request: web.Request) -> web.Response:
+    """What is read, in a size that fits nothing; the query's `stop` ends it in the middle."""
+    found = hashlib.sha256()
+    with straight(request) as body:
+        assert body is not None
+        memory = memoryview(bytearray(1_000_003))
+        while came := await body.into(memory):
+            found.update(memory[:came])
+            if "stop" in request.query:
+                raise Refused("conflict", "enough")
+    return web.Response(text=found.hexdigest())
+
+
 async def failing(request: web.Request) -> web.Response:
     match request.match_info["how"]:
         case "refused":
@@ -135,6 +150,7 @@ async def serving(timeouts: Timeouts) -> AsyncIterator[int]:
     app = web.Application(middlewares=[problems])
     app[TIMEOUTS] = timeouts
     app.router.add_post("/echo", echo_length, expect_handler=expect_later)
+    app.router.add_post("/straight", digest_straight, expect_handler=expect_later)
     app.router.add_get("/fail/{how}", failing)
     running = runner(app)
     await running.setup()
@@ -231,6 +247,40 @@ async def test_a_body_in_drips_is_refused() -> None:
     async with serving(QUICK) as port:
         answer = await talk(port, b"POST /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 500\r\n\r\n", *[b"X"] * 20, pause=0.03)
         assert problem_of(answer)["status"] == 408
+
+
+LARGE = os.urandom(5 << 20)
+LARGE_HEAD = b"POST /straight%s HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 70_001, 1 << 20])
+async def test_a_body_is_read_straight_from_its_socket_however_it_comes(size: int) -> None:
+    """The connection is closed afterwards, and what followed is none of its bytes."""
+    pieces = [LARGE[at : at + size] for at in range(0, len(LARGE), size)] if size > 1 else [LARGE[:1], LARGE[1:-1], LARGE[-1:]]
+    async with serving(Timeouts()) as port:
+        answer = await talk(port, LARGE_HEAD % (b"", b"", len(LARGE)), *pieces, b"GET /fail/log HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert answer.endswith(hashlib.sha256(LARGE).hexdigest().encode())
+    assert b"Connection: close" in answer
+
+
+async def test_a_straight_body_is_told_to_come() -> None:
+    async with serving(Timeouts()) as port:
+        answer = await talk(port, LARGE_HEAD % (b"", b"Expect: 100-continue\r\n", len(LARGE)), b"", LARGE, pause=0.2)
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
+
+
+async def test_a_straight_body_in_drips_is_refused() -> None:
+    """FAULTS 7"""
+    async with serving(QUICK) as port:
+        answer = await talk(port, LARGE_HEAD % (b"", b"", len(LARGE)), *[b"X"] * 40, pause=0.03)
+        assert problem_of(answer)["status"] == 408
+
+
+async def test_a_straight_body_that_is_refused_in_the_middle_is_answered() -> None:
+    async with serving(QUICK) as port:
+        answer = await talk(port, LARGE_HEAD % (b"?stop=1", b"", len(LARGE)), LARGE)
+        assert problem_of(answer)["status"] == 409
 
 
 @pytest.mark.parametrize("order", [0, 1])

@@ -37,14 +37,19 @@ def unpin(ctx: click.Context, refs: Sequence[Reference], as_json: bool, team: st
 @click.command(short_help="Keep artifacts for longer.")
 @several
 @click.option(
-    "--keep", required=True, type=Duration(), metavar="TIME", help="How long from now: 12h, 7d. One that is kept for longer already stays so."
+    "--keep",
+    required=True,
+    type=Duration(),
+    metavar="TIME",
+    help="How long from now: 12h, 7d. One that is kept for longer already stays so, unless you --shorten.",
 )
+@click.option("--shorten", is_flag=True, help="Let also those expire then that are kept for longer.")
 @json_option
 @team_option
 @click.pass_context
-def touch(ctx: click.Context, refs: Sequence[Reference], keep: int, as_json: bool, team: str | None) -> None:
+def touch(ctx: click.Context, refs: Sequence[Reference], keep: int, shorten: bool, as_json: bool, team: str | None) -> None:
     """Keep artifacts for so long from now (`pin` keeps them for good)."""
-    _change(ctx, refs, as_json, team, lambda client, found: client.touch(found.artifact.id, keep))
+    _change(ctx, refs, as_json, team, lambda client, found: client.touch(found.artifact.id, keep, shorten))
 
 
 @click.command(short_help="Remove artifacts.")

@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Literal
+from typing import Literal, get_args
 
 import click
 
@@ -13,6 +13,7 @@ from penstock.cli.running import Mistake, connect, json_option, print_json, run,
 from penstock.cli.tables import print_table
 from penstock.cli.terminal import Terminal, printable
 from penstock.client import Artifact, Client, NotFound, TreeEntry
+from penstock.client.model import ArtifactKind
 
 HEADING = ("id", "kind", "name", "files", "size", "build", "age", "expires")
 SOON = 3600.0  # seconds before its expiry from which on an artifact is marked
@@ -22,7 +23,11 @@ SOON = 3600.0  # seconds before its expiry from which on an artifact is marked
 @click.argument("ref", required=False, type=Ref())
 @click.option("-r", "--recursive", is_flag=True, help="With REF: folders with all that is in them.")
 @click.option("-l", "--long", is_flag=True, help="With REF: also kind, size and digest.")
-@click.option("--kind", type=click.Choice(["user", "output"]), help="Only what people uploaded, or what builds made.")
+@click.option(
+    "--kind",
+    type=click.Choice(get_args(ArtifactKind)),
+    help="Only uploads, only what builds made, or only the parts of others that builds were given (not listed otherwise).",
+)
 @click.option("--build", type=click.IntRange(min=1), metavar="N", help="Only the outputs of build N.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="So many artifacts at most.")
 @json_option
@@ -33,7 +38,7 @@ def ls(
     ref: Reference | None,
     recursive: bool,
     long: bool,
-    kind: Literal["user", "output"] | None,
+    kind: ArtifactKind | None,
     build: int | None,
     limit: int,
     as_json: bool,
@@ -62,7 +67,7 @@ def ls(
         print_json(entries)
 
 
-async def _artifacts(client: Client, kind: Literal["", "user", "output"], build: int | None, limit: int) -> tuple[list[Artifact], bool]:
+async def _artifacts(client: Client, kind: ArtifactKind | Literal[""], build: int | None, limit: int) -> tuple[list[Artifact], bool]:
     """So many at most, and whether there are more."""
     found: list[Artifact] = []
     async with client:

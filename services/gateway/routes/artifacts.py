@@ -1,7 +1,7 @@
 """Artifacts as the read models know them: list, look, change their lifetime, delete. Their bytes are in transfers.py."""
 
 from collections.abc import Awaitable, Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import aiohttp
 import msgspec
@@ -9,7 +9,7 @@ from aiohttp import web
 
 from libs.eventlog.log import EventLog
 from libs.runtime.http import read_body, strict_json, unavailable
-from proto.api import Artifact, ArtifactChange, ArtifactPage, ProblemDetails, TreePage, Usage
+from proto.api import Artifact, ArtifactChange, ArtifactKind, ArtifactPage, ProblemDetails, TreePage, Usage
 from services.gateway.artifacts import ArtifactsClient, Whose, relayed
 from services.gateway.auth import Principal
 from services.gateway.projection import ArtifactRow
@@ -19,12 +19,12 @@ from services.gateway.routes.endpoint import PAGE, Endpoint, Parameter, answer, 
 from services.gateway.views import artifact_view
 
 MAX_BODY = 16 << 10
-
-Kind = Literal["user", "output"]
+READING: dict[int, type[ProblemDetails]] = {410: ProblemDetails, 429: ProblemDetails, 500: ProblemDetails}
+"""What else may come of looking into an artifact."""
 
 
 class ArtifactRoutes:
-    """`passed(position, timeout)` waits for the gateway's own read models; `now` is unix seconds."""
+    """`passed(position, timeout)` waits for the gateway's own read models."""
 
     def __init__(
         self,
@@ -33,13 +33,11 @@ class ArtifactRoutes:
         artifacts: ArtifactsClient,
         log: EventLog,
         passed: Callable[[int, float], Awaitable[bool]],
-        now: Callable[[], float],
     ) -> None:
         self._queries = queries
         self._artifacts = artifacts
         self._log = log
         self._passed = passed
-        self._now = now
 
     def endpoints(self) -> list[Endpoint]:
         artifacts, one = "/teams/{team}/user-artifacts", "/teams/{team}/user-artifacts/{artifact}"
@@ -51,7 +49,11 @@ class ArtifactRoutes:
                 handler=self.list,
                 parameters=(
                     *PAGE,
-                    Parameter(name="kind", about="only uploads (user), or only what builds made (output)", schema=Kind),
+                    Parameter(
+                        name="kind",
+                        about="only uploads (user), what builds made (output) or were given of others (part); left away: all but parts",
+                        schema=ArtifactKind,
+                    ),
                     Parameter(name="build", about="only what this build made, by number or id"),
                     Parameter(name="name", about="only those of this name"),
                 ),
@@ -68,7 +70,7 @@ class ArtifactRoutes:
                     Parameter(name="limit", about="at most this many (1 to 5000)", schema=int),
                     Parameter(name="cursor", about="`next` of the page before"),
                 ),
-                answers={200: TreePage, 410: ProblemDetails},
+                answers={200: TreePage, **READING},
             ),
             Endpoint(
                 method="PATCH",
@@ -99,8 +101,8 @@ class ArtifactRoutes:
     async def find(self, artifact: str, principal: Principal) -> ArtifactRow:
         """An artifact that is there. Raises Problem 404, 410."""
         row = await self._of_team(artifact, principal)
-        if why := row.over(self._now()):
-            raise gone("artifact", artifact, why, row.expires_at)
+        if row.gone:
+            raise gone("artifact", artifact, row.gone, row.expires_at)
         return row
 
     async def _of_team(self, artifact: str, principal: Principal) -> ArtifactRow:
@@ -112,8 +114,8 @@ class ArtifactRoutes:
     async def list(self, request: web.Request, principal: Principal) -> web.Response:
         limit, before = page(request)
         wanted = {name: request.query[name] for name in ("kind", "build", "name") if name in request.query}
-        if wanted.get("kind", "user") not in get_args(Kind):
-            raise invalid("kind", f"one of {', '.join(get_args(Kind))}")
+        if wanted.get("kind", "user") not in get_args(ArtifactKind):
+            raise invalid("kind", f"one of {', '.join(get_args(ArtifactKind))}")
         if "build" in wanted:
             build = await self._queries.build_of_team(principal.team, wanted["build"])
             if build is None:
@@ -121,7 +123,7 @@ class ArtifactRoutes:
             wanted["build"] = build.id
         if "name" in wanted and not _is_text(wanted["name"]):
             return answer(ArtifactPage(items=[]))
-        rows = await self._queries.artifacts(principal.team, limit + 1, before, self._now(), **wanted)
+        rows = await self._queries.artifacts(principal.team, limit + 1, before, **wanted)
         following = str(rows[limit - 1].position) if len(rows) > limit else None
         return answer(ArtifactPage(items=[artifact_view(row) for row in rows[:limit]], next=following))
 
@@ -134,9 +136,7 @@ class ArtifactRoutes:
 
     async def change(self, request: web.Request, principal: Principal) -> web.Response:
         change = strict_json(await read_body(request, MAX_BODY), ArtifactChange)
-        row = await self._of_team(request.match_info["artifact"], principal)
-        if row.gone:  # what is only due may still be kept longer
-            raise gone("artifact", row.id, row.gone, row.expires_at)
+        row = await self.find(request.match_info["artifact"], principal)
         whose = Whose(principal.team, row.id, principal.actor)
         headers = {"Content-Type": "application/json"}
         async with self._artifacts.ask("change", whose, "PATCH", headers=headers, body=msgspec.json.encode(change)) as inner:

@@ -86,7 +86,7 @@ class BuildRoutes:
                     Parameter(name="Prefer", place="header", about=f"`wait=N`: answer at the build's end, or after N seconds (at most {MAX_WAIT})"),
                 ),
                 body=Submission,
-                answers={202: Build, 200: Build, 409: ProblemDetails, 429: ProblemDetails},
+                answers={202: Build, 200: Build, 409: ProblemDetails, 429: ProblemDetails, 507: ProblemDetails},
             ),
             Endpoint(
                 method="GET",

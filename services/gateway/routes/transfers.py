@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from urllib.parse import urlencode
 
 import aiohttp
 import msgspec
@@ -16,12 +17,13 @@ from services.gateway.auth import Principal, require
 from services.gateway.commands import request_name
 from services.gateway.queries import Queries
 from services.gateway.refusals import absent, gone, invalid
-from services.gateway.routes.artifacts import ArtifactRoutes, told
+from services.gateway.routes.artifacts import READING, ArtifactRoutes, told
 from services.gateway.routes.endpoint import PREFIX, Endpoint, Parameter, answer
 from services.gateway.sse import cut, send
 from services.gateway.views import artifact_view
 
 TREE = "application/vnd.penstock.tree"
+LED_TREE = "application/vnd.penstock.blobs+tree"
 BLOBS = "application/vnd.penstock.blobs"
 BYTES = "application/octet-stream"
 
@@ -41,13 +43,15 @@ _ANSWERED = (
     "Vary",
 )
 _UPLOADS = uuid.UUID("9f0e6a43-1f0d-4b36-8a0c-3d8c5e2a7f10")
-_REFUSED = {415: ProblemDetails, 409: ProblemDetails, 410: ProblemDetails, 429: ProblemDetails, 507: ProblemDetails}
+_REFUSED = {409: ProblemDetails, 415: ProblemDetails, 507: ProblemDetails, **READING}
 
 _ref = msgspec.json.Decoder(ArtifactRef).decode
+_pending = msgspec.json.Decoder(PendingUpload).decode
+DIRECT_URL, DIRECT_TOKEN = "Penstock-Direct-Url", "Penstock-Direct-Token"
 
 
 class TransferRoutes:
-    """`known` finds artifacts; `passed(position, timeout)` waits for the gateway's own read models; `now` is unix seconds."""
+    """`known` finds artifacts; `passed(position, timeout)` waits for the gateway's own read models."""
 
     def __init__(
         self,
@@ -57,7 +61,6 @@ class TransferRoutes:
         artifacts: ArtifactsClient,
         log: EventLog,
         passed: Callable[[int, float], Awaitable[bool]],
-        now: Callable[[], float],
         public_url: str,
     ) -> None:
         self._known = known
@@ -65,7 +68,6 @@ class TransferRoutes:
         self._artifacts = artifacts
         self._log = log
         self._passed = passed
-        self._now = now
         self._public_url = public_url
 
     def endpoints(self) -> list[Endpoint]:
@@ -76,7 +78,8 @@ class TransferRoutes:
                 method="POST",
                 path=artifacts,
                 summary=f"Upload a tree of files of any size: a tar (plain, gzip or zstd; recognised by its bytes), or its manifest ({TREE}), "
-                "which tells what is missing (202). Without a body, `tree` or `from` names what is there already",
+                f"which tells what is missing (202), and may come after a blob stream of at most 1 MiB with some of that ({LED_TREE}). "
+                "Without a body, `tree` or `from` names what is there already",
                 handler=self.upload,
                 least="member",
                 parameters=(
@@ -88,9 +91,22 @@ class TransferRoutes:
                     Parameter(name="Idempotency-Key", place="header", about="names the artifact: the same key continues, or gives, the same one"),
                     encoding,
                 ),
-                body=(*_FORMS.values(),),
+                body=(*_FORMS.values(), LED_TREE),
                 body_required=False,
                 answers={201: Artifact, 202: PendingUpload, **_REFUSED},
+            ),
+            Endpoint(
+                method="POST",
+                path=artifacts + "/direct",
+                summary="Where a tar may be POSTed past the gateway, if that can be; its artifact then answers to this key and its `tree`",
+                handler=self.direct,
+                least="member",
+                parameters=(
+                    Parameter(name="name", about="as for an upload"),
+                    Parameter(name="keep", about="as for an upload"),
+                    Parameter(name="Idempotency-Key", place="header", about="as for an upload"),
+                ),
+                answers={200: PendingUpload},
             ),
             Endpoint(
                 method="PUT",
@@ -110,13 +126,14 @@ class TransferRoutes:
                 least="member",
                 parameters=(encoding,),
                 body=BYTES,
-                answers={200: BLOBS, 410: ProblemDetails, 415: ProblemDetails},
+                answers={200: BLOBS, 415: ProblemDetails, **READING},
             ),
             *(
                 Endpoint(
                     method=method,
                     path=one,
-                    summary="Download a tree, a folder or a file of it (members), or with `Accept: application/json` see what it is (viewers too)",
+                    summary="Download a tree, a folder or a file of it (members), or with `Accept: application/json` see what it is (viewers too). "
+                    f"A manifest comes with {DIRECT_URL} and {DIRECT_TOKEN} when its chunks can be fetched there as well",
                     handler=self.download,
                     parameters=(
                         Parameter(name="format", about=f"one of {', '.join(_FORMS)}; left away: as `Accept` says, else tar"),
@@ -129,8 +146,7 @@ class TransferRoutes:
                         200: (Artifact, *_FORMS.values(), BYTES) if method == "GET" else None,
                         206: (_FORMS["tar"], BYTES) if method == "GET" else None,
                         304: None,
-                        410: ProblemDetails if method == "GET" else None,
-                        416: ProblemDetails if method == "GET" else None,
+                        **dict.fromkeys((*READING, 416), ProblemDetails if method == "GET" else None),
                     },
                 )
                 for method in ("GET", "HEAD")
@@ -138,15 +154,16 @@ class TransferRoutes:
         ]
 
     async def upload(self, request: web.Request, principal: Principal) -> web.Response:
-        query = request.query
-        if len(query.get("name", "")) > 200 or "\0" in query.get("name", ""):
-            raise invalid("name", "at most 200 characters, and no NUL")
-        _check_keep(query.get("keep"))
-        if "from" in query:
-            await self._known.find(query["from"], principal)
-        key = request.headers.get("Idempotency-Key")
-        artifact = uuid.uuid5(_UPLOADS, request_name(principal.team, key)) if key else uuid.uuid4()
-        return await self._take(request, principal, str(artifact), "POST", "")
+        artifact = _named(request, principal)
+        if "from" in request.query:
+            await self._known.find(request.query["from"], principal)
+        return await self._take(request, principal, artifact, "POST", "")
+
+    async def direct(self, request: web.Request, principal: Principal) -> web.Response:
+        artifact = _named(request, principal)
+        asked = urlencode({name: request.query[name] for name in ("name", "keep") if name in request.query})
+        direct = self._artifacts.direct("tar", Whose(principal.team, artifact, principal.actor), f"?{asked}" if asked else "", request)
+        return answer(PendingUpload(id=artifact, missing=[], missing_bytes=0, missing_blobs=0, direct=direct))
 
     async def send(self, request: web.Request, principal: Principal) -> web.Response:
         artifact = request.match_info["artifact"]
@@ -162,6 +179,8 @@ class TransferRoutes:
         whose, query = Whose(principal.team, artifact, principal.actor), request.rel_url.raw_query_string
         async with self._artifacts.ask("put", whose, method, below, query=query, headers=headers, body=body, expect=_expects(request)) as inner:
             answered = await inner.read()
+            if inner.status in (200, 202) and (direct := self._artifacts.direct("send", whose, "/blobs", request)):
+                return answer(msgspec.structs.replace(_pending(answered), direct=direct), status=inner.status)
             if inner.status != 201:
                 return relayed(inner, answered)
         await self._passed(await self._log.head(), 1.0)
@@ -171,8 +190,8 @@ class TransferRoutes:
             ref = _ref(answered)
             made = Artifact(id=artifact, kind="user", digest=ref.digest, size=ref.size, files=ref.files, name=request.query.get("name", ""))
             return answer(made, status=201, headers=location)
-        if why := row.over(self._now()):  # the key stood for it
-            raise gone("artifact", artifact, why, row.expires_at)
+        if row.gone:  # the key stood for it
+            raise gone("artifact", artifact, row.gone, row.expires_at)
         return answer(artifact_view(row), status=201, headers=location)
 
     async def fetch(self, request: web.Request, principal: Principal) -> web.StreamResponse:
@@ -180,7 +199,7 @@ class TransferRoutes:
         headers = {name: request.headers[name] for name in _SENT if name in request.headers}
         whose = Whose(principal.team, row.id, principal.actor)
         async with self._artifacts.ask("get", whose, "POST", "/blobs", headers=headers, body=_body(request), expect=_expects(request)) as inner:
-            return await _piped(request, inner, row.id)
+            return await _piped(request, inner, row.id, {})
 
     async def download(self, request: web.Request, principal: Principal) -> web.StreamResponse:
         row = await self._known.find(request.match_info["artifact"], principal)
@@ -194,15 +213,28 @@ class TransferRoutes:
         if "format" not in request.query and (form := next((form for form, media in _FORMS.items() if media in accept), None)):
             query = f"{query}&format={form}" if query else f"format={form}"
         headers = {name: request.headers[name] for name in _ASKED_FOR if name in request.headers}
-        async with self._artifacts.ask("get", Whose(principal.team, row.id, principal.actor), request.method, query=query, headers=headers) as inner:
-            return await _piped(request, inner, row.id)
+        whose, more = Whose(principal.team, row.id, principal.actor), {}
+        if "format=tree" in query and (direct := self._artifacts.direct("fetch", whose, "/blobs", request)):
+            more = {DIRECT_URL: direct.url, DIRECT_TOKEN: direct.token, "Cache-Control": "no-store"}
+        async with self._artifacts.ask("get", whose, request.method, query=query, headers=headers) as inner:
+            return await _piped(request, inner, row.id, more)
 
 
-async def _piped(request: web.Request, inner: aiohttp.ClientResponse, artifact: str) -> web.StreamResponse:
+def _named(request: web.Request, principal: Principal) -> str:
+    """The artifact that an upload will be. Raises Problem 422 for what the query asks for it."""
+    if len(request.query.get("name", "")) > 200 or "\0" in request.query.get("name", ""):
+        raise invalid("name", "at most 200 characters, and no NUL")
+    _check_keep(request.query.get("keep"))
+    key = request.headers.get("Idempotency-Key")
+    return str(uuid.uuid5(_UPLOADS, request_name(principal.team, key)) if key else uuid.uuid4())
+
+
+async def _piped(request: web.Request, inner: aiohttp.ClientResponse, artifact: str, more: dict[str, str]) -> web.StreamResponse:
     """The answer as it comes, in the pieces that the socket gives: to join them would only be copying."""
     if inner.status >= 400:
         return told(inner, await inner.read(), request, artifact)
-    response = web.StreamResponse(status=inner.status, headers={name: inner.headers[name] for name in _ANSWERED if name in inner.headers})
+    headers = {name: inner.headers[name] for name in _ANSWERED if name in inner.headers} | more
+    response = web.StreamResponse(status=inner.status, headers=headers)
     await response.prepare(request)
     widen(inner.connection and inner.connection.transport)
     try:
