@@ -1,14 +1,16 @@
 """When an attempt has ended, its log moves from the bus into the store (FAULTS.md, Logs).
 
-A log is archived when all its chunks are there, or patience is over: then gaps are listed. Only afterwards is it purged from LOGS. Everything may be
-repeated: what is archived is not archived again.
+A log is archived when all its chunks are there, or patience is over: then gaps are listed. Only afterwards is it purged from LOGS. What comes then
+makes another archive (late_logs.py looks for it), and the worker keeps a chunk until an archive holds it. Everything may be repeated: what is
+archived is not archived again.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import Counter as Counts
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
-import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter
 
@@ -19,12 +21,13 @@ from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
 from libs.runtime.reactions import PARK_AFTER, UNKNOWN_AGAIN
 from proto.catalogue import UnknownEvent
-from proto.events.artifact import LogGap
-from proto.messages import LogChunk
+from proto.envelope import fact
+from proto.events.artifact import LogArchived, LogGap
 from proto.topology import ARTIFACTS_ARCHIVE, MAX_CHUNK
+from services.artifacts.chunks import Chunks, LateChunks
 from services.artifacts.commands import ArchiveLog, Command
 from services.artifacts.decider import State, log_stream
-from services.artifacts.log_archive import LogArchiveWriter
+from services.artifacts.log_archive import LogArchiveWriter, unpacked
 from services.artifacts.logs import Logs
 from services.artifacts.reactions import EndedLog, on_event
 
@@ -35,62 +38,9 @@ PATIENCE = 20.0
 """Seconds to wait for chunks that were counted and have not come."""
 QUIET = 2.0
 """Seconds without a chunk after which a log whose extent nobody knows is taken to be over."""
-_LARGEST = 128 << 20
 _UNKNOWN = 8 << 20
 """What a log is taken to hold when nobody knows."""
 _IN_FLIGHT = 128 << 20
-_CHUNK = msgspec.msgpack.Decoder(LogChunk)
-
-
-class Chunks:
-    """The chunks of one attempt as they come, in any order and repeated: passes them on in order, each once."""
-
-    def __init__(self, ended: EndedLog, take: Callable[[LogChunk], None]) -> None:
-        self._ended = ended
-        self._take = take
-        self._held: dict[int, LogChunk] = {}
-        self._next = 1
-        self._bytes = 0
-        self.count = 0
-        self.gaps: list[LogGap] = []
-
-    @property
-    def complete(self) -> bool:
-        return 0 <= self._ended.chunks < self._next
-
-    def offer(self, subject: str, data: bytes) -> None:
-        """What is not of the attempt, or not from the worker that held it, is passed over."""
-        ended = self._ended
-        if ended.worker and subject.split(".")[1] != ended.worker:
-            return
-        try:
-            chunk = _CHUNK.decode(data)
-        except msgspec.DecodeError:
-            return
-        attempt = chunk.attempt
-        expected = (attempt.build, attempt.stage, attempt.number) == (ended.build, ended.stage, ended.attempt)
-        if not expected or chunk.number < self._next or chunk.number in self._held or chunk.number > ended.chunks >= 0:
-            return
-        self._bytes += len(data)
-        if self._bytes > _LARGEST:
-            return
-        self._held[chunk.number] = chunk
-        while (ready := self._held.pop(self._next, None)) is not None:
-            self._pass_on(ready)
-
-    def give_up(self) -> None:
-        """What is missing stays missing: pass on what waits behind it, and list the gaps."""
-        for number in sorted(self._held):
-            if number > self._next:
-                self.gaps.append(LogGap(first=self._next, last=number - 1))
-            self._pass_on(self._held.pop(number))
-        if self._next <= self._ended.chunks:
-            self.gaps.append(LogGap(first=self._next, last=self._ended.chunks))
-
-    def _pass_on(self, chunk: LogChunk) -> None:
-        self._take(chunk)
-        self.count += 1
-        self._next = chunk.number + 1
 
 
 class Archivist:
@@ -113,6 +63,7 @@ class Archivist:
         self._patience = patience
         self._quiet = quiet
         self._budget = _Budget(_IN_FLIGHT)
+        self._in_hand: Counts[str] = Counts()
         self._handled = Counter(
             "penstock_artifacts_archive_messages", "Ends of attempts handled, by what came of them", ["outcome"], registry=registry
         )
@@ -141,10 +92,7 @@ class Archivist:
 
     async def _handle(self, message: Message, ended: EndedLog) -> None:
         try:
-            async with self._budget.taken(ended.bytes + MAX_CHUNK if ended.chunks > 0 else _UNKNOWN):
-                if not await self._is_archived(ended):
-                    await self._archive(ended)
-            await self._bus.purge("LOGS", ended.subject)
+            await self.archive(ended)
         except (BusUnavailable, LogUnavailable, StoreUnavailable) as error:
             logger.warning("a log waits to be archived", build=ended.build, stage=ended.stage, attempt=ended.attempt, why=str(error))
             self._handled.labels("unavailable").inc()
@@ -155,35 +103,78 @@ class Archivist:
             self._handled.labels("done").inc()
             message.ack()
 
-    async def _is_archived(self, ended: EndedLog) -> bool:
-        stream = log_stream(ended.build, ended.stage, ended.attempt)
-        return bool((await self._log.read_streams([stream]))[stream])
+    def has_in_hand(self, ended: EndedLog) -> bool:
+        return ended.subject in self._in_hand
 
-    async def _archive(self, ended: EndedLog) -> None:
+    async def archive(self, ended: EndedLog) -> None:
+        """Bring all that is on the bus of a log into an archive; chunks that come later, into another, which has the former's, too. Raises
+        BusUnavailable, LogUnavailable, StoreUnavailable, BlobDamaged, BlobMissing."""
+        self._in_hand[ended.subject] += 1
+        try:
+            async with self._budget.taken(ended.bytes + MAX_CHUNK if ended.chunks > 0 else _UNKNOWN):
+                archived = await self._archived(ended)
+                whole = archived is not None and archived.chunks == ended.chunks
+                if whole or await (self._first(ended) if archived is None else self._another(ended, archived)):
+                    await self._bus.purge("LOGS", ended.subject)
+        finally:
+            self._in_hand[ended.subject] -= 1
+            self._in_hand += Counts()  # those at zero go
+
+    async def _archived(self, ended: EndedLog) -> LogArchived | None:
+        stream = log_stream(ended.build, ended.stage, ended.attempt)
+        history = (await self._log.read_streams([stream]))[stream]
+        event = fact(history[-1]).event if history else None
+        return event if isinstance(event, LogArchived) else None
+
+    async def _first(self, ended: EndedLog) -> bool:
         writer = LogArchiveWriter()
         chunks = Chunks(ended, writer.add)
-        await self._gather(ended, chunks)
+        await self._gather(ended, chunks, None if ended.chunks >= 0 else self._quiet)
         chunks.give_up()
+        return await self._keep(ended, writer, chunks.count, chunks.gaps, 0)
+
+    async def _another(self, ended: EndedLog, archived: LogArchived) -> bool:
+        late = LateChunks(ended, archived)
+        await self._gather(ended, late, self._quiet)
+        if not late.count:
+            return True
+        writer, new = LogArchiveWriter(), deque(late.segments())
+        async with aclosing(await self._logs.read(ended.team, archived.digest, 0, None)) as pieces:
+            async for piece in pieces:
+                for line, segment, _ in unpacked(piece):
+                    while new and new[0][0] < line:
+                        writer.put(*new.popleft())
+                    writer.put(line, segment)
+        while new:
+            writer.put(*new.popleft())
+        logger.info("late chunks of a log", build=ended.build, stage=ended.stage, attempt=ended.attempt, chunks=late.count)
+        return await self._keep(ended, writer, archived.chunks + late.count, late.gaps, archived.archive)
+
+    async def _keep(self, ended: EndedLog, writer: LogArchiveWriter, chunks: int, gaps: list[LogGap], replaces: int) -> bool:
+        """Whether nothing on the bus is needed any more: another may have made an archive meanwhile, of less than this."""
         digest = await self._logs.keep(ended.team, log_stream(ended.build, ended.stage, ended.attempt), writer.close())
         command = ArchiveLog(
             build=ended.build,
             stage=ended.stage,
             attempt=ended.attempt,
             digest=digest,
-            chunks=chunks.count,
+            chunks=chunks,
             lines=max(writer.lines, ended.lines),
             bytes=writer.bytes,
-            gaps=chunks.gaps,
+            gaps=gaps,
+            replaces=replaces,
         )
         cause = Cause(team=ended.team, correlation_id=ended.correlation_id, causation_id=ended.event_id, actor=ACTOR)
-        await self._commands.execute(command, cause)
+        state = (await self._commands.execute(command, cause)).state
+        return isinstance(state, LogArchived) and (state.digest == digest or state.chunks == ended.chunks)
 
-    async def _gather(self, ended: EndedLog, chunks: Chunks) -> None:
+    async def _gather(self, ended: EndedLog, chunks: Chunks | LateChunks, quiet: float | None) -> None:
+        """Until they are complete, patience is over, or none has come for `quiet` seconds."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._patience
         async with self._bus.tail("LOGS", ended.subject) as batches:
             while not chunks.complete:
-                until = deadline if ended.chunks >= 0 else min(deadline, clock() + self._quiet)
+                until = deadline if quiet is None else min(deadline, clock() + quiet)
                 try:
                     async with asyncio.timeout_at(until):
                         batch = await anext(batches)

@@ -55,15 +55,19 @@ class LogArchiveWriter:
         """`lines` becomes the number of the line after the chunk's last, `bytes` what all chunks hold."""
         line = chunk.first_line
         for segment in chunk.segments:
-            if not self._records:
-                self._first = line
-            record = _ENCODER.encode((line, segment))
-            self._records += len(record).to_bytes(4, "big") + record
+            self.put(line, segment)
             line += count_lines(segment.data)
-            self.bytes += len(segment.data)
-            if len(self._records) >= _FRAME:
-                self._flush()
-        self.lines = max(self.lines, line)
+
+    def put(self, line: int, segment: Segment) -> None:
+        """The next segment, whose first line is number `line`."""
+        if not self._records:
+            self._first = line
+        record = _ENCODER.encode((line, segment))
+        self._records += len(record).to_bytes(4, "big") + record
+        self.bytes += len(segment.data)
+        self.lines = max(self.lines, line + count_lines(segment.data))
+        if len(self._records) >= _FRAME:
+            self._flush()
 
     def close(self) -> bytes:
         self._flush()
@@ -105,12 +109,17 @@ def frames_from(frames: Sequence[Frame], line: int) -> Sequence[Frame]:
 def records(frame: bytes) -> Iterator[tuple[int, int, bytes]]:
     """The records of a frame: first line, the line after its last, and the record with its length. Raises DamagedArchive."""
     try:
-        plain = zstd.decompress(frame)
-        at = 0
-        while at < len(plain):
-            end = at + 4 + int.from_bytes(plain[at : at + 4], "big")
-            line, segment = _RECORD.decode(memoryview(plain)[at + 4 : end])
-            yield line, line + count_lines(segment.data), plain[at:end]
-            at = end
+        for line, segment, record in unpacked(zstd.decompress(frame)):
+            yield line, line + count_lines(segment.data), record
     except (msgspec.MsgspecError, zstd.ZstdError) as error:
         raise DamagedArchive(f"a frame: {error}") from None
+
+
+def unpacked(plain: bytes) -> Iterator[tuple[int, Segment, bytes]]:
+    """Records one after another: first line, segment, and the record with its length. Raises MsgspecError."""
+    at = 0
+    while at < len(plain):
+        end = at + 4 + int.from_bytes(plain[at : at + 4], "big")
+        line, segment = _RECORD.decode(memoryview(plain)[at + 4 : end])
+        yield line, segment, plain[at:end]
+        at = end

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from proto.envelope import decode_cloud_event, fact
+from proto.envelope import Fact, decode_cloud_event, fact
 from proto.events.build import StageFinished
 
 
@@ -28,7 +28,11 @@ class EndedLog(msgspec.Struct, frozen=True, kw_only=True):
 
 def on_event(data: bytes) -> EndedLog | None:
     """A message of EVENTS; None when it ends no attempt, or one without a log."""
-    happened = fact(decode_cloud_event(data).recorded())
+    return ended_log(fact(decode_cloud_event(data).recorded()))
+
+
+def ended_log(happened: Fact) -> EndedLog | None:
+    """The same of a fact."""
     match happened.event:
         case StageFinished(log=log) as event if log is not None and log.chunks != 0:
             return EndedLog(

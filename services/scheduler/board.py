@@ -10,9 +10,10 @@ from proto.events.artifact import LogArchived
 from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageInterrupted, StageQueued, StepFinished, StepProgressed, StepStarted
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.worker import WorkerBooted, WorkerLost
-from proto.messages import Attempt
+from proto.messages import ArchivedLog, Attempt
 from proto.plan import Stage
 from services.scheduler.queue import Queue, Queued
+from services.scheduler.spooled import archive_of
 
 CATEGORIES = frozenset({"build", "lease", "worker", "artifact"})
 CODE_VERSION = "1"
@@ -52,7 +53,7 @@ class Board:
         self.leases: dict[Attempt, Lease] = {}
         self.held: dict[str, dict[Attempt, Lease]] = {}
         self.boots: dict[str, str] = {}
-        self.archived: OrderedDict[Attempt, None] = OrderedDict()
+        self.archived: OrderedDict[Attempt, ArchivedLog] = OrderedDict()
         self.plans: OrderedDict[str, dict[str, Stage]] = OrderedDict()
         self.news: deque[tuple[str, Attempt]] = deque(maxlen=REMEMBERED)
         """(worker, attempt): interrupted."""
@@ -127,7 +128,8 @@ class Board:
                 if self.boots.get(event.worker) == event.boot:
                     del self.boots[event.worker]
             case LogArchived() as event:
-                self.archived[Attempt(event.build, event.stage, event.attempt)] = None
+                log = archive_of(event)
+                self.archived[log.attempt] = log
                 while len(self.archived) > REMEMBERED:
                     self.archived.popitem(last=False)
             case _:

@@ -1,26 +1,36 @@
 """Which logs workers may forget: their spools hold them until the archive does, or until it is certain that none will."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from libs.eventlog.log import EventLog
 from proto.catalogue import decode
+from proto.events.artifact import LogArchived
 from proto.events.build import StageFinished, StageQueued
-from proto.messages import Attempt
+from proto.messages import ArchivedLog, Attempt
 
 ASKED_AT_ONCE = 50
 
 
-async def forgettable(log: EventLog, waiting: Sequence[Attempt], archived: Collection[Attempt], leased: Collection[Attempt]) -> list[Attempt]:
-    """Those of `waiting` that are archived, as this instance remembers or as the log says, or that nobody will archive."""
-    known = [attempt for attempt in waiting if attempt in archived]
+async def forgettable(
+    log: EventLog, waiting: Sequence[Attempt], archived: Mapping[Attempt, ArchivedLog], leased: Collection[Attempt]
+) -> list[ArchivedLog]:
+    """What of `waiting` is archived, as this instance remembers or as the log says, or nobody will archive."""
+    known = [archived[attempt] for attempt in waiting if attempt in archived]
     asked = [attempt for attempt in waiting if attempt not in archived and attempt not in leased][:ASKED_AT_ONCE]
     if asked:
         names = {a: f"artifact-log-{a.build}-{a.stage}-{a.number}" for a in asked}
         streams = await log.read_streams([*names.values(), *{f"build-{a.build}" for a in asked}])
         for attempt, name in names.items():
-            if streams[name] or _never_archived(attempt, [decode(r.type, r.data) for r in streams[f"build-{attempt.build}"]]):
-                known.append(attempt)
+            history = [decode(r.type, r.data) for r in streams[name]]
+            if history and isinstance(newest := history[-1], LogArchived):
+                known.append(archive_of(newest))
+            elif _never_archived(attempt, [decode(r.type, r.data) for r in streams[f"build-{attempt.build}"]]):
+                known.append(ArchivedLog(attempt.build, attempt.stage, attempt.number))
     return known
+
+
+def archive_of(event: LogArchived) -> ArchivedLog:
+    return ArchivedLog(event.build, event.stage, event.attempt, event.last, [(gap.first, gap.last) for gap in event.gaps])
 
 
 def _never_archived(attempt: Attempt, history: Sequence[object]) -> bool:

@@ -6,14 +6,14 @@ attempt is told.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import msgspec
 import structlog
 
 from libs.bus.bus import Ack, Bus
-from proto.messages import Attempt, LogChunk, ReportBody, Reports, ReportStageFinished
+from proto.messages import ArchivedLog, Attempt, LogChunk, ReportBody, Reports, ReportStageFinished
 from services.worker.spool import Place, Spool
 
 logger = structlog.get_logger()
@@ -60,6 +60,7 @@ class _Said:
         self.unacked: dict[int, int] = {}
         self.log_pause: _Pause | None = None
         self.log_waits = False
+        self.archived: ArchivedLog | None = None
         self.on_window: Callable[[], None] = lambda: None
 
     def window(self) -> int:
@@ -190,12 +191,21 @@ class Outbox:
             self._forget_log(attempt, said)
         self._drop_if_done(attempt)
 
-    def forget_log(self, attempt: Attempt) -> None:
-        """The attempt's log is archived."""
-        said = self._said.get(attempt)
-        if said is not None and said.ended:
-            self._forget_log(attempt, said)
-            self._drop_if_done(attempt)
+    def forget_log(self, log: ArchivedLog) -> None:
+        """So much of the log is archived; what is not is sent again at once, when that is news."""
+        said = self._said.get(log.attempt)
+        if said is None or not said.ended:
+            return
+        kept = {number: where for number, where in said.chunks.items() if not log.holds(number)}
+        if not kept:
+            self._forget_log(log.attempt, said)
+            self._drop_if_done(log.attempt)
+        elif log != said.archived:
+            said.archived = log
+            self._release(where for number, where in said.chunks.items() if number not in kept)
+            said.chunks, said.unacked = kept, {number: size for number, size in said.unacked.items() if number in kept}
+            said.log_pause = _Pause(RESEND_LOGS, self._clock() - RESEND_LOGS[0])
+            said.log_pause.repeats = FRESH_AFTER - 1
 
     def on_time(self) -> None:
         """Send again what is due, unless that is still going on, and tidy the spool."""
@@ -314,11 +324,14 @@ class Outbox:
         said.reports, said.bodies, said.reports_pause = [], [], None
 
     def _release_log(self, said: _Said) -> None:
-        for kept in said.chunks.values():
-            if isinstance(kept, Place):
-                self._spool.release(kept)
+        self._release(said.chunks.values())
         said.chunks, said.log_pause, said.log_waits = {}, None, False
         said.unacked.clear()
+
+    def _release(self, chunks: Iterable[Place | bytes]) -> None:
+        for kept in chunks:
+            if isinstance(kept, Place):
+                self._spool.release(kept)
 
     def _forget_log(self, attempt: Attempt, said: _Said) -> None:
         if said.chunks:

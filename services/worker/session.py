@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from proto.messages import Attempt, Control, Credit, Heartbeat, Offers, Package, Running
+from proto.messages import ArchivedLog, Attempt, Control, Credit, Heartbeat, Offers, Package, Running
 
 CREDIT_SECONDS = 10.0
 REPLACE_SECONDS = 4.0
@@ -62,9 +62,9 @@ class Forget(msgspec.Struct, frozen=True):
 
 
 class ForgetLog(msgspec.Struct, frozen=True):
-    """The attempt's log is archived."""
+    """So much of the attempt's log is archived."""
 
-    attempt: Attempt
+    log: ArchivedLog
 
 
 Action = Interrupt | Kill | Recorded | Forget | ForgetLog
@@ -168,7 +168,7 @@ class Session:
             return []
         if control.number >= self._answered and control.challenge:
             self._challenge = control.challenge
-        actions: list[Action] = [ForgetLog(attempt) for attempt in control.archived]
+        actions: list[Action] = [ForgetLog(log) for log in control.archived]
         held = {}
         for word in control.held:
             held[word.attempt] = word

@@ -189,8 +189,8 @@ class Worker:
                 self._outbox.on_recorded(attempt, number)
             case Forget(attempt):
                 self._outbox.forget(attempt)
-            case ForgetLog(attempt):
-                self._outbox.forget_log(attempt)
+            case ForgetLog(log):
+                self._outbox.forget_log(log)
             case _:
                 assert_never(action)
 

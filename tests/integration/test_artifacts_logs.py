@@ -17,6 +17,7 @@ from proto.events.artifact import LogArchived, LogGap
 from proto.events.build import LogExtent, StageFinished
 from proto.messages import Attempt, LogChunk, Segment
 from proto.topology import CONSUMERS, STREAMS
+from services.artifacts import late_logs
 from tests.artifacts_fixture import Api, serving
 from tests.controls import eventually, write
 from tests.nats_fixture import PASSWORD, NatsServer
@@ -59,6 +60,7 @@ class Ended:
             await self._bus.publish(self.subject, msgspec.msgpack.encode(chunk))
 
     async def finish(self, chunks: int, times: int = 1) -> None:
+        """`times`: how often the bus delivers it."""
         extent = LogExtent(chunks=chunks, lines=chunks * 10, bytes=chunks * 80)
         event = StageFinished(stage="s", attempt=1, status="succeeded", worker="w1", log=extent)
         await self._log.append([write(f"build-{self.build}", event, expected=NO_STREAM)])
@@ -70,8 +72,8 @@ class Ended:
         stream = f"artifact-log-{self.build}-s-1"
         return [decode(r.type, r.data) for r in (await self._log.read_streams([stream]))[stream]]
 
-    async def last_chunk(self) -> object:
-        return await self._bus.last("LOGS", self.subject)
+    async def purged(self) -> bool:
+        return await self._bus.last("LOGS", self.subject) is None
 
 
 @pytest.fixture
@@ -103,10 +105,7 @@ async def test_a_log_is_archived_whole_purged_and_read_by_line(api: Api, ended: 
     assert b"".join(segment.data for _, segment in found) == b"".join(b"line %d\n" % n for n in range(30))
     assert [first for first, _ in (await read_log(api, attempt.build, "?from=15&limit=10"))[1]] == [10, 20]
 
-    async def purged() -> bool:
-        return await attempt.last_chunk() is None
-
-    await eventually(purged)
+    await eventually(attempt.purged)
     assert len(await attempt.archives()) == 1
 
 
@@ -128,6 +127,71 @@ async def test_what_never_comes_is_listed_as_a_gap(database: Database, nats_serv
         [archived] = await eventually(attempt.archives)
         assert (archived.chunks, archived.lines, archived.gaps) == (2, 50, [LogGap(first=2, last=3), LogGap(first=5, last=5)])
         assert [first for first, _ in (await read_log(api, attempt.build))[1]] == [0, 30]
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes late is looked for at once."""
+    monkeypatch.setattr(late_logs, "EVERY", 0.1)
+    monkeypatch.setattr(late_logs, "_LATE", -0.5)
+    monkeypatch.setattr(late_logs, "_SELDOM", 0.0)
+
+
+async def test_late_chunks_make_another_archive_of_the_same_lines_with_the_gaps_filled(
+    database: Database, nats_server: NatsServer, tmp_path: Path, ended: Callable[[], Ended], hasty: None
+) -> None:
+    async with serving(database, nats_server, tmp_path / "store", PENSTOCK_LOG_PATIENCE="0.5") as api:
+        attempt = ended()
+        await attempt.send(2, 5)
+        await attempt.finish(chunks=6)
+        [first] = await eventually(attempt.archives)
+        await attempt.send(5, 4, 2)
+
+        async def archived(number: int) -> LogArchived | None:
+            return next((each for each in await attempt.archives() if each.archive == number), None)
+
+        second = await eventually(lambda: archived(2))
+        assert (second.chunks, second.last, second.gaps) == (3, 6, [LogGap(first=1, last=1), LogGap(first=3, last=3), LogGap(first=6, last=6)])
+        assert [line for line, _ in (await read_log(api, attempt.build))[1]] == [10, 30, 40]
+        await attempt.send(6, 3, 1)
+        third = await eventually(lambda: archived(3))
+        assert (third.chunks, third.lines, third.gaps) == (6, 60, [])
+        _, found = await read_log(api, attempt.build)
+        assert b"".join(segment.data for _, segment in found) == b"".join(b"line %d\n" % n for n in range(60))
+        await eventually(attempt.purged)
+        assert len({first.digest, second.digest, third.digest}) == 3
+
+
+async def test_what_a_lost_worker_sends_when_it_is_back_is_added(
+    database: Database, nats_server: NatsServer, tmp_path: Path, ended: Callable[[], Ended], hasty: None
+) -> None:
+    async with serving(database, nats_server, tmp_path / "store", PENSTOCK_LOG_PATIENCE="0.5") as api:
+        attempt = ended()
+        await attempt.finish(chunks=-1)
+        [nothing] = await eventually(attempt.archives)
+        assert (nothing.chunks, nothing.last) == (0, 0)
+        await attempt.send(1, 3)
+
+        async def again() -> LogArchived | None:
+            return next(iter((await attempt.archives())[1:]), None)
+
+        more = await eventually(again)
+        assert (more.archive, more.chunks, more.gaps) == (2, 2, [LogGap(first=2, last=2)])
+        assert [line for line, _ in (await read_log(api, attempt.build))[1]] == [0, 20]
+        await eventually(attempt.purged)
+
+
+async def test_an_end_that_the_bus_lost_leads_to_its_archive_nevertheless(
+    database: Database, nats_server: NatsServer, tmp_path: Path, ended: Callable[[], Ended], hasty: None
+) -> None:
+    """FAULTS 61"""
+    async with serving(database, nats_server, tmp_path / "store", PENSTOCK_LOG_PATIENCE="0.5"):
+        attempt = ended()
+        await attempt.send(1, 2)
+        await attempt.finish(chunks=2, times=0)
+        [archived] = await eventually(attempt.archives)
+        assert (archived.chunks, archived.gaps) == (2, [])
+        await eventually(attempt.purged)
 
 
 async def test_the_log_of_a_lost_worker_is_archived_as_far_as_it_came(

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proto.events.artifact import LogGap
+from proto.events.artifact import LogArchived, LogGap
 from proto.messages import Attempt, LogChunk, Segment, count_lines
-from services.artifacts.archivist import Chunks
+from services.artifacts.chunks import Chunks, LateChunks
 from services.artifacts.log_archive import DamagedArchive, LogArchiveWriter, frames_from, index_span, read_frames, records
 from services.artifacts.reactions import EndedLog
 
@@ -97,3 +97,22 @@ def test_a_damaged_frame_is_noticed() -> None:
     archive[40] ^= 0xFF
     with pytest.raises(DamagedArchive):
         read(bytes(archive), 0)
+
+
+ALL_NUMBERS = st.sets(st.integers(1, 12))
+
+
+@given(ALL_NUMBERS, ALL_NUMBERS, st.sampled_from([-1, 12]))
+def test_late_chunks_fill_gaps_and_leave_others(early: set[int], late: set[int], chunks: int) -> None:
+    ended = msgspec.structs.replace(ENDED, chunks=chunks)
+    gathering, _ = offered(ended, [(SUBJECT, chunk(n)) for n in early])
+    gathering.give_up()
+    archived = LogArchived(build="b", stage="s", attempt=1, archive=1, digest="d", chunks=gathering.count, lines=0, bytes=0, gaps=gathering.gaps)
+    added = LateChunks(ended, archived)
+    for n in [*late, *early]:
+        added.offer(SUBJECT, msgspec.msgpack.encode(chunk(n, first_line=n)))
+    assert [line for line, _ in added.segments()] == sorted(late - early)
+    assert added.complete == (early | late == set(range(1, 13)) and chunks == 12)
+    missing = {n for gap in added.gaps for n in range(gap.first, gap.last + 1)}
+    assert missing == set(range(1, max(early | late | {chunks}) + 1)) - early - late
+    assert sum(gap.last - gap.first + 1 for gap in added.gaps) == len(missing), "no two overlap"

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proto.envelope import Fact
-from proto.events.artifact import LogArchived
+from proto.events.artifact import LogArchived, LogGap
 from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageInterrupted, StageQueued, StepStarted
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.worker import WorkerBooted, WorkerLost
-from proto.messages import Attempt, Credit, Heartbeat, Offers, Running
+from proto.messages import ArchivedLog, Attempt, Credit, Heartbeat, Offers, Running
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from services.scheduler.board import Board
 from services.scheduler.fleet import Fleet, unlisted
@@ -94,8 +94,8 @@ def test_boots_follow_workers():
 
 
 def test_an_archived_log_is_remembered():
-    archived = LogArchived(build="b1", stage="main", attempt=1, archive=1, digest="d", chunks=1, lines=1, bytes=1)
-    assert A1 in board(("artifact-log-b1-main-1", archived)).archived
+    archived = LogArchived(build="b1", stage="main", attempt=1, archive=1, digest="d", chunks=2, lines=1, bytes=1, gaps=[LogGap(first=2, last=4)])
+    assert board(("artifact-log-b1-main-1", archived)).archived == {A1: ArchivedLog("b1", "main", 1, 5, [(2, 4)])}
 
 
 one_event = st.builds(

@@ -13,10 +13,11 @@ from libs.eventlog.memory import MemoryLog
 from libs.runtime.commands import CommandLoop
 from libs.tokens import BuildToken, new_seed, public_key, read_token, sign, verify
 from proto.catalogue import decode
-from proto.events.build import BuildCreated, StageFinished, StageInterrupted, StageQueued, StepStarted
+from proto.events.artifact import LogArchived, LogGap
+from proto.events.build import BuildCreated, LogExtent, StageFinished, StageInterrupted, StageQueued, StepStarted
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.worker import WorkerBooted, WorkerLost
-from proto.messages import Attempt, Control, Credit, Heartbeat, Held, Offers, Package, Running, Signed
+from proto.messages import ArchivedLog, Attempt, Control, Credit, Heartbeat, Held, Offers, Package, Running, Signed
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from proto.topology import MAX_PAYLOAD
 from services.scheduler.decider import SchedulerDecider
@@ -370,4 +371,17 @@ async def test_a_log_that_nobody_will_archive_is_forgotten(world):
     await world.happened("build-x1", StageFinished(stage="main", attempt=1, status="succeeded"))
     world.beat(logs=[A1])
     await world.turn()
-    assert world.controls[-1].archived == [A1]
+    assert world.controls[-1].archived == [ArchivedLog("x1", "main", 1)]
+
+
+async def test_a_worker_is_told_what_the_archive_of_a_log_holds(world):
+    await leased(world)
+    extent = LogExtent(chunks=5, lines=5, bytes=5)
+    await world.happened("build-x1", StageFinished(stage="main", attempt=1, status="succeeded", log=extent))
+    archived = LogArchived(build="x1", stage="main", attempt=1, archive=1, digest="d", chunks=3, lines=5, bytes=3, gaps=[LogGap(first=2, last=3)])
+    await world.happened("artifact-log-x1-main-1", archived)
+    for remembered in (True, False):
+        world.beat(logs=[A1])
+        await world.turn()
+        assert world.controls[-1].archived == [ArchivedLog("x1", "main", 1, 5, [(2, 3)])], remembered
+        world.scheduler._board.archived.clear()

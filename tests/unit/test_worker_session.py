@@ -1,6 +1,6 @@
 """The worker's decisions: credits, packages, control, leases. No clock but the numbers given here."""
 
-from proto.messages import Attempt, Control, Held, Offers, Package
+from proto.messages import ArchivedLog, Attempt, Control, Held, Offers, Package
 from proto.plan import Run, RunStep, Stage, TaskConfig
 from services.worker.session import Action, Forget, ForgetLog, Interrupt, Kill, Recorded, Refuse, Session, Start
 from tests.controls import counter
@@ -28,7 +28,7 @@ def package(credit: str, attempt: Attempt = A, worker: str = "w1", boot: str = "
     )
 
 
-def answer(number: int, *held: Held, boot: str = "boot1", archived: list[Attempt] | None = None, challenge: bytes = b"c") -> Control:
+def answer(number: int, *held: Held, boot: str = "boot1", archived: list[ArchivedLog] | None = None, challenge: bytes = b"c") -> Control:
     return Control(boot=boot, number=number, challenge=challenge, lease_seconds=15.0, held=list(held), archived=archived or [])
 
 
@@ -131,7 +131,7 @@ def test_an_interruption_is_acted_on_once() -> None:
 def test_words_for_another_boot_change_nothing() -> None:
     worker = with_running()
     number = worker.on_heartbeat_due(1, []).number
-    assert worker.on_control(answer(number, boot="boot0", archived=[A])) == []
+    assert worker.on_control(answer(number, boot="boot0", archived=[ArchivedLog(A.build, A.stage, A.number)])) == []
     assert worker.active == [A]
 
 
@@ -158,7 +158,8 @@ def test_an_ended_attempt_frees_its_slot_and_is_listed_until_its_reports_are_rec
 
 
 def test_logs_are_forgotten_when_archived() -> None:
-    assert session().on_control(answer(0, archived=[B])) == [ForgetLog(B)]
+    log = ArchivedLog(B.build, B.stage, B.number, 7, [(2, 3)])
+    assert session().on_control(answer(0, archived=[log])) == [ForgetLog(log)]
 
 
 def test_without_answers_the_worker_kills_its_work_before_its_lease_is_over() -> None:

@@ -1,0 +1,80 @@
+"""What the worker keeps of a log until it is archived."""
+
+from pathlib import Path
+
+import msgspec
+
+from libs.bus.memory import MemoryBus
+from proto.messages import ArchivedLog, Attempt, LogChunk, ReportStageFinished, Segment
+from proto.topology import CONSUMERS, STREAMS
+from services.worker.outbox import RESEND_LOGS, Outbox
+from services.worker.spool import Spool
+
+ATTEMPT = Attempt("b", "s", 1)
+
+
+class Worker:
+    """An outbox whose attempt has ended after five chunks."""
+
+    def __init__(self, folder: Path, bus: MemoryBus) -> None:
+        self.bus = bus
+        self.now = 0.0
+        self.spool = Spool(folder)
+        self.outbox = Outbox("w1", "boot", bus, self.spool, lambda: self.now, lambda *_: None)
+
+    async def end(self) -> None:
+        self.outbox.open(ATTEMPT, lambda: None)
+        for number in range(1, 6):
+            self.outbox.log(LogChunk(attempt=ATTEMPT, number=number, first_line=number, segments=[Segment("step", "stdout", 1, b"line\n")]))
+        self.outbox.report(ATTEMPT, [ReportStageFinished(status="succeeded", chunks=5)])
+        await self.outbox.settle(5)
+
+    async def sent(self) -> list[int]:
+        """The chunks that were sent since they were asked for last."""
+        await self.outbox.settle(5)
+        found: list[int] = []
+        while (message := await self.bus.last("LOGS", "logs.>")) is not None:
+            async with self.bus.tail("LOGS", "logs.>") as batches:
+                async for batch in batches:
+                    found += [msgspec.msgpack.decode(each.data, type=LogChunk).number for each in batch]
+                    if batch[-1].sequence >= message.sequence:
+                        break
+            await self.bus.purge("LOGS", "logs.>")
+        return sorted(found)
+
+    async def pass_time(self, seconds: float) -> list[int]:
+        self.now += seconds
+        self.outbox.on_time()
+        if self.outbox._resending is not None:
+            await self.outbox._resending
+        return await self.sent()
+
+
+async def test_what_an_archive_lacks_is_kept_and_sent_again(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    await bus.ensure(STREAMS, CONSUMERS)
+    worker = Worker(tmp_path, bus)
+    await worker.end()
+    assert await worker.sent() == [1, 2, 3, 4, 5]
+    partly = ArchivedLog("b", "s", 1, 4, [(2, 2)])
+    worker.outbox.forget_log(partly)
+    assert await worker.pass_time(0) == [2, 5], "at once, and not taken for what came before"
+    worker.outbox.forget_log(partly)
+    assert await worker.pass_time(1) == [], "the same again is no news"
+    assert worker.outbox.logs == [ATTEMPT]
+    worker.outbox.forget_log(ArchivedLog("b", "s", 1, 5))
+    assert worker.outbox.logs == []
+    assert await worker.pass_time(RESEND_LOGS[1]) == []
+    await worker.outbox.close()
+
+
+async def test_a_log_that_nobody_will_archive_is_forgotten_whole(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    await bus.ensure(STREAMS, CONSUMERS)
+    worker = Worker(tmp_path, bus)
+    await worker.end()
+    worker.outbox.forget_log(ArchivedLog("b", "s", 1, 0))
+    assert worker.outbox.logs == [ATTEMPT], "an archive without a chunk"
+    worker.outbox.forget_log(ArchivedLog("b", "s", 1))
+    assert worker.outbox.logs == []
+    await worker.outbox.close()
