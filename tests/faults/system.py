@@ -155,7 +155,7 @@ class System:
         """A connection as the superuser, or as a service's role."""
         password = self.data.secrets().database[role]
         user = role if role == "postgres" else role_of(role)
-        return await asyncpg.connect(host="127.0.0.1", port=self._ports().postgres, user=user, password=password, database="postgres", ssl=False)
+        return await asyncpg.connect(host="127.0.0.1", port=self.ports.postgres, user=user, password=password, database="postgres", ssl=False)
 
     async def log(self, category: str = "") -> list[Fact]:
         """The event log itself, in order: all of it, or one category."""
@@ -176,9 +176,10 @@ class System:
             await connection.close()
 
     def bus_url(self) -> str:
-        return f"nats://127.0.0.1:{self._ports().nats}"
+        return f"nats://127.0.0.1:{self.ports.nats}"
 
-    def _ports(self) -> Ports:
+    @property
+    def ports(self) -> Ports:
         return msgspec.json.decode((self.data.path / "ports.json").read_bytes(), type=Ports)
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from msgspec.structs import replace
 
 from penstock.client import Artifact, Client, Transfer, Unavailable
+from penstock.client.http import Http
+from penstock.client.model import Direct
 from penstock.up.processes import Identity
 from tests.faults.folders import SUMS, edited, files_in, same, some_files, write
 from tests.faults.proxy import Proxy
@@ -162,15 +165,26 @@ async def whole(client: Client, artifact: Artifact, folder: Path, into: Path) ->
 
 
 @pytest.mark.timeout(240)
-async def test_connections_that_are_cut_at_any_byte_cost_time_and_nothing_else(system: System, tmp_path: Path, chance: random.Random) -> None:
-    """FAULTS 29: three clients behind a proxy; most connections end early, some within their first bytes."""
-    to = int(system.url.rpartition(":")[2])
+@pytest.mark.parametrize("straight", [True, False], ids=["straight", "by the gateway"])
+async def test_connections_that_are_cut_at_any_byte_cost_time_and_nothing_else(
+    system: System, tmp_path: Path, chance: random.Random, monkeypatch: pytest.MonkeyPatch, straight: bool
+) -> None:
+    """FAULTS 29: three clients behind proxies of the gateway and of the address that it offers them, or with no such address; most connections end
+    early, some within their first bytes."""
     budgets = random.Random(chance.random())
+    direct = Http.direct
 
     def budget() -> int:
         return budgets.randrange(30 << 20) if budgets.random() < 0.4 else int(10 ** budgets.uniform(0, 7))
 
-    with Proxy(to, budget) as proxy:
+    def through_proxy(http: Http, offered: Direct | None) -> Direct | None:
+        found = direct(http, offered)
+        if found is None or http.url == system.url:
+            return found
+        return replace(found, url=found.url.replace(f":{system.ports.artifacts}", f":{bytes_proxy.port}")) if straight else None
+
+    monkeypatch.setattr(Http, "direct", through_proxy)
+    with Proxy(system.ports.gateway, budget) as proxy, Proxy(system.ports.artifacts, budget) as bytes_proxy:
 
         async def one(number: int) -> None:
             mine = random.Random(chance.random())
@@ -189,7 +203,8 @@ async def test_connections_that_are_cut_at_any_byte_cost_time_and_nothing_else(s
         async with asyncio.TaskGroup() as group:
             for number in range(3):
                 group.create_task(one(number))
-        assert proxy.cut > 10
+        assert proxy.cut + bytes_proxy.cut > 10
+        assert bool(bytes_proxy.cut) is straight
     async with system.client() as client:
         await nothing_but_what_lives(system, client)
 
