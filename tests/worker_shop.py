@@ -121,7 +121,7 @@ class Shop:
         left = self.cut_taking.pop(0) if self.cut_taking else -1
         async for piece in request.content.iter_any():
             for digest, contents in reader.feed(piece):
-                self.blobs[digest] = contents
+                self.blobs[digest] = bytes(contents)
                 self.received += 1
                 left -= 1
                 if left == 0:

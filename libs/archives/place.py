@@ -28,6 +28,11 @@ def place(entries: Sequence[Entry], root: Path, put: Put, limits: Limits | None 
     for entry in entries:
         check.add(entry)
     check.finish(b"")
+    place_checked(entries, root, put)
+
+
+def place_checked(entries: Iterable[Entry], root: Path, put: Put) -> None:
+    """As `place`, with the entries of a tree that was checked before."""
     made = not root.exists()
     root.mkdir(mode=FOLDER_MODE, exist_ok=True)
     folders = OpenFolders(root)
@@ -139,6 +144,8 @@ class OpenFolders:
             self._open.move_to_end(path)
             return there
         parent, _, name = path.rpartition(b"/")
+        if name == b"..":
+            raise ValueError("a path that leads up")
         opened = os.open(name, _FOLDER, dir_fd=self.at(parent, keep))
         self._open[path] = opened
         while len(self._open) > _OPEN_FOLDERS:

@@ -217,12 +217,17 @@ def first_path(block: bytes) -> bytes:
     return block[start : start + int.from_bytes(block[at + 1 : start], "big")]
 
 
+def entries_of(manifest: Iterable[bytes]) -> Iterator[Entry]:
+    """The entries of a manifest in pieces; memory: one block. Raises InvalidManifest."""
+    reader = ManifestReader()
+    for piece in manifest:
+        yield from reader.feed(piece)
+    reader.finish()
+
+
 def read_manifest(manifest: bytes) -> list[Entry]:
     """The entries of a whole manifest. Raises InvalidManifest."""
-    reader = ManifestReader()
-    entries = list(reader.feed(manifest))
-    reader.finish()
-    return entries
+    return list(entries_of([manifest]))
 
 
 def tree_of(entries: Iterable[Entry]) -> Tree:

@@ -17,13 +17,15 @@ import msgspec
 from libs.archives.blobstream import MEDIA_TYPE, BlobStreamReader, frames
 from libs.archives.pump import drawn, in_thread, pump
 from libs.archives.rules import ArchiveRefused
-from libs.archives.tree import Entry, InvalidManifest, root_of
+from libs.archives.tree import Entry, InvalidManifest
 from proto.api import PendingUpload
 from proto.events.base import ArtifactRef
 from proto.messages import Package
-from services.worker.cache import Cache, TeamCache, name_of
+from services.worker.cache import Cache
 from services.worker.capture import Captured, Chunk, FileChanged
 from services.worker.filling import Filling
+from services.worker.teamcache import NewTree, TeamCache
+from services.worker.trees import KnownTree
 
 T = TypeVar("T")
 
@@ -31,6 +33,8 @@ PATIENCE_SECONDS = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _CHUNK = 256 << 10
 _MAX_MANIFEST = 512 << 20
+_AT_ONCE = 1 << 15
+"""Files that are asked for together: what is kept in mind of them is bounded, whatever the tree."""
 
 TREE_TYPE = "application/vnd.penstock.tree"
 
@@ -58,25 +62,19 @@ class Artifacts:
         self._session: aiohttp.ClientSession | None = None
         self._fetching: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
-    async def fetch(self, package: Package, name: str, pins: ExitStack, go_on: Callable[[], None] = lambda: None) -> Sequence[Entry]:
-        """Bring an input's tree, which the caller has pinned, into its team's cache; its entries, whose files are pinned there until `pins` are
-        closed. `go_on` is asked in threads, and may raise. Raises Unobtainable, OSError (disk)."""
+    async def fetch(self, package: Package, name: str, pins: ExitStack, go_on: Callable[[], None] = lambda: None) -> KnownTree:
+        """Bring an input's tree, which the caller has pinned, into its team's cache; its files are pinned there until `pins` are closed. `go_on` is
+        asked in threads, and may raise. Raises Unobtainable, OSError (disk)."""
         digest = package.inputs[name].digest
         cache = self._cache.of(package.team)
         async with self._fetching.setdefault((package.team, digest), asyncio.Lock()):
-            known = await in_thread(lambda: cache.tree(digest))
-            entries = known if known is not None else await self._patiently(lambda _: self._manifest(cache, package, name, digest))
-            files = {name_of(entry): entry for entry in entries if entry.kind == "file"}
-            pins.enter_context(cache.pinned(files))
-            missing = await in_thread(lambda: cache.missing(files, go_on))
-            if missing:
-                filling = await in_thread(lambda: Filling(cache, missing))
-                try:
-                    if filling.sizes:
-                        await self._patiently(lambda went_well: self._blobs(package, name, filling, went_well))
-                finally:
-                    await in_thread(filling.close)
-            return entries
+            if (tree := await in_thread(lambda: cache.tree(digest))) is None:
+                tree = await self._patiently(lambda _: self._manifest(cache, package, name, digest))
+            pins.enter_context(cache.pinned(tree.names))
+            lacking = cache.missing(tree, go_on)
+            while some := await in_thread(lambda: dict(islice(lacking, _AT_ONCE))):
+                await self._fill(cache, package, name, some.values())
+            return tree
 
     async def store(self, package: Package, step: str, name: str, captured: Captured) -> ArtifactRef:
         """Keep a captured folder as the step's output. Raises Unobtainable, OSError (reading it)."""
@@ -100,23 +98,34 @@ class Artifacts:
         if self._session is not None:
             await self._session.close()
 
-    async def _manifest(self, cache: TeamCache, package: Package, name: str, digest: str) -> Sequence[Entry]:
-        manifest = bytearray()
+    async def _manifest(self, cache: TeamCache, package: Package, name: str, digest: str) -> KnownTree:
         headers = {**_bearer(package), "Accept": TREE_TYPE}
-        async with self._http().get(f"{package.artifacts_url}/inputs/{name}", headers=headers) as answer:
-            await _check(answer)
-            async for piece in answer.content.iter_chunked(_CHUNK):
-                manifest += piece
-                if len(manifest) > _MAX_MANIFEST:
-                    raise Unobtainable(f"its manifest has more than {_MAX_MANIFEST} bytes")
+        new = await in_thread(lambda: NewTree(cache, digest))
+        left = _MAX_MANIFEST
 
-        def taken() -> Sequence[Entry]:
-            whole = bytes(manifest)
-            if root_of(whole).digest.hex() != digest:
-                raise Unobtainable("its manifest is not that of the tree")
-            return cache.add_tree(digest, [whole])
+        def feed(data: bytes) -> None:
+            nonlocal left
+            left -= len(data)
+            if left < 0:
+                raise Unobtainable(f"its manifest has more than {_MAX_MANIFEST} bytes")
+            new.feed(data)
 
-        return await in_thread(taken)
+        try:
+            async with self._http().get(f"{package.artifacts_url}/inputs/{name}", headers=headers) as answer:
+                await _check(answer)
+                return await pump(answer.content.iter_chunked(_CHUNK), feed, new.finish)
+        except InvalidManifest as error:
+            raise Unobtainable(f"its manifest is refused: {error}") from error
+        finally:
+            await in_thread(new.close)
+
+    async def _fill(self, cache: TeamCache, package: Package, name: str, missing: Iterable[Entry]) -> None:
+        filling = await in_thread(lambda: Filling(cache, missing))
+        try:
+            if filling.sizes:
+                await self._patiently(lambda went_well: self._blobs(package, name, filling, went_well))
+        finally:
+            await in_thread(filling.close)
 
     async def _blobs(self, package: Package, name: str, filling: Filling, went_well: Callable[[], None]) -> None:
         lacking = filling.lacking
@@ -180,7 +189,7 @@ class Artifacts:
         while True:
             try:
                 return await once(went_well)
-            except (ArchiveRefused, FileChanged, InvalidManifest, msgspec.DecodeError) as error:
+            except (ArchiveRefused, FileChanged, msgspec.DecodeError) as error:
                 raise Unobtainable(str(error)) from error
             except (_Again, aiohttp.ClientError, TimeoutError) as error:
                 if clock() + pause > deadline:

@@ -1,11 +1,10 @@
-"""A folder of a workspace as a tree: walked once, and only what is not known is read. Nothing of a step runs meanwhile; a file that changes all the
-same is refused.
+"""A folder of a workspace as a tree: walked once, in canonical order, and only what is not known is read. Nothing of a step runs meanwhile; a file
+that changes all the same is refused. Kept are the manifest and each file's stamp, whatever the number of files.
 """
 
 import hashlib
 import os
 import stat
-import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +13,10 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from libs.archives.rules import ArchiveRefused, LimitExceeded, shown
-from libs.archives.tree import CHUNK, FILE_MODE, FOLDER_MODE, LINK_MODE, PROGRAM_MODE, ZERO_CHUNK, Entry, manifest_of, root_of
-from services.worker.cache import SANE
+from libs.archives.tree import CHUNK, FILE_MODE, FOLDER_MODE, LINK_MODE, PROGRAM_MODE, ZERO_CHUNK, Entry, RootBuilder, entries_of, manifest_of
 from services.worker.copying import is_hole
-from services.worker.placing import Stamp, stamp_of
+from services.worker.stamps import STAMP, Stamp, stamp_of
+from services.worker.trees import SANE
 
 Known = Callable[[Stamp, bool], bytes | None]
 """The digest of a file that is as it was placed: by its stamp, and whether it lies in the upper folder."""
@@ -25,9 +24,10 @@ Known = Callable[[Stamp, bool], bytes | None]
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _THREADS = 2
 _BATCH = 128
+_ROWS = 1024
 _CHUNKS = 8
 _PIECE = 1 << 20
-_STAMP = struct.Struct("=QQqq")
+_WHOLE = 1 << 63
 
 
 class FileChanged(Exception):
@@ -51,19 +51,34 @@ class Chunk(NamedTuple):
     at: int
 
 
-class Captured(NamedTuple):
-    """A folder as it was: its entries in canonical order, its plain files in the same, the tree's digest (hex) and manifest."""
+class Captured:
+    """A folder as it was: its digest (hex) and manifest, as a tree."""
 
-    folder: bytes
-    entries: Sequence[Entry]
-    files: Sequence[Found]
-    digest: str
-    manifest: Sequence[bytes]
+    def __init__(self, folder: bytes, rows: Iterable["_Row"]) -> None:
+        """`rows` have been read, and are in canonical order."""
+        self._folder = folder
+        self._stamps = bytearray()
+        self._new = bytearray()
+        root = RootBuilder()
+        self.manifest: list[bytes] = []
+        for piece in manifest_of(map(self._entry, rows)):
+            self.manifest.append(piece)
+            for _ in root.feed(piece):
+                pass
+        self.digest = root.finish().digest.hex()
+
+    def files(self) -> Iterator[tuple[Entry, Found]]:
+        """Its plain files, in canonical order."""
+        number = 0
+        for entry in entries_of(self.manifest):
+            if entry.kind == "file":
+                yield entry, Found(entry.path, bytes(memoryview(self._stamps)[STAMP * number : STAMP * (number + 1)]), bool(self._new[number]))
+                number += 1
 
     def chunks(self) -> Iterator[Chunk]:
         """The distinct chunks, in the order in which they first appear."""
         seen: set[bytes] = set()
-        for entry, file in zip((entry for entry in self.entries if entry.kind == "file"), self.files, strict=True):
+        for entry, file in self.files():
             for number, (digest, size) in enumerate(entry.chunks()):
                 if digest not in seen:
                     seen.add(digest)
@@ -71,23 +86,35 @@ class Captured(NamedTuple):
 
     def read(self, chunk: Chunk) -> bytes:
         """Raises FileChanged, OSError."""
-        with _Reading(self.folder, chunk.file) as opened:
+        with _Reading(self._folder, chunk.file) as opened:
             return b"".join(_pieces(opened, chunk.file, chunk.at, chunk.size))
+
+    def _entry(self, row: "_Row") -> Entry:
+        if row.file is not None:
+            self._stamps += row.file.stamp
+            self._new.append(row.file.new)
+        first = row.first
+        return Entry(row.path, row.kind, row.mode, row.size, bytes((first or row).digest), first.path if first else row.target)
 
 
 class _Row(msgspec.Struct, gc=False):
+    """`first` is what a hard link is linked to, an earlier row."""
+
     path: bytes
     kind: Literal["file", "folder", "link"]
     mode: int
     size: int = 0
     digest: bytes | bytearray = b""
     target: bytes = b""
+    file: Found | None = None
+    first: "_Row | None" = None
+    unread: bool = False
 
 
 class _Part(NamedTuple):
-    """Files that are read at once: the chunks of each from `begin` to `end`."""
+    """Rows one after another, whose unread files are read at once, or one large file: its chunks from `begin` to `end`."""
 
-    files: Sequence[tuple[_Row, Found]]
+    rows: Sequence[_Row]
     begin: int
     end: int
 
@@ -95,46 +122,39 @@ class _Part(NamedTuple):
 def capture(folder: bytes, upper: bytes, known: Known, go_on: Callable[[], None] = lambda: None) -> Captured:
     """`upper` is where an overlay keeps what is new in `folder`, or `folder` itself; `go_on` is asked often, and may raise. Blocking, with threads of
     its own. Raises ArchiveRefused naming what is neither file, folder nor link, or too much; FileChanged; OSError."""
-    rows: list[_Row] = []
-    files: list[Found] = []
-    unread: list[tuple[_Row, Found]] = []
+    return Captured(folder, _read(folder, _rows(folder, upper, known, go_on), go_on))
+
+
+def _rows(folder: bytes, upper: bytes, known: Known, go_on: Callable[[], None]) -> Iterator[_Row]:
+    """All that lies below, in canonical order."""
     linked: dict[int, _Row] = {}
-    links: list[tuple[_Row, _Row]] = []
     size = 0
-    for path, seen, new in _walk(folder, upper):
-        if len(rows) >= 2 * SANE.max_members:
+    for count, (path, seen, new) in enumerate(_walk(folder, upper)):
+        if count >= 2 * SANE.max_members:
             raise LimitExceeded(path, f"takes the tree past {2 * SANE.max_members} files and folders")
         if stat.S_ISDIR(seen.st_mode):
             go_on()
-            rows.append(_Row(path, "folder", FOLDER_MODE))
+            yield _Row(path, "folder", FOLDER_MODE)
         elif stat.S_ISLNK(seen.st_mode):
-            rows.append(_Row(path, "link", LINK_MODE, target=_target(folder + b"/" + path)))
+            yield _Row(path, "link", LINK_MODE, target=_target(folder + b"/" + path))
         elif stat.S_ISREG(seen.st_mode):
+            stamp = stamp_of(seen)
             row = _Row(path, "file", PROGRAM_MODE if seen.st_mode & stat.S_IXUSR else FILE_MODE, seen.st_size)
-            rows.append(row)
-            stamp = packed(seen)
-            if seen.st_nlink > 1 and (one := linked.setdefault(seen.st_ino, row)) is not row:
-                links.append((row, one))
-                files.append(Found(path, stamp, False))
+            # What lies below an overlay has links in the cache, and none here.
+            if new and seen.st_nlink > 1 and (first := linked.setdefault(seen.st_ino, row)) is not row:
+                row.first, row.file = first, Found(path, stamp.packed(), False)
+                yield row
                 continue
             # What follows takes time and memory by the chunk, of holes too.
             size += row.size
             if size > SANE.max_bytes:
                 raise LimitExceeded(path, f"takes the tree past {SANE.max_bytes} bytes")
-            digest = known(stamp_of(seen), new) if row.size else b""
-            files.append(Found(path, stamp, new and digest is None))
-            if digest is None:
-                unread.append((row, files[-1]))
-            else:
-                row.digest = digest
+            digest = known(stamp, new) if row.size else b""
+            row.digest, row.unread = digest or b"", digest is None
+            row.file = Found(path, stamp.packed(), new and row.unread)
+            yield row
         else:
             raise ArchiveRefused(path, "is neither a file, a folder nor a link")
-    _read(folder, unread, go_on)
-    for row, one in links:
-        row.digest, row.target = one.digest, one.path
-    entries = [Entry(row.path, row.kind, row.mode, row.size, bytes(row.digest), row.target) for row in rows]
-    manifest = list(manifest_of(entries))
-    return Captured(folder, entries, files, root_of(manifest).digest.hex(), manifest)
 
 
 def _walk(folder: bytes, upper: bytes) -> Iterator[tuple[bytes, os.stat_result, bool]]:
@@ -173,47 +193,55 @@ def _target(link: bytes) -> bytes:
     return os.readlink(link)  # noqa: PTH115 (its bytes)
 
 
-def _read(folder: bytes, unread: Sequence[tuple[_Row, Found]], go_on: Callable[[], None]) -> None:
-    """Only a few parts wait at a time, however many there are."""
+def _read(folder: bytes, rows: Iterable[_Row], go_on: Callable[[], None]) -> Iterator[_Row]:
+    """The same rows with their digests. Only a few parts wait at a time, however many there are."""
     waiting: deque[tuple[_Part, Future[list[bytes]]]] = deque()
     threads = ThreadPoolExecutor(_THREADS)
 
-    def take() -> None:
+    def taken() -> Sequence[_Row]:
         go_on()
         part, digests = waiting.popleft()
-        for (row, _), digest in zip(part.files, digests.result(), strict=True):
+        for row, digest in zip((row for row in part.rows if row.unread), digests.result(), strict=True):
             if row.size <= CHUNK:
                 row.digest = digest
             elif isinstance(row.digest, bytearray):
                 row.digest += digest
             else:
                 row.digest = bytearray(digest)
+        return part.rows if part.end >= part.rows[-1].size else ()
 
     try:
-        for part in _parts(unread):
+        for part in _parts(rows):
             if len(waiting) == 2 * _THREADS:
-                take()
+                yield from taken()
             waiting.append((part, threads.submit(_digests, folder, part)))
         while waiting:
-            take()
+            yield from taken()
     finally:
         threads.shutdown(cancel_futures=True)
 
 
-def _parts(unread: Sequence[tuple[_Row, Found]]) -> Iterator[_Part]:
+def _parts(rows: Iterable[_Row]) -> Iterator[_Part]:
     """Large files by some chunks, small ones by the batch."""
-    small = []
-    for row, file in unread:
-        if row.size <= CHUNK:
-            small.append((row, file))
-        else:
+    some: list[_Row] = []
+    unread = 0
+    for row in rows:
+        large = row.unread and row.size > CHUNK
+        if some and (large or unread == _BATCH or len(some) == _ROWS):
+            yield _Part(some, 0, _WHOLE)
+            some, unread = [], 0
+        if large:
             step = _CHUNKS * CHUNK
-            yield from (_Part([(row, file)], at, at + step) for at in range(0, row.size, step))
-    yield from (_Part(small[at : at + _BATCH], 0, CHUNK) for at in range(0, len(small), _BATCH))
+            yield from (_Part([row], at, at + step) for at in range(0, row.size, step))
+        else:
+            some.append(row)
+            unread += row.unread
+    if some:
+        yield _Part(some, 0, _WHOLE)
 
 
 def _digests(folder: bytes, part: _Part) -> list[bytes]:
-    return [_digest(folder, row, file, part.begin, min(part.end, row.size)) for row, file in part.files]
+    return [_digest(folder, row, row.file, part.begin, min(part.end, row.size)) for row in part.rows if row.unread and row.file is not None]
 
 
 def _digest(folder: bytes, row: _Row, file: Found, begin: int, end: int) -> bytes:
@@ -242,7 +270,7 @@ class _Reading:
         return self._opened
 
     def __exit__(self, kind: object, *_: object) -> None:
-        stamp = packed(os.fstat(self._opened))
+        stamp = stamp_of(os.fstat(self._opened)).packed()
         os.close(self._opened)
         if kind is None and stamp != self._file.stamp:
             raise _changed(self._file)
@@ -256,11 +284,6 @@ def _pieces(opened: int, file: Found, at: int, size: int) -> Iterable[bytes]:
             raise _changed(file)
         at += len(piece)
         yield piece
-
-
-def packed(seen: os.stat_result) -> bytes:
-    """A file's stamp, in little room: a tree may have very many."""
-    return _STAMP.pack(*stamp_of(seen))
 
 
 def _changed(file: Found) -> FileChanged:

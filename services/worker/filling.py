@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from libs.archives.place import write_file
 from libs.archives.tree import CHUNK, FILE_MODE, PROGRAM_MODE, ZERO_CHUNK, Entry
-from services.worker.cache import TeamCache, is_full, name_of
+from services.worker.teamcache import TeamCache, is_full
+from services.worker.trees import name_of
 
 _FILE = 24
 """Where a chunk goes is one number, of its file and of its place there, because there may be very many: file << _FILE | place."""
@@ -39,7 +40,7 @@ class Filling:
         """The chunks that have not come yet."""
         return list(self._places)
 
-    def put(self, digest: bytes, contents: bytes) -> None:
+    def put(self, digest: bytes, contents: bytes | memoryview) -> None:
         """A chunk that was lacking has come, and is what its digest says. Raises OSError; it is lacking then."""
         places = self._places[digest]
         while places:
@@ -58,7 +59,7 @@ class Filling:
     def close(self) -> None:
         shutil.rmtree(self._folder)
 
-    def _write(self, number: int, contents: bytes, at: int) -> None:
+    def _write(self, number: int, contents: bytes | memoryview, at: int) -> None:
         entry, path = self._files[number], self._folder / str(number)
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         try:
@@ -68,7 +69,7 @@ class Filling:
                     written = os.pwrite(opened, rest, at)
                     rest, at = rest[written:], at + written
             else:
-                write_file(opened, (contents,))
+                write_file(opened, (bytes(contents),))
             if self._lacks[number] > 1:
                 self._lacks[number] -= 1
                 return

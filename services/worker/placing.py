@@ -2,16 +2,17 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from libs.archives.place import OpenFolders, place
+from libs.archives.place import OpenFolders, place_checked
 from libs.archives.tree import FILE_MODE, PROGRAM_MODE, Entry
-from services.worker.cache import SANE, TeamCache
 from services.worker.copying import MTIME_NS, copy_contents, reflinks_work
 from services.worker.folders import remove_tree
 from services.worker.mounts import Overlays, overlays_that_work
+from services.worker.stamps import STAMP, ByInode, Stamp, stamp_of
+from services.worker.teamcache import TeamCache
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 TICK_NS = 20_000_000
@@ -40,38 +41,37 @@ def means_here(trial: Path, private: bool) -> Means:
         remove_tree(trial)
 
 
-class Stamp(NamedTuple):
-    """What changes of a file when its contents do, or when another takes its place."""
-
-    inode: int
-    size: int
-    modified: int
-    changed: int
-
-
-def stamp_of(seen: os.stat_result) -> Stamp:
-    return Stamp(seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-
-
 class Copies:
-    """Files copied out of the cache into one workspace, and `known` by their stamps until a step changes them."""
+    """Files copied out of the cache into one workspace, and known by their stamps until a step changes them."""
 
     def __init__(self, cache: TeamCache, reflinks: bool, go_on: Callable[[], None]) -> None:
         """`go_on` is asked often, and may raise."""
-        self.known: dict[Stamp, bytes] = {}
+        self._made: list[tuple[int, ByInode]] = []
         self._go_on = go_on
         self._cache = cache
         self._reflinks = reflinks
 
-    def place(self, entries: Sequence[Entry], into: Path) -> None:
-        """A tree into a folder that is absent or empty. Blocking. Raises FileExistsError when it is neither, OSError."""
-        made: dict[Stamp, bytes] = {}
+    def place(self, tree: Iterable[Entry], into: Path) -> None:
+        """A checked tree into a folder that is absent or empty. Blocking. Raises FileExistsError when it is neither, OSError."""
+        made = ByInode()
 
         def put(entry: Entry, parent: int, name: bytes) -> None:
-            made[self._copy(entry, name, parent)] = entry.digest
+            stamp = self._copy(entry, name, parent)
+            made.add(stamp.inode, stamp.packed() + entry.digest)
 
-        place(entries, into, put, SANE)
-        self._learn(made)
+        place_checked(tree, into, put)
+        # What was made just now may yet be changed within the same tick of the file system's clock: it is not known.
+        self._made.append((time.time_ns() - TICK_NS, made))
+
+    def digest_of(self, stamp: Stamp) -> bytes | None:
+        """The digest of a file that is as it was made."""
+        packed = stamp.packed()
+        for before, made in self._made:
+            if stamp.changed < before:
+                for found in made.find(stamp.inode):
+                    if found.startswith(packed):
+                        return found[STAMP:]
+        return None
 
     def put_linked(self, entries: Iterable[Entry], root: Path) -> None:
         """Hard links, and what they link to, where their folders are placed already. Blocking. Raises OSError."""
@@ -102,14 +102,3 @@ class Copies:
                 os.close(target)
         finally:
             os.close(source)
-
-    def _learn(self, made: dict[Stamp, bytes]) -> None:
-        """What was made just now may yet be changed within the same tick of the file system's clock: it is not known."""
-        before = time.time_ns() - TICK_NS
-        self.known.update((stamp, digest) for stamp, digest in made.items() if stamp.changed < before)
-
-
-def linked_files(entries: Sequence[Entry]) -> list[Entry]:
-    """The hard links of a tree and what they link to. An overlay would not keep them together when one is written to."""
-    first = {entry.target for entry in entries if entry.kind == "file" and entry.target}
-    return [entry for entry in entries if entry.kind == "file" and (entry.target or entry.path in first)] if first else []

@@ -10,10 +10,10 @@ import os
 import stat
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,18 +22,21 @@ import structlog
 from libs.archives.place import OpenFolders
 from libs.archives.pump import in_thread
 from libs.archives.rules import ArchiveRefused, shown
-from libs.archives.tree import FOLDER_MODE, ZERO_CHUNK, Entry
+from libs.archives.tree import CHUNK, FOLDER_MODE, ZERO_CHUNK, Entry
 from proto.events.base import ArtifactRef
 from proto.messages import Package
 from proto.plan import TaskConfig, TaskInput
 from services.worker.artifacts import Artifacts, Unobtainable
-from services.worker.cache import Cache, is_full, name_of
+from services.worker.cache import Cache
 from services.worker.capture import Captured, FileChanged, capture
 from services.worker.copying import copy_checked, copy_tree
 from services.worker.executors.sandboxes import Folders
 from services.worker.folders import remove_tree
 from services.worker.mounts import unmount
-from services.worker.placing import Copies, Means, Stamp, linked_files
+from services.worker.placing import Copies, Means
+from services.worker.stamps import ByInode, Stamp
+from services.worker.teamcache import is_full
+from services.worker.trees import KnownTree, Names, name_of
 
 logger = structlog.get_logger()
 
@@ -41,6 +44,8 @@ T = TypeVar("T")
 
 _KEEPING_SECONDS = 5.0
 """What an attempt's slot may wait for its outputs to be cached."""
+_SIZES = (0, 64 << 10, CHUNK, 1 << 63)
+"""Small, larger, largest."""
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -63,15 +68,16 @@ class Workspace:
         self._cache = cache.of(package.team)
         self._overlays = means.overlays
         self._reflinks = means.reflinks
-        self._copies = Copies(self._cache, means.reflinks, self._go_on)
         self._given_up = threading.Event()
+        self._go_on = partial(_go_on, self._given_up)
+        self._copies = Copies(self._cache, means.reflinks, self._go_on)
         self._pins = ExitStack()
         self._placed: dict[str, Path] = {}
         self._upper = self.folder
-        self._layers: list[tuple[Path, str]] = []
-        self._lower: dict[int, bytes] | None = None
+        self._layers: list[tuple[Path, KnownTree]] = []
+        self._lower: ByInode | None = None
         self._fresh = True
-        self._stored: list[tuple[bytes, Entry]] = []
+        self._stored: list[tuple[bytes, Captured]] = []
         self._used = False
 
     async def place_inputs(self, inputs: Sequence[TaskInput]) -> None:
@@ -143,15 +149,11 @@ class Workspace:
             working.exception()
             raise
 
-    def _go_on(self) -> None:
-        if self._given_up.is_set():
-            raise _GivenUp
-
-    async def _fetched(self, inputs: Sequence[TaskInput], pins: ExitStack) -> dict[str, Sequence[Entry]]:
+    async def _fetched(self, inputs: Sequence[TaskInput], pins: ExitStack) -> dict[str, KnownTree]:
         """The trees by their inputs' names, several at once."""
 
-        async def one(name: str) -> Sequence[Entry]:
-            self._pins.enter_context(self._cache.pinned([self._package.inputs[name].digest]))
+        async def one(name: str) -> KnownTree:
+            self._pins.enter_context(self._cache.pinned(Names.of(self._package.inputs[name].digest)))
             try:
                 return await self._artifacts.fetch(self._package, name, pins, self._go_on)
             except Unobtainable as error:
@@ -173,20 +175,17 @@ class Workspace:
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
 
-    def _mount(self, inputs: Sequence[TaskInput], trees: dict[str, Sequence[Entry]]) -> None:
+    def _mount(self, inputs: Sequence[TaskInput], trees: dict[str, KnownTree]) -> None:
         """All of them below one overlay. Where it cannot be mounted, nothing is done. Raises Unplaceable, OSError."""
         assert self._overlays is not None
-        used: Counter[str] = Counter()
         layers: list[Path] = []
         for number, each in enumerate(inputs):
-            path = _path(each)
+            path, tree = _path(each), trees[each.name]
             for other in inputs[:number]:
                 _refuse_what_is_there(each, _inside(path, _path(other)), trees[other.name])
-            linked = {entry.path for entry in linked_files(trees[each.name])}
-            entries: Sequence[Entry] = [entry for entry in trees[each.name] if entry.path not in linked]
             inside = b"" if path == "." else os.fsencode(path)
             with _naming(each):
-                layers.append(self._cache.layer(self._package.inputs[each.name].digest, entries, inside, used))
+                layers.append(self._cache.layer(tree, inside, [trees[other.name].names for other in inputs[:number]]))
         upper, work = self._overlay / "upper", self._overlay / "work"
         for folder in (self._overlay, upper, work):
             folder.mkdir()
@@ -198,11 +197,11 @@ class Workspace:
             return
         self._upper = upper
         for each, layer in zip(inputs, layers, strict=True):
-            self._layers.append((layer / _path(each), self._package.inputs[each.name].digest))
-            self._copies.put_linked(linked_files(trees[each.name]), self.folder / _path(each))
+            self._layers.append((layer / _path(each), trees[each.name]))
+            self._copies.put_linked(trees[each.name].linked_files(), self.folder / _path(each))
             self._placed[each.name] = self.folder / _path(each)
 
-    async def _place(self, each: TaskInput, tree: Sequence[Entry] | None) -> None:
+    async def _place(self, each: TaskInput, tree: KnownTree | None) -> None:
         into = self.folder / _path(each)
         held = self._placed.get(each.name)
         if held == into:
@@ -227,7 +226,7 @@ class Workspace:
             raise Unplaceable(f"input `{each.name}`: its folder `{_path(each)}` is there already") from error
         self._placed[each.name] = into
 
-    def _copy(self, tree: Sequence[Entry], into: Path) -> None:
+    def _copy(self, tree: KnownTree, into: Path) -> None:
         try:
             self._copies.place(tree, into)
         except OSError as error:
@@ -238,40 +237,38 @@ class Workspace:
 
     def _known(self, stamp: Stamp, new: bool) -> bytes | None:
         if new:
-            return self._copies.known.get(stamp)
+            return self._copies.digest_of(stamp)
         if self._lower is None:
             # Below one overlay every file has an inode of its own, which is seen through it.
-            self._lower = dict(chain.from_iterable(self._below(layer, digest) for layer, digest in self._layers))
-        return self._lower.get(stamp.inode)
-
-    def _below(self, layer: Path, digest: str) -> Iterator[tuple[int, bytes]]:
-        """Inode and digest of each file in a layer; the tree is read again, which costs less than to keep it while the steps run."""
-        tree = self._cache.tree(digest) or ()
-        linked = {entry.path for entry in linked_files(tree)}
-        for entry in tree:
-            if entry.kind == "file" and entry.path not in linked:
-                yield os.lstat(os.fsencode(layer) + b"/" + entry.path).st_ino, entry.digest
+            self._lower = ByInode()
+            for layer, tree in self._layers:
+                for entry in tree.unlinked():
+                    if entry.kind == "file":
+                        self._lower.add(os.lstat(os.fsencode(layer) + b"/" + entry.path).st_ino, entry.digest)
+        return next(self._lower.find(stamp.inode), None)
 
     def _note(self, captured: Captured, ref: ArtifactRef, upper: Path) -> None:
         """What is stored may become the cache's at the end."""
         if ref.digest == captured.digest:
             self._cache.add_tree(captured.digest, captured.manifest)
-        files = (entry for entry in captured.entries if entry.kind == "file")
-        folder = os.fsencode(upper.relative_to(self._upper))
-        self._stored += [(folder, entry) for entry, file in zip(files, captured.files, strict=True) if file.new]
+        self._stored.append((os.fsencode(upper.relative_to(self._upper)), captured))
 
     def _keep(self) -> None:
         """Small files first, as long as there is time and room for them."""
         deadline, room = time.monotonic() + _KEEPING_SECONDS, self._cache.all.room()
         folders = OpenFolders(self._upper)
         try:
-            for folder, entry in sorted(self._stored, key=lambda each: each[1].size):
-                room -= sum(size for digest, size in entry.chunks() if digest != ZERO_CHUNK)
-                if room < 0 or time.monotonic() > deadline:
-                    return
-                self._go_on()
-                if not self._cache.has(entry):
-                    self._keep_file(folders, entry.path if folder == b"." else folder + b"/" + entry.path, entry)
+            for least, most in pairwise(_SIZES):
+                for folder, captured in self._stored:
+                    for entry, file in captured.files():
+                        if not file.new or not least <= entry.size < most:
+                            continue
+                        room -= sum(size for digest, size in entry.chunks() if digest != ZERO_CHUNK)
+                        if room < 0 or time.monotonic() > deadline:
+                            return
+                        self._go_on()
+                        if not self._cache.has(entry):
+                            self._keep_file(folders, entry.path if folder == b"." else folder + b"/" + entry.path, entry)
         finally:
             folders.close()
 
@@ -301,11 +298,17 @@ class Workspace:
                 unmount(self.folder)
         except OSError as error:
             logger.warning("a workspace stays mounted", error=str(error))
-        finally:
-            if self._overlay.exists():
-                remove_tree(self._overlay)
-            self._pins.close()
-            self._cache.all.trim()
+        self._pins.close()
+        # Whoever still knows this workspace keeps no large trees with it.
+        self._stored, self._layers, self._lower = [], [], None
+        if self._overlay.exists():
+            remove_tree(self._overlay)
+        self._cache.all.trim()
+
+
+def _go_on(given_up: threading.Event) -> None:
+    if given_up.is_set():
+        raise _GivenUp
 
 
 @contextlib.contextmanager
@@ -326,7 +329,7 @@ def _inside(path: str, folder: str) -> bytes | None:
     return os.fsencode(there.relative_to(folder)) if there.is_relative_to(folder) else None
 
 
-def _refuse_what_is_there(each: TaskInput, path: bytes | None, tree: Sequence[Entry]) -> None:
+def _refuse_what_is_there(each: TaskInput, path: bytes | None, tree: Iterable[Entry]) -> None:
     """An input may lie at `path` of another one's tree if there is nothing, or an empty folder. Raises Unplaceable."""
     if path is None:
         return

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -54,7 +55,7 @@ async def _trees(files: int) -> list[Figure]:
             shop.writes = False
             figures = await _Bench(shop, folder, means, files).figures(src, REPEATS, GOAL)
             if means.name != "copy":
-                figures += await _Bench(shop, folder, Means(None, False), files).figures(src, 1)
+                figures += await _Bench(shop, folder, Means(None, False), files).figures(src, REPEATS)
         return figures + _others(folder, src, files)
 
 
@@ -65,6 +66,7 @@ class _Bench:
         self._shop = shop
         self._means = means
         self._files = files
+        self._folder = folder
         self._pool = FolderPool(folder / means.name / "work", "b")
         self._cache = Cache(folder / means.name / "cache", CACHE_BYTES)
         (folder / means.name / "work").mkdir(parents=True)
@@ -72,10 +74,11 @@ class _Bench:
     async def figures(self, src: Path, repeats: int, goal: Goal | None = None) -> list[Figure]:
         self._cache.open()
         nothing = await self._placed()
-        known = [await self._placed() for _ in range(repeats)]
-        taken = [await self._taken() for _ in range(repeats)]
-        unknown, one = [], []
+        known, unknown, one, taken, plain = [], [], [], [], []
         for number in range(repeats):
+            known.append(await self._placed())
+            plain.append(self._plainly(src))
+            taken.append(await self._taken())
             (src / "part00").rename(src / f"part00.{number}")
             unknown.append(await self._placed())
             (src / f"part00.{number}").rename(src / "part00")
@@ -90,6 +93,7 @@ class _Bench:
             *self._rates(f"{what}, one to fetch", one),
             *self._rates(f"{what}, nothing cached", [nothing]),
             *self._rates(f"{what}, taken as an output after one change", taken),
+            *self._rates("cp -a of them, each time after the known tree", plain),
         ]
 
     def _rates(self, what: str, took: list[float], goal: Goal | None = None) -> list[Figure]:
@@ -100,6 +104,13 @@ class _Bench:
         """Seconds until an input is in a new workspace."""
         async with self._workspace() as (workspace, _):
             return await _seconds(workspace.place_inputs([SRC]))
+
+    def _plainly(self, src: Path) -> float:
+        """Seconds that `cp -a` takes now: a disk that is busy with what was written before holds up whatever comes next."""
+        copied = self._folder / "copied"
+        took = timed("cp", "-a", str(src), str(copied))
+        shutil.rmtree(copied)
+        return took
 
     async def _taken(self) -> float:
         """Seconds to keep it as an output, one file of it changed."""
@@ -146,7 +157,6 @@ def _others(folder: Path, src: Path, files: int) -> list[Figure]:
     for number in range(REPEATS):
         (folder / f"untarred{number}").mkdir()
     ways = {
-        "cp -a": lambda number: timed("cp", "-a", str(src), str(folder / f"copied{number}")),
         "cp -al (hard links)": lambda number: timed("cp", "-al", str(src), str(folder / f"linked{number}")),
         "tar -x": lambda number: timed("tar", "-C", str(folder / f"untarred{number}"), "-xf", str(archive)),
     }

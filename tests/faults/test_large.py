@@ -16,8 +16,6 @@ from tests.faults.processes import concerned
 from tests.faults.system import System
 
 MOST = 200_000_000
-MOST_OF_A_WORKER = 300_000_000
-"""It has 200,000 files in and 200,000 new ones out, and is not where it should be yet: MOST."""
 """Bytes of memory for each process, the client's included."""
 FILES = 200_000
 SIZE = 50 << 30
@@ -68,7 +66,7 @@ def assert_bounded(system: System, peaks: dict[str, int]) -> None:
     peaks |= {names.get(process.pid, str(process)): peak(process.pid) for process in concerned(str(system.home))}
     report = "\n".join(f"{peaks[name] / 1e6:.0f} MB: {name[:80]}" for name in sorted(peaks, key=lambda name: -peaks[name]))
     print(report)
-    assert all(size < (MOST_OF_A_WORKER if name == "worker" else MOST) for name, size in peaks.items()), report
+    assert all(size < MOST for size in peaks.values()), report
 
 
 @pytest.mark.timeout(300)

@@ -5,7 +5,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,9 +16,11 @@ from libs.archives.tree import CHUNK, ZERO_CHUNK, Entry, tree_of
 from proto.events.base import ArtifactRef
 from proto.messages import TREE_HINT
 from proto.plan import TaskInput, TaskOutput
-from services.worker.cache import Cache, TeamCache, name_of
+from services.worker.cache import Cache
 from services.worker.filling import Filling
 from services.worker.placing import Copies, Means
+from services.worker.teamcache import TeamCache
+from services.worker.trees import Names, name_of
 from tests.controls import eventually
 from tests.integration.test_blobstore import small_disk
 from tests.worker_controls import a_system, all_means, means, sh
@@ -64,8 +65,7 @@ def keep(cache: TeamCache, *entries: Entry) -> str:
     """A tree as an attempt leaves it: its files, its manifest, a layer."""
     fill(cache, entries)
     tree = tree_of(entries)
-    cache.add_tree(tree.summary.digest, tree.root.blobs)
-    cache.layer(tree.summary.digest, tree.entries, b"src", Counter())
+    cache.layer(cache.add_tree(tree.summary.digest, tree.root.blobs), b"src", [])
     return tree.summary.digest
 
 
@@ -92,7 +92,7 @@ def test_what_was_used_longest_ago_goes_first_and_with_its_tree_only_what_no_oth
 def test_what_is_pinned_stays_whatever_the_limit(cache: TeamCache) -> None:
     tree, loose = keep(cache, file("a")), file("loose")
     fill(cache, [loose])
-    with cache.pinned([tree]), cache.pinned([name_of(loose)]):
+    with cache.pinned(Names.of(tree)), cache.pinned(Names.of(name_of(loose))):
         cache.all.trim(0)
         assert cache.tree(tree) is not None
         assert cache.has(loose) and cache.has(file("a"))
@@ -119,7 +119,7 @@ def test_hints_name_the_trees_that_are_there_and_are_new_only_when_those_are(cac
     assert cache.all.hints() == named(d, b, a)
     assert cache.tree(c)
     assert cache.all.hints() == named(c, d, b)
-    with cache.pinned([b]):
+    with cache.pinned(Names.of(b)):
         cache.all.trim(0)
     assert cache.all.hints() == named(b)
     again = Cache(cache._files.parents[1], cache.all.limit)
@@ -163,14 +163,13 @@ def test_a_damaged_file_or_manifest_is_not_used(cache: TeamCache, tmp_path: Path
 
 def test_equal_files_of_one_workspace_have_inodes_of_their_own(cache: TeamCache) -> None:
     one, other = file("one"), Entry(b"other", "file", 0o644, 20 * KIB, file("one").digest)
-    tree = tree_of([one, other])
+    made = tree_of([one, other])
     fill(cache, [one])
-    cache.add_tree(tree.summary.digest, tree.root.blobs)
-    used: Counter[str] = Counter()
-    layers = [cache.layer(tree.summary.digest, tree.entries, path, used) / path.decode() for path in (b"a", b"b/c")]
+    tree = cache.add_tree(made.summary.digest, made.root.blobs)
+    layers = [cache.layer(tree, path, others) / path.decode() for path, others in ((b"a", []), (b"b/c", [tree.names]))]
     inodes = {(layer / name).stat().st_ino for layer in layers for name in ("one", "other")}
     assert len(inodes) == 4
-    again = cache.layer(tree.summary.digest, tree.entries, b"a", Counter())
+    again = cache.layer(tree, b"a", [])
     assert again / "a" == layers[0]
     assert all((layer / name).read_bytes() == contents("one", 20 * KIB) for layer in layers for name in ("one", "other"))
 
@@ -282,6 +281,17 @@ async def test_two_stages_at_once_fetch_a_tree_once(tmp_path: Path, means: Means
         assert (shop.requests["manifest"], shop.sent) == (1, 50)
 
 
+async def test_many_files_are_fetched_some_at_a_time_and_each_contents_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.worker.artifacts._AT_ONCE", 20)
+    (tmp_path / "in" / "src").mkdir(parents=True)
+    for number in range(90):
+        (tmp_path / "in" / "src" / f"{number:02}").write_text(str(number % 45))
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", artifacts_url=shop.url) as (scheduler, _):
+        attempt = await scheduler.send(sh("cat src/*", inputs=SRC), inputs=shop.refs("src"), token=TOKEN)
+        assert await scheduler.log(attempt, "stdout") == "".join(map(str, range(45))) * 2
+        assert (shop.requests["blobs"], shop.sent) == (3, 45)
+
+
 @pytest.mark.parametrize("means", ["reflink"], indirect=True)
 async def test_where_contents_can_be_shared_a_workspace_takes_no_room_for_them(tmp_path: Path, means: Means) -> None:
     size, files = 200 * KIB, 200
@@ -323,20 +333,20 @@ async def test_an_input_whose_manifest_is_another_trees_is_refused(tmp_path: Pat
         (tmp_path / "in" / "src" / "file").touch()
         shop.refs("src")
         attempt = await scheduler.send(sh("true", inputs=SRC), inputs=refs, token=TOKEN)
-        assert "input `src`: its manifest is not that of the tree" in (await scheduler.finished(attempt, timeout=5)).error
+        assert "input `src`: its manifest is refused: it is not that of the tree" in (await scheduler.finished(attempt, timeout=5)).error
 
 
 @pytest.mark.parametrize("file", [[], [Entry(b"../out", "file", 0o644)]], ids=["nothing to fetch", "a file to fetch"])
 async def test_an_input_that_is_no_tree_is_refused_and_nothing_of_it_is_written(tmp_path: Path, means: Means, file: list[Entry]) -> None:
     hostile = tree_of([Entry(b"..", "folder", 0o755), Entry(b"../new", "folder", 0o755), *file])
-    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, running):
+    async with a_shop(tmp_path) as shop, a_system(tmp_path / "w", means=means, artifacts_url=shop.url) as (scheduler, _):
         shop.trees["src"] = hostile
         ref = ArtifactRef(id="hostile", digest=hostile.summary.digest, size=0, files=len(file))
         for _ in range(2):
             attempt = await scheduler.send(sh("true", inputs=SRC), inputs={"src": ref}, token=TOKEN)
             assert (await scheduler.finished(attempt)).error == "step `step`: input `src`: `..` has `..` in its path"
-        assert not [path for path in running.folder.rglob("*") if path.name == "new" and path.parent != running.folder / "cache"]
-        assert not list((running.folder / "cache" / "files" / "main").iterdir())
+    assert list((tmp_path / "w").rglob("new")) == [tmp_path / "w" / "cache" / "new"]
+    assert not list((tmp_path / "w" / "cache" / "files" / "main").iterdir())
 
 
 async def test_an_output_of_holes_and_one_of_many_chunks_come_back_as_they_were(tmp_path: Path, means: Means) -> None:
@@ -421,7 +431,7 @@ def test_a_doubtful_file_that_is_not_wanted_goes_when_room_is_wanted(tmp_path: P
     first.close()
     second = a_life(tmp_path / "cache", "second", monkeypatch)
     assert second.bytes == 40 * KIB
-    with second.of("main").pinned([name_of(file("a"))]):
+    with second.of("main").pinned(Names.of(name_of(file("a")))):
         second.trim(0)
     assert second.of("main").has(file("a")) and not second.of("main").has(file("b"))
     second.close()
@@ -439,15 +449,17 @@ def test_a_tree_of_which_all_is_cached_is_placed_by_its_checked_paths(cache: Tea
     (tmp_path / "into" / "way").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError):
         Copies(cache, False, lambda: None).put_linked([file("way/a", of="a")], tmp_path / "into")
+    with pytest.raises(ValueError, match="leads up"):
+        Copies(cache, False, lambda: None).put_linked([linked], tmp_path / "into")
     assert not list((tmp_path / "elsewhere").iterdir())
     assert not (tmp_path / "out").exists()
 
 
 def test_what_the_service_took_is_placed_whatever_its_limits_are(cache: TeamCache, tmp_path: Path) -> None:
     size = 65 << 30
-    tree = tree_of([Entry(b"big", "file", 0o644, size, ZERO_CHUNK * (size // CHUNK))])
-    Filling(cache, tree.entries).close()
-    cache.add_tree(tree.summary.digest, tree.root.blobs)
-    layer = cache.layer(tree.summary.digest, tree.entries, b"src", Counter())
-    Copies(cache, False, lambda: None).place(tree.entries, tmp_path / "into")
+    made = tree_of([Entry(b"big", "file", 0o644, size, ZERO_CHUNK * (size // CHUNK))])
+    Filling(cache, made.entries).close()
+    tree = cache.add_tree(made.summary.digest, made.root.blobs)
+    layer = cache.layer(tree, b"src", [])
+    Copies(cache, False, lambda: None).place(tree, tmp_path / "into")
     assert (layer / "src" / "big").stat().st_size == (tmp_path / "into" / "big").stat().st_size == size

@@ -159,10 +159,12 @@ async def test_a_task_that_ignores_sigterm_is_killed_with_everything(tmp_path: P
 async def test_a_double_forked_daemon_dies_with_its_step(tmp_path: Path, sandbox: Choice) -> None:
     """FAULTS 55: one that keeps the environment, one that has none."""
     marker = f"7{os.getpid()}.55"
-    script = f"(setsid sh -c 'sleep {marker} & sleep {marker}' >/dev/null 2>&1 &); (env -i setsid sleep {marker} >/dev/null 2>&1 &); sleep 0.2"
-    async with a_system(tmp_path, sandbox=sandbox) as (scheduler, _):
-        attempt = await scheduler.send(sh(script))
+    script = f"(setsid sh -c 'sleep {marker} & sleep {marker}' >/dev/null 2>&1 &); (env -i setsid sleep {marker} >/dev/null 2>&1 &)"
+    async with a_system(tmp_path, sandbox=sandbox) as (scheduler, running):
+        attempt = await scheduler.send(sh(f"{script}; while [ ! -e go ]; do sleep 0.05; done"))
         await eventually(lambda: len(alive(marker)) >= 3)
+        (workspace,) = (running.folder / "work").glob("*/workspace")
+        (workspace / "go").touch()
         assert (await scheduler.finished(attempt)).status == "succeeded"
         await eventually(lambda: not alive(marker))
 
