@@ -1,7 +1,7 @@
 """Concourse's task file, read and checked before anything leaves this machine, and made into a plan of one stage with one `run` step.
 
-Its types are exact: an unknown key or a wrong type is refused with file, line and path. What it says of placement (`platform`, `image_resource`,
-`rootfs_uri`, `run.user`, `container_limits`) goes into the plan as it is.
+Its types are exact: an unknown key or a wrong type is refused with file, line and path. What it says of placement (`platform`, `image`,
+`image_resource`, `rootfs_uri`, `run.user`, `container_limits`) goes into the plan as it is.
 """
 
 import re
@@ -75,11 +75,13 @@ class Limits(_Part, frozen=True, kw_only=True):
 
 
 class Task(_Part, frozen=True, kw_only=True):
-    """The whole file; `params` are text by now."""
+    """The whole file; `params` are text by now. Ours, not Concourse's, are `image`, a plain reference, and `network`: a container has none else."""
 
     run: Run
     platform: str = "linux"
+    image: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     image_resource: ImageResource | None = None
+    network: bool = False
     rootfs_uri: str | None = None
     inputs: list[Input] = []
     outputs: list[Output] = []
@@ -107,14 +109,26 @@ def overridden_params(text: str | bytes, environ: Mapping[str, str]) -> list[str
     return [key for key, own in params.items() if own is not None and key in environ] if isinstance(params, dict) else []
 
 
-def plan_of(task: Task, *, arguments: Sequence[str] = (), tags: Sequence[str] = (), timeout: int | None = None) -> dict[str, Any]:
-    """The plan that runs the task: `arguments` go after its own, `timeout` is in seconds."""
+def plan_of(
+    task: Task,
+    *,
+    arguments: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    timeout: int | None = None,
+    image: str | None = None,
+    privileged: bool = False,
+) -> dict[str, Any]:
+    """The plan that runs the task: `arguments` go after its own, `timeout` is in seconds, `image` instead of its own."""
+    if image is not None:
+        task = msgspec.structs.replace(task, image=image, image_resource=None, rootfs_uri=None)
     config: dict[str, Any] = msgspec.to_builtins(task)
     if arguments:
         config["run"]["args"] = [*task.run.args, *arguments]
     step: dict[str, Any] = {"step": "run", "name": "task", "config": config}
     if timeout is not None:
         step["timeout"] = timeout
+    if privileged:
+        step["privileged"] = True
     stage: dict[str, Any] = {"name": "task", "steps": [step]}
     if tags:
         stage["tags"] = list(tags)
@@ -173,6 +187,8 @@ class _Check:
         for i, cache in enumerate(task.caches):
             self._stays_inside(("caches", i, "path"), cache.path)
         self._stays_inside(("run", "dir"), task.run.dir)
+        if task.image is not None and (task.image_resource or task.rootfs_uri):
+            raise self._problem(("image",), "is named twice: `image_resource` or `rootfs_uri` does it too")
         if task.container_limits and task.container_limits.memory is not None:
             memory = self._memory(task.container_limits.memory)
             return msgspec.structs.replace(task, container_limits=msgspec.structs.replace(task.container_limits, memory=memory))

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from proto.image import RUNNABLE, BadImage, parse_image, reference_of
+
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$(?!\n)", description="letters, digits, `_`, `-`, `.`; at most 64")]
 StageName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)", description="letters, digits, `_`, `-`; at most 64")]
 Seconds = Annotated[int, msgspec.Meta(ge=1, le=30 * 24 * 3600)]
@@ -70,11 +72,14 @@ class ContainerLimits(_Closed, frozen=True, kw_only=True):
 
 
 class TaskConfig(_Closed, frozen=True, kw_only=True):
-    """Concourse's task file. `params` is the step's environment."""
+    """Concourse's task file. `params` is the step's environment. Ours are `image`, a plain reference (`host:5000/team/img:tag@sha256:…`), and
+    `network`: a step in a container has none unless it asks."""
 
     run: Run
     platform: str = "linux"
+    image: str | None = None
     image_resource: ImageResource | None = None
+    network: bool = False
     rootfs_uri: str | None = None
     inputs: Annotated[list[TaskInput], msgspec.Meta(max_length=MAX_FOLDERS)] = []
     outputs: Annotated[list[TaskOutput], msgspec.Meta(max_length=MAX_FOLDERS)] = []
@@ -84,11 +89,13 @@ class TaskConfig(_Closed, frozen=True, kw_only=True):
 
 
 class RunStep(_Closed, frozen=True, kw_only=True, tag="run", tag_field="step"):
-    """Run a task config. `timeout` in seconds; past it the step is interrupted and the build fails."""
+    """Run a task config. `timeout` in seconds; past it the step is interrupted and the build fails. `privileged`: with all rights on the worker's
+    machine, in a container; for teams and on workers that allow it."""
 
     name: Name
     config: TaskConfig
     timeout: Seconds = DEFAULT_STEP_TIMEOUT
+    privileged: bool = False
 
 
 class Stage(_Closed, frozen=True, kw_only=True):
@@ -109,26 +116,33 @@ class Plan(_Closed, frozen=True, kw_only=True):
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a worker must offer to run a stage; `image` is an image type, `user` and `limits` whether a step asks for them."""
+    """What a worker must offer to run a stage; `image` is an image type, `user`, `limits` and `privileged` whether a step asks for them."""
 
     platform: str = "linux"
     tags: tuple[str, ...] = ()
     image: str | None = None
     user: bool = False
     limits: bool = False
+    privileged: bool = False
 
 
 def requirements_of(stage: Stage) -> Requirements:
     """The union of what the stage's steps require."""
     configs = [step.config for step in stage.steps]
-    images = [c.image_resource.type if c.image_resource else "rootfs" for c in configs if c.image_resource or c.rootfs_uri]
+    images = [kind for config in configs if (kind := image_type(config))]
     return Requirements(
         platform=configs[0].platform,
         tags=tuple(sorted(set(stage.tags))),
         image=images[0] if images else None,
         user=any(c.run.user for c in configs),
         limits=any(c.container_limits for c in configs),
+        privileged=any(step.privileged for step in stage.steps),
     )
+
+
+def image_type(config: TaskConfig) -> str | None:
+    """The type of the image that a task wants, if it wants any."""
+    return "image" if config.image else config.image_resource.type if config.image_resource else "rootfs" if config.rootfs_uri else None
 
 
 def plan_problem(plan: Plan) -> tuple[str, str] | None:
@@ -145,9 +159,10 @@ def plan_problem(plan: Plan) -> tuple[str, str] | None:
         if len({step.config.platform for step in stage.steps}) > 1:
             return f"stages[{i}].steps", "the steps of a stage run on one worker and must name the same platform"
         for j, step in enumerate(stage.steps):
-            problem = _task_problem(step.config)
-            if problem:
+            if problem := _task_problem(step.config):
                 return f"stages[{i}].steps[{j}].config.{problem[0]}", problem[1]
+            if step.privileged and image_type(step.config) is None:
+                return f"stages[{i}].steps[{j}].privileged", "needs an image: only a container can be privileged"
     needs = {stage.name: stage.needs for stage in plan.stages}
     for i, stage in enumerate(plan.stages):
         for j, need in enumerate(stage.needs):
@@ -179,6 +194,21 @@ def _task_problem(config: TaskConfig) -> tuple[str, str] | None:
             return f"params.{key}", "is no environment variable: a name has no `=`, and neither part a NUL"
         if key.startswith(_NOT_THE_STEPS):
             return f"params.{key}", "would reach past the step, to what runs it: set it in the command itself"
+    return _image_problem(config)
+
+
+def _image_problem(config: TaskConfig) -> tuple[str, str] | None:
+    if config.image is not None and (config.image_resource or config.rootfs_uri):
+        return "image", "is named twice: `image_resource` or `rootfs_uri` does it too"
+    field, resource = "image", config.image_resource
+    try:
+        if config.image is not None:
+            parse_image(config.image)
+        elif resource and resource.type in RUNNABLE:
+            field = "image_resource"
+            reference_of(resource.type, resource.source, resource.version)
+    except BadImage as bad:
+        return field, str(bad)
     return None
 
 

@@ -38,13 +38,14 @@ class StageQueued(Event, frozen=True, kw_only=True):
 
 
 class StepStarted(Event, frozen=True, kw_only=True):
-    """builds, on a worker's report: the step's command runs on `worker`, inside `sandbox`."""
+    """builds, on a worker's report: the step's command runs on `worker`, inside `sandbox`, in exactly this `image` if in any."""
 
     stage: str
     attempt: int
     step: str
     worker: str
     sandbox: str = ""
+    image: str = ""
     timeout: int = 0
     report: int = 0
 

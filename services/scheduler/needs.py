@@ -7,6 +7,7 @@ from proto.plan import Requirements
 _ROOTFS = "rootfs_uri"
 _USER = "run.user"
 _LIMITS = "container_limits"
+_PRIVILEGED = "privileged"
 
 
 def wanted(requirements: Requirements) -> tuple[str, ...]:
@@ -14,10 +15,14 @@ def wanted(requirements: Requirements) -> tuple[str, ...]:
     words = [f"platform {requirements.platform}"]
     if requirements.image is not None:
         words.append(_image(requirements.image))
+    # Only for a container is anything of this kept.
+    bare = "" if requirements.image is not None else " without an image"
     if requirements.user:
-        words.append(_USER)
+        words.append(_USER + bare)
     if requirements.limits:
-        words.append(_LIMITS)
+        words.append(_LIMITS + bare)
+    if requirements.privileged:
+        words.append(_PRIVILEGED)
     return (*words, *(f"tag {tag}" for tag in requirements.tags))
 
 
@@ -27,8 +32,10 @@ def offered(offers: Offers) -> tuple[str, ...]:
         words.append(_USER)
     if offers.limits:
         words.append(_LIMITS)
+    if offers.privileged:
+        words.append(_PRIVILEGED)
     return tuple(words)
 
 
 def _image(kind: str) -> str:
-    return _ROOTFS if kind == "rootfs" else f"image_resource of type {kind}"
+    return {"rootfs": _ROOTFS, "image": "image"}.get(kind) or f"image_resource of type {kind}"

@@ -8,22 +8,25 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeVar
 
+import msgspec
 import structlog
 
 from proto.events.base import ArtifactRef, Status
 from proto.messages import Package, ReportBody, ReportStageFinished, ReportStepFinished, ReportStepProgressed, ReportStepStarted
-from proto.plan import RunStep
+from proto.plan import RunStep, image_type
 from services.worker.artifacts import Artifacts, Unobtainable
 from services.worker.cache import Cache
-from services.worker.executors.commands import Commands, NotRunnable
+from services.worker.executors.commands import NotRunnable
+from services.worker.executors.executor import CannotRun, Executor, Executors, Job, Running, Stream
 from services.worker.executors.orphans import Orphans
-from services.worker.executors.sandboxes import Folders, Sandbox
-from services.worker.executors.spawned import Spawned, Stream
+from services.worker.executors.sandboxes import Folders
 from services.worker.folders import FolderPool
 from services.worker.logs import AttemptLog
+from services.worker.masking import Texts, masked
 from services.worker.outbox import Outbox
 from services.worker.placing import Means
 from services.worker.progress import Progress
+from services.worker.secrets import NoSecret, filled_in
 from services.worker.workspace import Unplaceable, Workspace
 
 logger = structlog.get_logger()
@@ -31,22 +34,21 @@ logger = structlog.get_logger()
 T = TypeVar("T")
 
 LOW_DISK_BYTES = 1 << 20
-_SANDBOX_TOOLS = (b"bwrap: ", b"unshare: ", b"setpriv: ")
+_COMPLAINT = 512
+"""Bytes of stderr, at most, with which what runs a step says that it cannot."""
 
 
 class Tools(NamedTuple):
     """What every attempt of a worker uses. `grace` in seconds, `log_limit` in bytes."""
 
     worker: str
-    sandbox: Sandbox
-    commands: Commands
+    executors: Executors
     orphans: Orphans
     folders: FolderPool
     outbox: Outbox
     artifacts: Artifacts
     cache: Cache
     means: Means
-    path: str
     grace: float
     log_limit: int
 
@@ -57,10 +59,6 @@ class Stop(NamedTuple):
     status: Status
     error: str
     at_once: bool = False
-
-
-class _Errored(Exception):
-    """The step could not be run to its end."""
 
 
 class _Stopped(Exception):
@@ -74,12 +72,16 @@ class StageRun:
         self.package = package
         self._tools = tools
         self._on_reported = on_reported
-        self._log = AttemptLog(package.attempt, tools.outbox.log, tools.log_limit, f"worker {tools.worker}, sandbox {tools.sandbox.name}")
-        self._process: Spawned | None = None
+        self._images = any(image_type(step.config) for step in package.stage.steps)
+        named = tools.executors.containers or tools.executors.process if self._images else tools.executors.process
+        self._secrets = Texts(package.secrets.values()) if package.secrets else None
+        preamble = f"worker {tools.worker}, sandbox {named.name}"
+        self._log = AttemptLog(package.attempt, tools.outbox.log, tools.log_limit, preamble, self._secrets)
+        self._process: Running | None = None
         self._stop: Stop | None = None
         self._stopped = asyncio.Event()
-        self._stderr_bytes = 0
-        self._last_stderr = b""
+        self._stderr = b""
+        """How the step's began."""
 
     async def run(self) -> Status:
         """Until the stage is over and its folders are gone. When cancelled: everything is killed, nothing more is said."""
@@ -88,7 +90,9 @@ class StageRun:
         try:
             try:
                 folders = self._folders = self._tools.folders.take()
-                workspace = self._workspace = Workspace(folders, self.package, self._tools.artifacts, self._tools.cache, self._tools.means)
+                # The engine mounts a workspace from outside: it would not see what is mounted in there, in the worker's own namespace.
+                means = self._tools.means._replace(overlays=None) if self._images else self._tools.means
+                workspace = self._workspace = Workspace(folders, self.package, self._tools.artifacts, self._tools.cache, means)
                 ended, error = await self._steps()
             except OSError as failure:
                 ended, error = [], _words(failure)
@@ -151,12 +155,18 @@ class StageRun:
         return [finished], error
 
     async def _run_step(self, step: RunStep) -> ReportStepFinished:
+        finished = await self._ended(step)
+        if finished.error and self._secrets is not None:
+            return msgspec.structs.replace(finished, error=masked(self._secrets, finished.error))
+        return finished
+
+    async def _ended(self, step: RunStep) -> ReportStepFinished:
         try:
-            return await self._unless_stopped(step)
+            return await self._unless_stopped(filled_in(step, self.package.secrets, self.package.unreadable))
         except _Stopped:
             assert self._stop is not None
             return ReportStepFinished(step=step.name, status=self._stop.status, error=self._stop.error)
-        except (_Errored, Unplaceable, NotRunnable) as error:
+        except (CannotRun, Unplaceable, NotRunnable, NoSecret) as error:
             return ReportStepFinished(step=step.name, status="errored", error=str(error))
         except OSError as error:
             return ReportStepFinished(step=step.name, status="errored", error=_words(error))
@@ -169,31 +179,28 @@ class StageRun:
         if self._stop is not None:
             raise _Stopped
         progress = Progress(lambda percent: self._report(ReportStepProgressed(step=step.name, percent=percent)))
-        code = await self._run_command(step, progress)
-        self._log.end_step(step.name)
+        executor = self._tools.executors.of(config)
+        try:
+            code, why = await self._run_command(step, executor, progress)
+        finally:
+            self._log.end_step(step.name)
         percent = progress.untold()
         if percent is not None:
             self._report(ReportStepProgressed(step=step.name, percent=percent))
         if self._stop is not None:
-            ours = code in (-signal.SIGTERM, -signal.SIGKILL) or (self._tools.sandbox.wraps and code in (128 + signal.SIGTERM, 128 + signal.SIGKILL))
+            ours = code in (-signal.SIGTERM, -signal.SIGKILL) or (executor.wraps and code in (128 + signal.SIGTERM, 128 + signal.SIGKILL))
             exit_code = None if ours else _exit_code(code)
             return ReportStepFinished(step=step.name, status=self._stop.status, exit_code=exit_code, error=self._stop.error)
-        status, error = self._judge(code)
+        status, error = self._judge(code, executor)
+        if status == "failed" and why:
+            error = why
         outputs, problem = await self._take_outputs(step) if config.outputs else ({}, None)
         if problem is not None and status == "succeeded":
             status, error = problem
         return ReportStepFinished(step=step.name, status=status, exit_code=_exit_code(code), error=error, outputs=outputs)
 
-    async def _run_command(self, step: RunStep, progress: Progress) -> int:
-        inside = self._tools.sandbox.inside(self._folders)
-        environment = {
-            "PATH": self._tools.path,
-            "HOME": str(inside.home),
-            "TMPDIR": str(inside.temp),
-            "LANG": "C.UTF-8",
-            **step.config.params,
-        }
-        command = self._tools.commands.find(step.config.run, environment, self._folders)
+    async def _run_command(self, step: RunStep, executor: Executor, progress: Progress) -> tuple[int, str]:
+        """How it ended: its code, and why, where the code does not tell."""
         outbox, attempt = self._tools.outbox, self.package.attempt
 
         def on_output(stream: Stream, data: bytes) -> bool:
@@ -201,35 +208,35 @@ class StageRun:
                 if stream == "stdout":
                     progress.on_lines(lines)
             if stream == "stderr":
-                self._stderr_bytes += len(data)
-                self._last_stderr = data[-512:]
+                self._stderr = (self._stderr + data)[: _COMPLAINT + 1]
             return not outbox.is_full(attempt)
 
-        self._stderr_bytes = 0
-        try:
-            process = self._process = Spawned(
-                command.argv, environment, command.directory, self._folders, self._tools.sandbox, self._tools.orphans, on_output
-            )
-        except OSError as error:
-            raise _Errored(f"run.path: `{step.config.run.path}` cannot be run: {error.strerror}") from error
-        self._report(ReportStepStarted(step=step.name, sandbox=self._tools.sandbox.name))
+        self._stderr = b""
+        job = Job(attempt, self.package.team, step, self._folders, on_output, lambda text: self._log.say(step.name, text), self._workspace.link_in)
+        process = await self._or_stopped(self._begin(executor, job))
+        self._report(ReportStepStarted(step=step.name, sandbox=executor.name, image=process.image))
         stop = Stop("failed", f"interrupted: its timeout of {step.timeout} s is up")
         timeout = asyncio.get_running_loop().call_later(step.timeout, self.stop, stop)
         try:
-            return await asyncio.shield(process.ended)
+            return await asyncio.shield(process.ended), process.error
         finally:
             timeout.cancel()
             if process.ended.done():
                 self._process = None
 
-    def _judge(self, code: int) -> tuple[Status, str]:
+    async def _begin(self, executor: Executor, job: Job) -> Running:
+        """Whoever cancels this finds what has begun, if anything has."""
+        self._process = await executor.start(job)
+        return self._process
+
+    def _judge(self, code: int, executor: Executor) -> tuple[Status, str]:
         if code == 0:
             return "succeeded", ""
         disk = os.statvfs(self._folders.root)
         if disk.f_bavail * disk.f_frsize < LOW_DISK_BYTES:
             return "errored", f"worker's disk is full: {disk.f_bavail * disk.f_frsize} bytes left"
-        if self._tools.sandbox.wraps and code == 1 and self._last_stderr.startswith(_SANDBOX_TOOLS) and self._stderr_bytes <= 512:
-            return "errored", f"the sandbox could not run it: {self._last_stderr.decode(errors='replace').strip()}"
+        if len(self._stderr) <= _COMPLAINT and (complaint := executor.complaint(code, self._stderr)):
+            return "errored", complaint
         number = -code if code < 0 else code - 128
         if code < 0 or code > 128:
             with contextlib.suppress(ValueError):

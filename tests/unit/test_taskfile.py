@@ -15,7 +15,7 @@ platform: linux
 image_resource:
   type: registry-image
   source: {repository: python, tag: 3.11}
-  version: {digest: "sha256:1"}
+  version: {digest: "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"}
 rootfs_uri: docker:///busybox
 inputs:
   - name: src
@@ -238,3 +238,12 @@ def test_variables_that_cannot_be_read_are_refused(texts: list[str], yamls: list
     with pytest.raises(VariableProblem) as refused:
         gather_variables(texts, yamls, files)
     assert str(refused.value) == said
+
+
+def test_what_has_no_value_in_params_and_images_may_be_a_secret_of_the_server() -> None:
+    text = "run: {path: a}\nparams: {A: ((secret)), B: x((known))((other.one))}\nimage_resource: {type: t, source: {password: ((pw))}}"
+    made = task(text, {"known": "K"})
+    assert made.params == {"A": "((secret))", "B": "xK((other.one))"}
+    assert made.image_resource.source == {"password": "((pw))"}
+    assert "has no value" in refusal("run: {path: a}\nparams: {A: ((known.field))}", {"known": {"other": 1}})
+    assert "has no value" in refusal("run: {path: a}\nimage_resource: {type: ((t))}")

@@ -11,13 +11,11 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
+from services.worker.executors.executor import Stream
 from services.worker.executors.orphans import Orphans
 from services.worker.executors.processes import send_group
 from services.worker.executors.sandboxes import Folders, Sandbox
-
-Stream = Literal["stdout", "stderr"]
 
 READ = 1 << 18
 BIG_PIPE = 1 << 20
@@ -28,6 +26,9 @@ class Spawned:
     """A command that runs. `ended` resolves with the exit code, or minus the number of the signal that ended it.
 
     Raises OSError when it cannot be spawned."""
+
+    image = ""
+    error = ""
 
     def __init__(
         self,

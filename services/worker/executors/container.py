@@ -1,0 +1,174 @@
+"""One container that runs. What it writes is read from the engine's stream, never from a log that the engine would keep."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from aiodocker.containers import DockerContainer
+from aiodocker.stream import Stream as Attached
+
+from services.worker.executors.engine import Engine, EngineGone
+from services.worker.executors.executor import CannotRun, Job
+
+LINGER_SECONDS = 5.0
+"""For what was written before the end to arrive after it."""
+DEAF_SECONDS = 10.0
+"""An engine that has not ended a container so long after it was told to is not waited for."""
+HEARSAY_SECONDS = 1.0
+"""For the engine's word that it sent the signal which a step seems to have died of."""
+STOPPED = "the container engine stopped the step, as it restarts or was told to by somebody else"
+_SIGNALLED = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+_STDERR = 2
+
+
+class Container:
+    """Once `start` has returned it runs, and `ended` resolves in any case, the engine's death included. `on_ended` is called before."""
+
+    error = ""
+
+    def __init__(self, engine: Engine, container: DockerContainer, image: str, memory: int, job: Job, on_ended: Callable[[], object]) -> None:
+        """`memory`: its limit, in bytes."""
+        self.image = image
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[int] = self._loop.create_future()
+        self._engine = engine
+        self._container = container
+        self._memory = memory
+        self._job = job
+        self._on_ended = on_ended
+        self._stream: Attached | None = None
+        self._more = asyncio.Event()
+        self._over = False
+        self._stopped = asyncio.Event()
+        """By somebody else than us."""
+        self._pid = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Attached first: nothing that it writes is lost. Raises CannotRun."""
+        try:
+            with self._engine.translated():
+                self._stream = await self._container.attach(stdout=True, stderr=True).__aenter__()
+                await self._container.start()
+        except BaseException:
+            await self._close()
+            raise
+        self._following = self._do(self._follow())
+
+    def interrupt(self, grace: float) -> None:
+        if self._timer is None and not self.ended.done():
+            self._do(self._signal("SIGTERM"))
+            self._timer = self._loop.call_later(grace, self.kill)
+
+    def kill(self) -> None:
+        if not self.ended.done():
+            self._do(self._signal("SIGKILL"))
+            self._cancel_timer()
+            self._timer = self._loop.call_later(DEAF_SECONDS, self._give_up)
+
+    def resume(self) -> None:
+        self._more.set()
+
+    def on_signalled(self) -> None:
+        """The engine says that it sent a signal. If we did not ask for it, what the step ends with is not its own doing."""
+        if self._timer is None:
+            self._stopped.set()
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _follow(self) -> None:
+        reading = self._loop.create_task(self._read())
+        try:
+            with self._engine.translated():
+                waiting = self._loop.create_task(self._container.wait())
+                try:
+                    self._pid = (await self._container.show())["State"]["Pid"]
+                    code = int((await waiting)["StatusCode"])
+                finally:
+                    waiting.cancel()
+                self._over = True
+                self._more.set()
+                await asyncio.wait([reading], timeout=LINGER_SECONDS)
+                if code:
+                    await self._explain()
+            self._finish(code, CannotRun(STOPPED) if await self._was_stopped(code) else None)
+        except EngineGone:
+            self._kill_here()
+            self._finish(0, EngineGone("the container engine went away while the step ran"))
+        except CannotRun as error:
+            self._finish(0, error)
+        except Exception as error:
+            self._finish(0, CannotRun(f"worker: {type(error).__name__}"))
+            raise
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+            await self._close()
+
+    async def _read(self) -> None:
+        assert self._stream is not None
+        while (message := await self._stream.read_out()) is not None:
+            more = self._job.on_output("stderr" if message.stream == _STDERR else "stdout", message.data)
+            if not more and not self._over:
+                self._more.clear()
+                await self._more.wait()
+
+    async def _explain(self) -> None:
+        state = (await self._container.show())["State"]
+        if state.get("OOMKilled"):
+            self.error = f"out of memory (limit {self._memory >> 20} MiB)"
+
+    async def _was_stopped(self, code: int) -> bool:
+        if self._timer is None and not self.error and code in _SIGNALLED:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARSAY_SECONDS):
+                    await self._stopped.wait()
+        return self._stopped.is_set()
+
+    async def _signal(self, name: str) -> None:
+        # It may have ended meanwhile; and whether an engine is gone is seen by who waits for the end.
+        with contextlib.suppress(CannotRun), self._engine.translated():
+            await self._container.kill(signal=name)
+
+    def _give_up(self) -> None:
+        self._kill_here()
+        self._finish(0, EngineGone("the container engine did not end the step"))
+        if self._following is not None:
+            self._following.cancel()
+
+    def _kill_here(self) -> None:
+        """Without the engine: by the process, if it is one of this machine, and ours to kill."""
+        with contextlib.suppress(OSError):
+            if self._pid and self._container.id in Path(f"/proc/{self._pid}/cgroup").read_text():
+                os.kill(self._pid, signal.SIGKILL)
+
+    def _finish(self, code: int, error: CannotRun | None) -> None:
+        self._cancel_timer()
+        if self.ended.done():
+            return
+        self._on_ended()
+        if error is None:
+            self.ended.set_result(code)
+        else:
+            self.ended.set_exception(error)
+            self.ended.exception()  # it need not be asked for
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def _close(self) -> None:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            with contextlib.suppress(Exception):
+                await stream.close()

@@ -1,0 +1,90 @@
+"""Images that an engine pulls from a registry, which speaks the real protocol and fails as it is told to."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from proto.plan import ImageResource, RunStep
+from tests.engine_controls import a_docker_system, docker, script
+from tests.engine_fixture import Dockerd
+from tests.registry import Registry, a_registry
+
+
+@pytest.fixture
+async def registry(dockerd: Dockerd) -> AsyncIterator[Registry]:
+    async with a_registry() as found:
+        yield found
+    for image in docker(dockerd, "images", "--quiet", f"{found.repository}*").split():
+        docker(dockerd, "rmi", "--force", image)
+
+
+def resource(registry: Registry, version: dict[str, str] | None = None, **source: Any) -> RunStep:
+    """A step in the registry's image, as Concourse names it."""
+    plain = script("echo here")
+    image = ImageResource(type="registry-image", source={"repository": registry.repository, **source}, version=version)
+    return msgspec.structs.replace(plain, config=msgspec.structs.replace(plain.config, image=None, image_resource=image))
+
+
+async def test_an_image_is_pulled_once_with_progress_in_the_log_and_its_digest_recorded(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    exact = f"{registry.repository}@{registry.digest}"
+    async with a_docker_system(tmp_path, dockerd) as (scheduler, _):
+        first = await scheduler.send(script("echo here", image=f"{registry.repository}:1"))
+        assert await scheduler.log(first, "stdout") == "here\n"
+        said = await scheduler.log(first, "stderr")
+        assert f"penstock: pulling {registry.repository}:1\n" in said
+        assert f"penstock: pulled {exact} in " in said
+        assert (await scheduler.started(first)).image == exact
+        asked = registry.asked["manifest"]
+        second = await scheduler.send(resource(registry, {"digest": registry.digest}, tag="other"))
+        assert await scheduler.log(second, "stdout") == "here\n"
+        assert (await scheduler.started(second)).image == exact
+        assert registry.asked["manifest"] == asked
+
+
+async def test_a_pull_that_may_yet_succeed_is_tried_again(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    registry.down = 3  # the engine tries some itself
+    async with a_docker_system(tmp_path, dockerd, pull_seconds=20.0) as (scheduler, _):
+        attempt = await scheduler.send(resource(registry, tag="1"))
+        assert await scheduler.log(attempt, "stdout") == "here\n"
+        assert "503 Service Unavailable; again in 1 s" in await scheduler.log(attempt, "stderr")
+
+
+async def test_a_pull_that_hangs_is_given_up_in_time(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    """FAULTS 52."""
+    registry.hangs = True
+    async with a_docker_system(tmp_path, dockerd, pull_seconds=1.0) as (scheduler, _):
+        attempt = await scheduler.send(resource(registry, tag="1"))
+        assert (await scheduler.finished(attempt)).status == "errored"
+        assert scheduler.step(attempt).error == f"the image {registry.repository}:1 could not be pulled within 1 s"
+
+
+async def test_an_abort_ends_a_pull(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    registry.hangs = True
+    async with a_docker_system(tmp_path, dockerd, pull_seconds=600.0) as (scheduler, _):
+        attempt = await scheduler.send(resource(registry, tag="1"))
+        scheduler.interrupted[attempt] = "aborted"
+        assert (await scheduler.finished(attempt)).status == "aborted"
+
+
+async def test_an_image_that_is_not_there_is_said_at_once(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    async with a_docker_system(tmp_path, dockerd, pull_seconds=600.0) as (scheduler, _):
+        attempt = await scheduler.send(resource(registry, tag="nope"))
+        assert (await scheduler.finished(attempt)).status == "errored"
+        assert scheduler.step(attempt).error.startswith(f"the image {registry.repository}:nope cannot be pulled: ")
+        assert "manifest unknown" in scheduler.step(attempt).error
+
+
+async def test_a_registry_that_wants_a_login_gets_the_sources(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    registry.login = "someone", "pass-word-1"
+    async with a_docker_system(tmp_path, dockerd, pull_seconds=600.0) as (scheduler, _):
+        without = await scheduler.send(resource(registry, tag="1"))
+        assert (await scheduler.finished(without)).status == "errored"
+        wrong = await scheduler.send(resource(registry, tag="1", username="someone", password="pass-word-2"))
+        assert (await scheduler.finished(wrong)).status == "errored"
+        right = await scheduler.send(resource(registry, tag="1", username="someone", password="pass-word-1"))
+        assert await scheduler.log(right, "stdout") == "here\n"
+        for attempt in (wrong, right):
+            assert "pass-word" not in await scheduler.log(attempt) + str(scheduler.reports[attempt])
