@@ -2,6 +2,7 @@
 
 A value that is nothing but a variable takes its value, type included; inside other text it must be plain. `((name.field))` looks into a mapping;
 a part with dots of its own is quoted: `(("a.b".field))`. What stands on the command line wins over files, a later file over an earlier one.
+In params, and in what an image's source and params hold, one that has no value stays as it is: there it may be a secret that the server has.
 """
 
 import re
@@ -12,6 +13,7 @@ from penstock.yamlfile import Path, WrittenFloat, WrittenInt, YamlProblem, read_
 
 _REFERENCE = re.compile(r"\(\(([-/.:@\"\w]+)\)\)")  # as Concourse's: `$((i + 1))` in a script stays what it is
 _PART = re.compile(r'"([^"]+)"|([^."]+)')
+_SECRET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _NAME = re.compile(r'("[^"]+"|[^."]+)(\.("[^"]+"|[^."]+))*')
 
 
@@ -84,6 +86,8 @@ def _interpolated(text: str, variables: Mapping[str, Any], path: Path) -> Any:
 
 
 def _look_up(name: str, variables: Mapping[str, Any], path: Path) -> Any:
+    if _may_be_secret(name, path) and _parts(name)[0] not in variables:
+        return f"(({name}))"
     if not _NAME.fullmatch(name):
         raise MissingVariable(name, path, f"`(({name}))` is no name of a variable")
     value: Any = variables
@@ -92,6 +96,11 @@ def _look_up(name: str, variables: Mapping[str, Any], path: Path) -> Any:
             raise MissingVariable(name, path)
         value = value[part]
     return value
+
+
+def _may_be_secret(name: str, path: Path) -> bool:
+    place = (path[:1] == ("params",) and len(path) == 2) or path[:2] in (("image_resource", "source"), ("image_resource", "params"))
+    return place and _SECRET.fullmatch(name) is not None
 
 
 def _parts(name: str) -> list[str]:

@@ -5,14 +5,15 @@ from proto.plan import Plan
 
 
 class BuildRequested(Event, frozen=True, kw_only=True):
-    """The gateway, before it answers a POST: the build will exist and end exactly once. `body_sha256` tells a repeat from another request.
-    Its outputs are kept `keep_seconds` (0: as the team's policy says; -1: for ever)."""
+    """The gateway, before it answers a POST: the build will exist and end exactly once. `body_mac` tells a repeat from another request; it is keyed,
+    because the body may hold secrets that could be guessed from a plain digest. Its outputs are kept `keep_seconds` (0: as the team's policy says;
+    -1: for ever)."""
 
     build: str
     plan: Plan
     inputs: dict[str, ArtifactRef] = {}
     name: str = ""
-    body_sha256: str = ""
+    body_mac: str = ""
     keep_seconds: int = 0
 
 

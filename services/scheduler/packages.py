@@ -9,6 +9,7 @@ from libs.tokens import BuildToken, sign, sign_token
 from proto.messages import Control, Credit, Package
 from proto.plan import Stage
 from services.scheduler.queue import Queued
+from services.scheduler.vault import Given
 
 TOKEN_SLACK = 900.0
 """Seconds a build token outlives its stage's timeouts: uploads at the end, retries."""
@@ -23,8 +24,8 @@ class Packer:
         self._lease_seconds = lease_seconds
         self._now = now
 
-    def package(self, queued: Queued, stage: Stage, worker: str, boot: str, credit: Credit) -> bytes:
-        """The message for `packages.<worker>`."""
+    def package(self, queued: Queued, stage: Stage, given: Given, worker: str, key: str, boot: str, credit: Credit) -> bytes:
+        """The message for `execute_build_package.<worker>`; `key` is the worker's."""
         attempt = queued.attempt
         claims = BuildToken(
             team=queued.team,
@@ -32,6 +33,7 @@ class Packer:
             stage=attempt.stage,
             attempt=attempt.number,
             worker=worker,
+            key=key,
             inputs={name: ref.digest for name, ref in queued.inputs.items()},
             outputs=[f"{step.name}/{output.name}" for step in stage.steps for output in step.config.outputs],
             exp=0,
@@ -48,9 +50,11 @@ class Packer:
             inputs=queued.inputs,
             token=sign_token(self._key, msgspec.to_builtins(claims), seconds, self._now()),
             artifacts_url=self._artifacts_url,
+            secrets=given.values,
+            unreadable=given.unreadable,
         )
         sealed = SealedBox(PublicKey(credit.key)).encrypt(msgspec.msgpack.encode(package))
-        return msgspec.msgpack.encode(sign(self._key, f"packages.{worker}", sealed))
+        return msgspec.msgpack.encode(sign(self._key, f"execute_build_package.{worker}", sealed))
 
     def control(self, worker: str, control: Control) -> bytes:
         """The message for `control.<worker>`."""

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from proto.messages import Attempt, LogChunk, Segment, count_lines
 from proto.topology import MAX_CHUNK
-from services.worker.executors.spawned import Stream
+from services.worker.executors.executor import Stream
 from services.worker.lines import LineSplitter
+from services.worker.masking import Masker, Texts, masked
 
 CHUNK_SECONDS = 0.02
 PIECE_SECONDS = 0.2
@@ -18,9 +19,10 @@ MAX_SEGMENTS = 1024
 
 
 class AttemptLog:
-    """The log of one attempt. `publish` takes each chunk; `preamble` is its first line, said only if there is another."""
+    """The log of one attempt. `publish` takes each chunk; `preamble` is its first line, said only if there is another; `secrets` are masked in what
+    steps write."""
 
-    def __init__(self, attempt: Attempt, publish: Callable[[LogChunk], None], limit: int, preamble: str) -> None:
+    def __init__(self, attempt: Attempt, publish: Callable[[LogChunk], None], limit: int, preamble: str, secrets: Texts | None = None) -> None:
         self.chunks = 0
         self.lines = 0
         self.bytes = 0
@@ -32,6 +34,8 @@ class AttemptLog:
         self._loop = asyncio.get_running_loop()
         self._segments: list[Segment] = []
         self._size = 0
+        self._secrets = secrets
+        self._maskers: dict[tuple[str, Stream], Masker] = {}
         self._splitters: dict[tuple[str, Stream], LineSplitter] = {}
         self._chunk_timer: asyncio.TimerHandle | None = None
         self._piece_timers: dict[tuple[str, Stream], asyncio.TimerHandle] = {}
@@ -39,12 +43,20 @@ class AttemptLog:
     def write(self, step: str, stream: Stream, data: bytes) -> list[bytes]:
         """Take what a step wrote. Gives the whole lines that are new, but not a line whose beginning was given up before."""
         key = (step, stream)
+        if self._secrets is not None:
+            masker = self._maskers.get(key)
+            if masker is None:
+                masker = self._maskers[key] = Masker(self._secrets)
+            data = masker.feed(data)
+        return self._write(key, data) if data else []
+
+    def _write(self, key: tuple[str, Stream], data: bytes) -> list[bytes]:
         splitter = self._splitters.get(key)
         if splitter is None:
             splitter = self._splitters[key] = LineSplitter()
         lines: list[bytes] = []
         for part, began_earlier in splitter.feed(data):
-            self._add(step, stream, part)
+            self._add(*key, part)
             if part.endswith(b"\n"):
                 lines.append(part[part.index(b"\n") + 1 :] if began_earlier else part)
         timer = self._piece_timers.pop(key, None)
@@ -56,10 +68,15 @@ class AttemptLog:
 
     def say(self, step: str, text: str) -> None:
         """A line of the worker's own, on stderr; the limit does not hold for it."""
+        if self._secrets is not None:
+            text = masked(self._secrets, text)
         self._put(step, "stderr", f"penstock: {text}\n".encode())
 
     def end_step(self, step: str) -> None:
         """Nothing more comes from the step."""
+        for key in [key for key in self._maskers if key[0] == step]:
+            if rest := self._maskers.pop(key).rest():
+                self._write(key, rest)
         for key in [key for key in self._splitters if key[0] == step]:
             self._give_up(key)
             del self._splitters[key]

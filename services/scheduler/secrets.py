@@ -1,0 +1,186 @@
+"""Secrets: set and removed when the gateway asks, forgotten when nobody may need them any more. (Packages take them from the vault.)
+
+A value is stored before the event that makes it count; one that no event ever tells of is dropped in time."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import structlog
+
+from libs.bus.bus import Bus
+from libs.eventlog.log import EventLog, LogUnavailable
+from libs.runtime.commands import CommandLoop
+from libs.runtime.decisions import Cause
+from libs.sealing import NotSealed, unseal
+from proto.catalogue import decode
+from proto.events.base import Event
+from proto.events.build import BuildFinished
+from proto.events.secret import SecretRemoved, SecretSet
+from proto.messages import KeepForBuild, KeepSecret, SecretAnswer, SecretRequest, SecretValues
+from proto.messages import RemoveSecret as RemoveRequest
+from proto.secrets import OWN
+from services.scheduler.commands import Command, RemoveSecret, SetSecret, secret_stream
+from services.scheduler.decider import State
+from services.scheduler.kept import Entry, Kept
+from services.scheduler.keys import BadKeys, Keyring
+from services.scheduler.vault import Vault
+
+logger = structlog.get_logger()
+
+GROUP = "scheduler"
+LOOK_EVERY = 1.0
+"""Seconds between two looks for builds that have ended."""
+SWEEP_EVERY = 600.0
+SETTLED = 600.0
+"""Seconds after which what was stored has its event, or never will."""
+ASKED_AT_ONCE = 200
+
+_REQUEST = msgspec.msgpack.Decoder(SecretRequest)
+_VALUES = msgspec.msgpack.Decoder(SecretValues)
+
+
+class Secrets:
+    """`sealing_key` opens what the gateway seals; `keys` gives the master keys as they are now, `kept` the fold of the log."""
+
+    def __init__(
+        self,
+        *,
+        log: EventLog,
+        bus: Bus,
+        commands: CommandLoop[Command, State],
+        vault: Vault,
+        sealing_key: str,
+        keys: Callable[[], Keyring],
+        kept: Callable[[], Kept],
+        leads: Callable[[], bool],
+        ids: Callable[[], str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._log = log
+        self._bus = bus
+        self._commands = commands
+        self._vault = vault
+        self._sealing_key = sealing_key
+        self._keys = keys
+        self._kept = kept
+        self._leads = leads
+        self._ids = ids
+        self._clock = clock
+        self._created = False
+        self._minded: Keyring | None = None
+        self.problem: str | None = "has not looked at its keys yet"
+
+    # --- for the gateway
+
+    async def serve(self) -> None:
+        """Do what the gateway asks, for ever."""
+        async with self._bus.answering("secrets.*", GROUP, self._answer):
+            await asyncio.Event().wait()
+
+    async def _answer(self, subject: str, question: bytes) -> bytes:
+        team = subject.partition(".")[2]
+        try:
+            await self._create()
+            answer = await self._do(team, _REQUEST.decode(question))
+        except (NotSealed, msgspec.MsgspecError):
+            answer = SecretAnswer(refused="it was not sealed to this scheduler's key")
+        return msgspec.msgpack.encode(answer)
+
+    async def _do(self, team: str, request: SecretRequest) -> SecretAnswer:
+        match request:
+            case KeepSecret():
+                ((name, value),) = self._unsealed(team, request.sealed).items()
+                return await self._set(team, name, value, request.by)
+            case KeepForBuild():
+                own = {name: value for name, value in self._unsealed(team, request.sealed).items() if name.startswith(f"{OWN}{request.build}/")}
+                await self._vault.store({Entry(name, team, name, request.build): value for name, value in own.items()})
+                return SecretAnswer()
+            case RemoveRequest():
+                return await self._remove(team, request.name, request.by)
+
+    def _unsealed(self, team: str, sealed: bytes) -> Mapping[str, str]:
+        values = _VALUES.decode(unseal(self._sealing_key, sealed))
+        if values.team != team:
+            raise NotSealed
+        return values.values
+
+    async def _set(self, team: str, name: str, value: str, by: str) -> SecretAnswer:
+        entry = Entry(self._ids(), team, name)
+        await self._vault.store({entry: value})
+        outcome = await self._commands.execute(SetSecret(team=team, name=name, entry=entry.entry, by=by), _cause(team, entry.entry, by))
+        await self._vault.store({entry: value})  # again: if this process slept in between, it may have been dropped
+        return SecretAnswer(position=outcome.position, version=outcome.state.secret.version)
+
+    async def _remove(self, team: str, name: str, by: str) -> SecretAnswer:
+        outcome = await self._commands.execute(RemoveSecret(team=team, name=name, by=by), _cause(team, self._ids(), by))
+        await self._vault.remove(outcome.state.secret.entry)
+        return SecretAnswer(position=outcome.position, version=outcome.state.secret.version)
+
+    # --- housekeeping
+
+    async def tidy(self) -> None:
+        """For ever: mind the master keys, forget what was kept for builds that are over, and now and then what nothing tells of."""
+        swept = self._clock()
+        while True:
+            try:
+                await self._create()
+                await self.mind_keys()
+                over = self._kept().over
+                builds = [over.popleft() for _ in range(len(over))]
+                if self._leads() and builds:
+                    await self._vault.forget_builds(builds)
+                if self._leads() and self._clock() - swept > SWEEP_EVERY:
+                    swept = self._clock()
+                    await self.sweep(SETTLED)
+                    await self._rotate()  # another instance may have had older keys for longer
+            except LogUnavailable as error:
+                logger.warning("secrets are not minded now", error=str(error))
+            await asyncio.sleep(LOOK_EVERY)
+
+    async def _create(self) -> None:
+        if not self._created:
+            await self._vault.create()
+            self._created = True
+
+    async def mind_keys(self) -> None:
+        """Once for each change of the master keys: what is under others than the first is encrypted anew. What nothing opens is said."""
+        try:
+            keys = await asyncio.to_thread(self._keys)
+        except (BadKeys, OSError) as error:
+            self.problem = f"the master keys cannot be read: {error}"
+            return
+        if self._minded is not keys:
+            self._vault.keys = keys
+            await self._rotate()
+            self._minded = keys
+
+    async def _rotate(self) -> None:
+        renewed, missing = await self._vault.rotate()
+        self.problem = "; ".join(f"the master key `{key_id}` is missing: {count} values cannot be read" for key_id, count in missing.items()) or None
+        logger.info("the secrets' master keys are minded", first=self._vault.keys.first, renewed=renewed, missing=sorted(missing))
+
+    async def sweep(self, settled: float) -> None:
+        """Drop what was stored more than `settled` seconds ago and does not count: no event tells of it, a newer one is set, its build is over
+        (or, after a day, was never made)."""
+        after = ""
+        while page := await self._vault.older(settled, after, ASKED_AT_ONCE):
+            after = page[-1][0].entry
+            streams = {entry: f"build-{entry.build}" if entry.build else secret_stream(entry.team, entry.name) for entry, _ in page}
+            told = await self._log.read_streams(list(set(streams.values())))
+            histories = {stream: [decode(row.type, row.data) for row in rows] for stream, rows in told.items()}
+            await self._vault.drop([entry.entry for entry, old in page if not _counts(entry, histories[streams[entry]], old)])
+
+
+def _counts(entry: Entry, history: Sequence[Event], old: bool) -> bool:
+    """Whether it may yet be needed, by what its stream tells."""
+    if not history:
+        return bool(entry.build) and not old
+    if entry.build:
+        return not any(isinstance(event, BuildFinished) for event in history)
+    last = next(event for event in reversed(history) if isinstance(event, SecretSet | SecretRemoved))
+    return isinstance(last, SecretSet) and last.entry == entry.entry
+
+
+def _cause(team: str, correlation_id: str, by: str) -> Cause:
+    return Cause(team=team, correlation_id=correlation_id, causation_id=correlation_id, actor=by)
