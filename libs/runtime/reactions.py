@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter
 
@@ -25,6 +26,9 @@ C = TypeVar("C")
 
 PARK_AFTER = 5
 """Failures after which a message that fails by itself is parked; deliveries during an outage are none."""
+EARLY_TRIES = 8
+"""Deliveries (some 5 s) after which a message whose time has not come is let go: it must not take the place of others for ever. Whoever sent it
+sends it again, a worker by itself, an event's sweep from the log."""
 REMEMBERED = 1000
 UNKNOWN_AGAIN = 5.0
 
@@ -73,6 +77,9 @@ class ReactionConsumer(Generic[C]):
             logger.error("an event that this version does not know waits for one that does", subject=message.subject, tag=str(error))
             message.nak(UNKNOWN_AGAIN)
             return
+        except msgspec.MsgspecError as error:  # no message at all: to read it again makes it none
+            self._park(message, error)
+            return
         except Exception as error:  # a poison message must not stop the others
             self._failed(message, error)
             return
@@ -98,6 +105,10 @@ class ReactionConsumer(Generic[C]):
                 self._count("refused")
                 logger.info("refused", consumer=self._consumer.name, subject=message.subject, kind=error.kind, why=error.message)
                 message.ack()
+            case Early() if message.deliveries >= EARLY_TRIES:
+                self._count("given up")
+                logger.warning("a message came too early for too long", consumer=self._consumer.name, subject=message.subject)
+                message.ack()
             case Early():
                 self._count("early")
                 message.nak(min(5.0, 0.02 * 2 ** min(message.deliveries, 10)))
@@ -117,6 +128,9 @@ class ReactionConsumer(Generic[C]):
             message.nak(0.2 * 2**failures)
             return
         del self._failures[message.sequence]
+        self._park(message, error)
+
+    def _park(self, message: Message, error: BaseException) -> None:
         self._count("parked")
         logger.error("a message is parked", consumer=self._consumer.name, subject=message.subject, sequence=message.sequence, exc_info=error)
         message.term()

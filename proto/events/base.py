@@ -1,7 +1,7 @@
 """What every event is."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -20,10 +20,10 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class ArtifactRef(Value, frozen=True, kw_only=True):
     """A claim check for a tree of files: `digest` is the sha256 of its manifest, `size` the bytes of its files."""
 
-    id: str
-    digest: str
-    size: int = 0
-    files: int = 0
+    id: Annotated[str, msgspec.Meta(max_length=256)]
+    digest: Annotated[str, msgspec.Meta(max_length=256)]
+    size: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
+    files: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)] = 0
 
 
 def tag_of(cls: type) -> str:

@@ -8,9 +8,9 @@ from tests.faults.system import System
 from tests.faults.work import archive
 
 
-def stored(system: System) -> list[Path]:
-    """Every pack that is in the store, whole."""
-    return sorted(system.data.blobs / name for name in files_in(system.data.blobs) if not name.endswith(".part"))
+def stored(system: System, parts: bool = False) -> list[Path]:
+    """Every pack that is in the store, whole; with `parts`, also what is not."""
+    return sorted(system.data.blobs / name for name in files_in(system.data.blobs) if parts or not name.endswith(".part"))
 
 
 async def nothing_but_what_lives(system: System, client: Client) -> None:

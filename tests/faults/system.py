@@ -15,7 +15,6 @@ from typing import Any
 
 import asyncpg
 import msgspec
-import nats
 from nats.aio.client import Client as NatsClient
 
 from libs.eventlog.migrate import role_of
@@ -28,6 +27,7 @@ from proto.catalogue import decode
 from proto.envelope import Fact
 from tests.controls import eventually
 from tests.faults.processes import Process, concerned, descendants
+from tests.nats_fixture import bare_client
 
 SERVICES = ("gateway", "builds", "scheduler", "artifacts", "worker")
 LEASE_SECONDS = 2.0
@@ -37,9 +37,19 @@ BACK_SECONDS = 30.0
 
 class System:
     """`home` holds the data folder and the targets. `mark` is in the environment of every step, so that none can hide. `wrapped` is a command that
-    `up` is run by."""
+    `up` is run by. `edges`: the folder from which the services' edges are controlled (`tests.faults.edges`). `host`: the address of ours
+    at which the bus and the artifacts service listen."""
 
-    def __init__(self, home: Path, *, sandbox: str | None = None, slots: int = 4, wrapped: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        sandbox: str | None = None,
+        slots: int = 4,
+        wrapped: Sequence[str] = (),
+        edges: Path | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
         self.home = home
         self.data = DataDir(home / "data")
         self.mark = f"mark-{secrets.token_hex(8)}"
@@ -51,6 +61,11 @@ class System:
             "PENSTOCK_DATA": str(self.data.path),
             "PENSTOCK_TARGETS": str(home / "targets.json"),
         }
+        self._host = host
+        if edges is not None or host != "127.0.0.1":
+            # What Python imports at its start from the folder `start` changes what the supervisor runs.
+            self.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "start"), *sys.path])
+            self.environ |= {"PENSTOCK_TEST_HOST": host, **({"PENSTOCK_TEST_EDGES": str(edges)} if edges else {})}
         self._options = ["--port", "0", "--slots", str(slots), "--lease-seconds", f"{LEASE_SECONDS:g}"]
         self._options += ["--sandbox", sandbox] if sandbox else []
         self.wrapped = list(wrapped)
@@ -169,14 +184,14 @@ class System:
     @asynccontextmanager
     async def bus(self) -> AsyncIterator[NatsClient]:
         """A connection with the rights of the builds service."""
-        connection = await nats.connect(self.bus_url(), user="builds", password=self.data.secrets().bus["builds"])
+        connection = await bare_client(self.bus_url(), self.data.secrets().bus_keys["builds"], "test")
         try:
             yield connection
         finally:
             await connection.close()
 
     def bus_url(self) -> str:
-        return f"nats://127.0.0.1:{self.ports.nats}"
+        return f"nats://{self._host}:{self.ports.nats}"
 
     @property
     def ports(self) -> Ports:

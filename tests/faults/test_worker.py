@@ -92,12 +92,10 @@ async def boots(system: System, count: int) -> bool:
 
 @asynccontextmanager
 async def another_worker(system: System) -> AsyncIterator[None]:
-    """A worker process with the local worker's name, key and password, in a folder of its own."""
+    """A worker process with the local worker's name and key, in a folder of its own."""
     known = system.data.secrets()
     settings = {
         "PENSTOCK_NATS_URL": system.bus_url(),
-        "PENSTOCK_NATS_USER": LOCAL_WORKER,
-        "PENSTOCK_NATS_PASSWORD": known.bus[LOCAL_WORKER],
         "PENSTOCK_WORKER_NAME": LOCAL_WORKER,
         "PENSTOCK_WORKER_KEY": known.worker_key,
         "PENSTOCK_SERVER_PUBLIC_KEY": public_key(known.server_key),

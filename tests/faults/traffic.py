@@ -83,6 +83,9 @@ class Traffic:
         """Until steps run."""
         await eventually(self._system.steps, timeout=END_SECONDS)
 
+    async def has_ended(self, build: str) -> bool:
+        return (await self._client.build(build)).ended
+
     async def ended(self) -> dict[str, Build]:
         """Until every accepted build has, as the API tells it."""
         builds: dict[str, Build] = {}

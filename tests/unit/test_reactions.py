@@ -55,6 +55,23 @@ async def test_a_message_that_fails_by_itself_is_parked():
     assert counted("parked") == 1 and seen == [1, 2, 3, 4, 5]
 
 
+async def test_what_is_no_message_is_not_read_again():
+    # FAULTS 62, 67: thousands of them must not wait in the place of others
+    counted, seen = await outcomes(msgspec.DecodeError("poison"))
+    assert counted("parked") == 1 and seen == [1]
+
+
+@pytest.mark.parametrize(
+    "body", [{"exit_code": 2**64 - 1}, {"exit_code": -(2**31) - 1}, {"outputs": {"o": ["x", "y"]}}, {"outputs": {"a\0": {"id": "x", "digest": "y"}}}]
+)
+def test_numbers_and_names_that_no_projection_could_keep_are_poison(body):
+    # FAULTS 48
+    report = {"type": "step.finished", "step": "task", "status": "succeeded", **body}
+    data = msgspec.msgpack.encode({"attempt": ["x", "main", 1], "first": 1, "bodies": [report]})
+    with pytest.raises(msgspec.ValidationError):
+        on_report("reports.w1.x", data, lambda _: None)
+
+
 async def test_an_event_that_is_not_known_yet_is_never_parked():
     counted, seen = await outcomes(UnknownEvent("request.unheard_of"))
     assert counted("parked") is None and len(seen) > PARK_AFTER
