@@ -1,8 +1,8 @@
 """What docker-compose.yml needs beside itself.
 
-`python deploy/compose.py prepare` writes `deploy/generated/`: passwords, keys, the NATS configuration, and one env file for each service, so that
-each container is given only what is its own. Run it once; it never overwrites. `python deploy/compose.py migrate` brings the database up to date;
-the compose file runs it in a container.
+`python deploy/compose.py prepare` writes `deploy/generated/`: keys, the database's passwords, the NATS configuration, and one env file for each
+service, so that each container is given only what is its own. Run it once; it never overwrites. `python deploy/compose.py migrate` brings the
+database up to date; the compose file runs it in a container.
 """
 
 import asyncio
@@ -12,8 +12,9 @@ import secrets
 import sys
 from pathlib import Path
 
-from libs.bus.accounts import server_config
+from libs.bus.accounts import callout_keys, server_config
 from libs.eventlog.migrate import migrate, role_of
+from libs.sealing import new_sealing_key, sealing_public_key
 from libs.tokens import new_seed, public_key
 from proto.catalogue import SERVICES
 
@@ -25,9 +26,9 @@ def prepare(folder: Path) -> str:
     """Write everything into `folder`, which must not exist; gives the first team's token."""
     folder.mkdir(mode=0o700)
     database = {user: secrets.token_urlsafe(24) for user in ("postgres", *SERVICES)}
-    bus = {user: secrets.token_urlsafe(24) for user in (*SERVICES, *WORKERS)}
+    bus = {service: new_seed() for service in SERVICES}
     store = {"key": secrets.token_hex(10), "secret": secrets.token_urlsafe(30)}
-    grant, server = new_seed(), new_seed()
+    grant, server, callout, sealing = new_seed(), new_seed(), new_seed(), new_sealing_key()
     worker_keys = {worker: new_seed() for worker in WORKERS}
     token = f"pst_{secrets.token_urlsafe(32)}"
 
@@ -38,15 +39,27 @@ def prepare(folder: Path) -> str:
 
     def service(name: str, **settings: str) -> None:
         url = f"postgresql://{role_of(name)}:{database[name]}@postgres:5432/postgres"
-        write(f"{name}.env", PENSTOCK_DATABASE_URL=url, PENSTOCK_NATS_USER=name, PENSTOCK_NATS_PASSWORD=bus[name], **settings)
+        write(f"{name}.env", PENSTOCK_DATABASE_URL=url, PENSTOCK_NATS_SEED=bus[name], **settings)
 
     write("postgres.env", POSTGRES_PASSWORD=database["postgres"])
     write("migrate.env", **{f"PASSWORD_{user.upper()}": password for user, password in database.items()})
     write("store.env", MINIO_ROOT_USER=store["key"], MINIO_ROOT_PASSWORD=store["secret"])
-    service("gateway", PENSTOCK_GRANT_KEY=grant, PENSTOCK_BOOTSTRAP_TOKEN_SHA256=hashlib.sha256(token.encode()).hexdigest())
+    service(
+        "gateway",
+        PENSTOCK_GRANT_KEY=grant,
+        PENSTOCK_SEALING_PUBLIC_KEY=sealing_public_key(sealing),
+        PENSTOCK_SERVER_PUBLIC_KEY=public_key(server),
+        PENSTOCK_BOOTSTRAP_TOKEN_SHA256=hashlib.sha256(token.encode()).hexdigest(),
+        PENSTOCK_BOOTSTRAP_WORKERS=",".join(f"{worker}={public_key(seed)}" for worker, seed in worker_keys.items()),
+    )
     service("builds")
-    public = ",".join(f"{worker}={public_key(seed)}" for worker, seed in worker_keys.items())
-    service("scheduler", PENSTOCK_SERVER_KEY=server, PENSTOCK_WORKER_KEYS=public)
+    service(
+        "scheduler",
+        PENSTOCK_SERVER_KEY=server,
+        PENSTOCK_CALLOUT_SEED=callout,
+        PENSTOCK_SEALING_KEY=sealing,
+        PENSTOCK_SECRET_KEYS=f"k1:{new_seed()}",
+    )
     service(
         "artifacts",
         PENSTOCK_GRANT_PUBLIC_KEY=public_key(grant),
@@ -58,8 +71,6 @@ def prepare(folder: Path) -> str:
         write(
             f"{worker}.env",
             PENSTOCK_WORKER_NAME=worker,
-            PENSTOCK_NATS_USER=worker,
-            PENSTOCK_NATS_PASSWORD=bus[worker],
             PENSTOCK_WORKER_KEY=seed,
             PENSTOCK_SERVER_PUBLIC_KEY=public_key(server),
         )
@@ -70,8 +81,8 @@ def prepare(folder: Path) -> str:
             port=4222,
             listen_host="0.0.0.0",  # noqa: S104  the container's own network
             store_dir=Path("/data"),
-            services={name: bus[name] for name in SERVICES},
-            workers={name: bus[name] for name in WORKERS},
+            services={name: public_key(seed) for name, seed in bus.items()},
+            callout=callout_keys(callout),
         )
     )
     return token

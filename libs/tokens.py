@@ -4,6 +4,7 @@ Keys travel as base64url text without padding: a private key as its 32-byte seed
 """
 
 import base64
+import hmac
 import secrets
 from collections.abc import Mapping
 from functools import lru_cache
@@ -41,29 +42,54 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BuildToken(msgspec.Struct, frozen=True, kw_only=True):
-    """scheduler → worker → artifacts: read these inputs (name → tree digest) and write these outputs (`step/name`) of one attempt."""
+    """scheduler → worker → artifacts: read these inputs (name → tree digest) and write these outputs (`step/name`) of one attempt. `key` is the
+    worker's public key (as `cnf` of RFC 7800): every request that shows the token must be signed by it."""
 
     team: str
     build: str
     stage: str
     attempt: int
     worker: str
+    key: str
     inputs: dict[str, str]
     outputs: list[str]
     exp: int
 
 
-def _text(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+def key_text(raw: bytes) -> str:
+    """A key's 32 bytes as text."""
+    return _text(raw)
 
 
-def _raw(text: str) -> bytes:
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+def key_bytes(text: str) -> bytes:
+    """A key's 32 bytes. Raises ValueError."""
+    try:
+        raw = _raw(text)
+    except ValueError:
+        raw = b""
+    if len(raw) != 32 or _text(raw) != text:
+        raise ValueError("not a key")
+    return raw
+
+
+def signature_bytes(text: str) -> bytes:
+    """A signature of `signature_text`. Raises ValueError."""
+    return _raw(text)
+
+
+def signature_text(raw: bytes) -> str:
+    """A signature as text."""
+    return _text(raw)
 
 
 def new_seed() -> str:
     """A new private key."""
     return _text(secrets.token_bytes(32))
+
+
+def seed_for(seed: str, purpose: str) -> str:
+    """Another private key, made of one: who knows the first knows it, and nobody else."""
+    return _text(hmac.digest(_raw(seed), purpose.encode(), "sha256"))
 
 
 def public_key(seed: str) -> str:
@@ -107,6 +133,22 @@ def read_token(public: str, token: str, now: float, claims: type[T]) -> T:
     return found
 
 
+def raw_signature(seed: str, message: bytes) -> bytes:
+    """The bare signature (64 bytes) of a message in another's format: one that cannot be taken for a message of ours, which holds a zero byte."""
+    if b"\0" in message:
+        raise ValueError("this might be signed for another purpose")
+    return _signing(seed).sign(message).signature
+
+
+def is_signed(public: str, message: bytes, signature: bytes) -> bool:
+    """Whether `public`'s owner made this bare signature."""
+    try:
+        _verifying(public).verify(message, signature)
+    except (BadSignatureError, ValueError, TypeError):
+        return False
+    return True
+
+
 def sign(seed: str, context: str, body: bytes) -> Signed:
     """Sign `body` for one purpose: `context` keeps a message from passing for another."""
     return Signed(body, _signing(seed).sign(context.encode() + b"\0" + body).signature)
@@ -119,3 +161,11 @@ def verify(public: str, context: str, signed: Signed) -> bytes:
     except (BadSignatureError, ValueError, TypeError) as error:
         raise BadSignature from error
     return signed.body
+
+
+def _text(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def _raw(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))

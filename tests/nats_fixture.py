@@ -1,5 +1,7 @@
 """A real nats-server for tests: one a session (and xdist worker), on a free port, with the accounts that `penstock up` gives it."""
 
+import base64
+import contextlib
 import ctypes
 import json
 import os
@@ -9,30 +11,33 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from nats.aio.client import Client
 
-from libs.bus.accounts import server_config
+from libs.bus.accounts import callout_keys, callout_seeds, server_config
+from libs.bus.callout import Doorkeeper, keeping_the_door
+from libs.bus.nkeys import nkey
+from libs.tokens import new_seed, public_key, raw_signature
 
 SERVICES = ("gateway", "builds", "scheduler", "artifacts")
-WORKERS = ("w1", "w2")
-PASSWORD = "secret"
+SEEDS = {service: new_seed() for service in SERVICES}
+CALLOUT = new_seed()
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 
 class NatsServer:
-    """`url` for every user; `user`/`password` of a service. Its life is the test's to command; the port stays the same."""
+    """`url` for every user; `seed` of a service. Its life is the test's to command; the port stays the same."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.store = folder / "jetstream"
-        self.user = "builds"
-        self.password = PASSWORD
-        self.workers = WORKERS
+        self.seed = SEEDS["builds"]
         self.port = -1
         self._spawner = ThreadPoolExecutor(1)
         """What a thread spawned dies with that thread, and a test may start the server from one that ends with the test."""
@@ -57,8 +62,8 @@ class NatsServer:
             server_config(
                 port=self.port,
                 store_dir=self.store,
-                services=dict.fromkeys(SERVICES, PASSWORD),
-                workers=dict.fromkeys(WORKERS, PASSWORD),
+                services={service: public_key(seed) for service, seed in SEEDS.items()},
+                callout=callout_keys(CALLOUT),
                 ports_file_dir=self.folder,
                 log_file=self.folder / "nats.log",
             )
@@ -155,3 +160,25 @@ def fresh_nats(nats_server: NatsServer) -> NatsServer:
     """The session's server, running, without any stream. A test may kill it: the next one finds it up again."""
     nats_server.fresh()
     return nats_server
+
+
+@contextlib.asynccontextmanager
+async def admitting(server: NatsServer, keys: Mapping[str, str], seconds: float = 600.0) -> AsyncIterator[Doorkeeper]:
+    """What a scheduler does for those who are workers (public keys by name)."""
+    async with keeping_the_door(server.url, callout_seeds(CALLOUT), keys.get, seconds) as door:
+        yield door
+
+
+async def bare_client(url: str, seed: str, name: str, **more: Any) -> Client:
+    """A connection of nats-py's own, as whoever has this key, once."""
+    client = Client()
+    client._public_nkey, client._auth_configured = nkey(public_key(seed)), True
+
+    def signed(nonce: str) -> bytes:
+        return base64.urlsafe_b64encode(raw_signature(seed, nonce.encode())).rstrip(b"=")
+
+    async def ignored(error: Exception) -> None: ...
+
+    settings = {"allow_reconnect": False, "max_reconnect_attempts": 1, "connect_timeout": 5, "error_cb": ignored, **more}
+    await client.connect(url, signature_cb=signed, name=name, **settings)
+    return client

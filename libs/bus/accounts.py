@@ -1,28 +1,52 @@
 """The NATS server's configuration: who may say and hear what.
 
-Services share the account CORE, which holds JetStream, and may use everything in it. Workers are in an account of their own, WORKERS, without
-JetStream; what crosses between the two is listed here and nowhere else. A worker's name is a word of every subject it may use, so whoever reads knows
-the true sender.
+Nobody has a password: whoever connects signs the server's nonce with a key of its own (an nkey). Services are named here, share the account CORE,
+which holds JetStream, and may use everything in it. Workers are named nowhere: the server asks a scheduler about each of them (auth callout, in the
+account AUTH), which confines it to its own words in the account WORKERS. What crosses between the two is listed here and nowhere else. A worker's
+name is a word of every subject it may use, so whoever reads knows the true sender.
 
 Two accounts, because within one a confined user can still have the *server* write where the user may not: a publish with `reply=` set to a forbidden
 subject makes the stream's ack go there (FAULTS.md, finding 3). A service import answers into the importing account only, and what is left is noise:
-an ack's text on a subject that another worker listens to. So workers take nothing from `control` and `packages` that is not signed.
+an ack's text on a subject that another worker listens to. So workers take nothing from `control` and `execute_build_package` that is not signed.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from libs.bus.nkeys import nkey
+from libs.tokens import public_key, seed_for
 from proto.topology import MAX_PAYLOAD, STREAMS
 
 TO_CORE = ("reports.>", "logs.>", "presence.*")
 """What workers say. Service imports, so that JetStream's acks find their way back, and so that services never see a reply subject of a worker's."""
-TO_WORKERS = ("control.*", "packages.*")
+TO_WORKERS = ("control.*", "execute_build_package.*")
 """What services say to one worker."""
+ANSWER_SECONDS = 2
+"""How long the server waits for a client to say who it is, and for a scheduler to know it. A client that was refused tries again."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_PASSWORD = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _PATH = re.compile(r'[^"\\\x00-\x1f]+')
+
+
+class CalloutKeys(NamedTuple):
+    """What the schedulers need to admit workers: a user of AUTH to be asked as, one of SYS to end connections as, and an account's key to sign
+    with. As seeds, or as the public keys that the server is told."""
+
+    asked: str
+    system: str
+    issuer: str
+
+
+def callout_seeds(seed: str) -> CalloutKeys:
+    """All three, made of the one seed that the schedulers share."""
+    return CalloutKeys(*(seed_for(seed, f"callout {purpose}") for purpose in CalloutKeys._fields))
+
+
+def callout_keys(seed: str) -> CalloutKeys:
+    """Their public keys."""
+    return CalloutKeys(*map(public_key, callout_seeds(seed)))
 
 
 def inbox_prefix(worker: str) -> str:
@@ -30,25 +54,38 @@ def inbox_prefix(worker: str) -> str:
     return f"_INBOX_{worker}"
 
 
+def permissions(worker: str) -> dict[str, dict[str, list[str]]]:
+    """All that a worker may say and hear, as a user's JWT has it. Raises ValueError for a name that could stand for more than itself."""
+    if not _NAME.fullmatch(worker):
+        raise ValueError(f"not a safe worker's name: {worker!r}")
+    return {
+        "pub": {"allow": [f"reports.{worker}.>", f"logs.{worker}.>", f"presence.{worker}"]},
+        "sub": {"allow": [f"control.{worker}", f"execute_build_package.{worker}", f"{inbox_prefix(worker)}.>"]},
+    }
+
+
 def server_config(
     *,
     port: int,
     store_dir: Path,
     services: Mapping[str, str],
-    workers: Mapping[str, str],
+    callout: CalloutKeys,
     listen_host: str = "127.0.0.1",
     ports_file_dir: Path | None = None,
     sync_interval: str | None = None,
     log_file: Path | None = None,
 ) -> str:
-    """The text of a configuration file; `services` and `workers` are passwords by user. The file holds them as they are: keep it 0600.
+    """The text of a configuration file; `services` are public keys by name, `callout` public keys too: there is no secret in it.
 
     `port` -1 lets the server choose and write it into `ports_file_dir`. `sync_interval` is how often JetStream fsyncs ("always", or e.g. "10s"; the
-    server's own is two minutes: nothing depends on it, finding 1). Raises ValueError for a name, password or path that could break out of its quotes,
-    and for a user named twice.
+    server's own is two minutes: nothing depends on it, finding 1). Raises ValueError for what is no key, a path that could break out of its quotes,
+    and for a key that two share.
     """
-    if twice := services.keys() & workers.keys():
-        raise ValueError(f"both a service and a worker: {sorted(twice)}")
+    core = {name: nkey(public) for name, public in services.items()}
+    asked, system, issuer = nkey(callout.asked), nkey(callout.system), nkey(callout.issuer, "account")
+    users = [*core.values(), asked, system]
+    if len({*users}) != len(users):
+        raise ValueError("two users of the bus have one key")
     top = [f'listen: "{listen_host}:{port}"', f"max_payload: {MAX_PAYLOAD}"]
     if ports_file_dir is not None:
         top.append(f"ports_file_dir: {_path(ports_file_dir)}")
@@ -59,8 +96,6 @@ def server_config(
     storage = [f"store_dir: {_path(store_dir)}", f"max_file_store: {2 * sum(s.max_bytes for s in STREAMS) + (1 << 30)}"]
     if sync_interval is not None:
         storage.append(f'sync_interval: "{sync_interval}"')
-    core_users = "\n".join(f"      {{{_login(user, password)}}}" for user, password in services.items())
-    worker_users = "\n".join(_worker(user, password) for user, password in workers.items())
     return f"""{_lines(top)}
 jetstream {{
 {_lines(storage, 2)}
@@ -69,40 +104,38 @@ accounts {{
   CORE {{
     jetstream: enabled
     users: [
-{core_users}
+{_lines([f"{{nkey: {key}}}  # {name}" for name, key in core.items()], 6)}
     ]
     exports: [
 {_lines([f'{{service: "{s}", accounts: [WORKERS]}}' for s in TO_CORE] + [f'{{stream: "{s}", accounts: [WORKERS]}}' for s in TO_WORKERS], 6)}
     ]
   }}
   WORKERS {{
-    users: [
-{worker_users}
-    ]
     imports: [
 {_lines([_import("service", s) for s in TO_CORE] + [_import("stream", s) for s in TO_WORKERS], 6)}
     ]
+  }}
+  AUTH {{
+    users: [{{nkey: {asked}}}]
+  }}
+  SYS {{
+    users: [{{nkey: {system}}}]
+  }}
+}}
+system_account: SYS
+authorization {{
+  timeout: {ANSWER_SECONDS}
+  auth_callout {{
+    issuer: {issuer}
+    account: AUTH
+    auth_users: [{", ".join(users)}]
   }}
 }}
 """
 
 
-def _worker(name: str, password: str) -> str:
-    say = ", ".join(f'"{s}"' for s in (f"reports.{name}.>", f"logs.{name}.>", f"presence.{name}"))
-    hear = ", ".join(f'"{s}"' for s in (f"control.{name}", f"packages.{name}", f"{inbox_prefix(name)}.>"))
-    return f"      {{{_login(name, password)}, permissions: {{publish: {{allow: [{say}]}}, subscribe: {{allow: [{hear}]}}}}}}"
-
-
 def _import(kind: str, subject: str) -> str:
     return f'{{{kind}: {{account: CORE, subject: "{subject}"}}}}'
-
-
-def _login(user: str, password: str) -> str:
-    if not _NAME.fullmatch(user):
-        raise ValueError(f"not a safe user name: {user!r}")
-    if not _PASSWORD.fullmatch(password):
-        raise ValueError(f"not a safe password for {user!r}")
-    return f'user: "{user}", password: "{password}"'
 
 
 def _path(path: Path) -> str:

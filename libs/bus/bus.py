@@ -4,13 +4,16 @@ The bus is never the only holder of anything: all that is on it may vanish at an
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
 
 from proto.topology import Consumer, Stream
+
+Answer = Callable[[str, bytes], Awaitable[bytes]]
+"""What answers a question: given its subject and what it says."""
 
 
 class Ack(msgspec.Struct, frozen=True):
@@ -94,6 +97,14 @@ class Bus(Protocol):
 
     async def send(self, subject: str, data: bytes) -> None:
         """Core NATS, at most once. Raises BusUnavailable when not connected, TooLarge."""
+
+    async def ask(self, subject: str, data: bytes) -> bytes:
+        """Core NATS: the answer of whoever answers there. Raises BusUnavailable when nobody does within 5 s (or anything is lost: then nothing is
+        known), TooLarge."""
+
+    def answering(self, subject: str, group: str, answer: Answer) -> AbstractAsyncContextManager[None]:
+        """Answer what is asked on a subject (wildcards allowed); of all that share the name `group` one is given each question. What `answer`
+        raises is logged by its type alone, and nothing is answered."""
 
     def listen(self, subject: str) -> AbstractAsyncContextManager[AsyncIterator[Message]]:
         """Everything sent to a subject (wildcards allowed) from now on. The buffer is bounded: when it is full the oldest is dropped and counted."""

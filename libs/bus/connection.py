@@ -6,9 +6,10 @@ subscription and its header dictionaries (measured: 8 µs for a publish with its
 """
 
 import asyncio
+import base64
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,29 +18,43 @@ from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 
 from libs.bus.bus import BusUnavailable, TooLarge
+from libs.bus.nkeys import nkey
+from libs.tokens import public_key, raw_signature
 
 Handler = Callable[[bytes, bytes, bytes, bytes | None], None]
 """What is called with (subject, reply, data, raw headers) of each message. It must not block; what it raises is logged."""
 
 ANSWER_TIMEOUT = 5.0
-CONNECT_TIMEOUT = 2
+CONNECT_TIMEOUT = 2.0
+FIRST_CONNECT_TIMEOUT = 0.5
+"""The first try is given up soon: a server that has nobody to ask about us yet says nothing for as long as it would wait."""
 PING_INTERVAL = 2
 """A server that answers no ping for 2 to 3 intervals is gone."""
+LONGEST_REFUSED = 5.0
+"""Seconds between two attempts of one whom the server does not know, in the end."""
 _BACKOFF = (0.05, 0.1, 0.2, 0.4, 0.5)
 
 _SUBJECT = re.compile(r"[^\s.*>\x00]+(?:\.[^\s.*>\x00]+)*")
 _PATTERN = re.compile(r"[^\s.\x00]+(?:\.[^\s.\x00]+)*")
+_NONCE = re.compile(r"[A-Za-z0-9_-]{8,64}")
 _HEADER = re.compile(r"[\x21-\x7e]+")
 T = TypeVar("T")
 
 
 class Login(NamedTuple):
-    """`url` may list several servers, separated by commas."""
+    """`url` may list several servers, separated by commas; `seed` is the Ed25519 key to show oneself by; `name` who one says one is. `renew`: seconds
+    after which a connection is replaced by another, so that the server need not end it when its admission lapses (0: it does not)."""
 
     url: str
-    user: str
-    password: str
+    seed: str
     name: str
+    renew: float = 0.0
+
+
+class _Subscription(NamedTuple):
+    pattern: str
+    handler: Handler
+    group: str
 
 
 class _Question(NamedTuple):
@@ -51,7 +66,7 @@ class _Question(NamedTuple):
 class _Wire(Client):  # type: ignore[misc, unused-ignore]
     """One TCP connection's life: `ended` is set at its first trouble, and whoever made it ends it."""
 
-    def __init__(self, subscriptions: dict[int, tuple[str, Handler]], log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, subscriptions: Mapping[int, "_Subscription"], log: structlog.stdlib.BoundLogger) -> None:
         super().__init__()
         self.ended = asyncio.Event()
         self._subscriptions = subscriptions
@@ -61,7 +76,7 @@ class _Wire(Client):  # type: ignore[misc, unused-ignore]
         subscription = self._subscriptions.get(sid)
         if subscription is not None:
             try:
-                subscription[1](subject, reply, data, headers)
+                subscription.handler(subject, reply, data, headers)
             except Exception:
                 self._logger.exception("a handler of the bus failed", subject=subject.decode(errors="replace"))
 
@@ -76,10 +91,15 @@ class _Wire(Client):  # type: ignore[misc, unused-ignore]
             self._logger.info("the bus hung up", error=str(e) or type(e).__name__)
             self.ended.set()
 
-    def announce(self, sid: int, subject: str) -> None:
+    def announce(self, sid: int, subject: str, group: str) -> None:
         self._sid = max(self._sid, sid)
-        self._subs[sid] = Subscription(self, sid, subject)
-        self.put(f"SUB {subject}  {sid}\r\n".encode())
+        self._subs[sid] = Subscription(self, sid, subject, group)
+        self.put(f"SUB {subject} {group} {sid}\r\n".encode())
+
+    def show_oneself(self, seed: str) -> None:
+        """At the next connection."""
+        self._public_nkey = nkey(public_key(seed))
+        self._auth_configured = True
 
     def put(self, command: bytes) -> None:
         self._pending.append(command)
@@ -121,7 +141,7 @@ class Connection:
         self._kicked = False
         self._closed = False
         self._sid = 0
-        self._subscriptions: dict[int, tuple[str, Handler]] = {}
+        self._subscriptions: dict[int, _Subscription] = {}
         self._questions: dict[bytes, _Question] = {}
         self._asked = 0
         self._sweeper: asyncio.TimerHandle | None = None
@@ -141,14 +161,15 @@ class Connection:
     def new_inbox(self) -> str:
         return f"{self._inbox}.{secrets.token_hex(8)}.x"
 
-    def subscribe(self, pattern: str, handler: Handler) -> int:
-        """The number to give to `unsubscribe`. Raises ValueError for what is no subject or pattern."""
+    def subscribe(self, pattern: str, handler: Handler, group: str = "") -> int:
+        """The number to give to `unsubscribe`. Of all subscribers in one `group` one gets each message.
+        Raises ValueError for what is no subject or pattern."""
         if not _PATTERN.fullmatch(pattern):
             raise ValueError(f"not a subject: {pattern!r}")
         self._sid += 1
-        self._subscriptions[self._sid] = (pattern, handler)
+        self._subscriptions[self._sid] = _Subscription(pattern, handler, group)
         if self._wire is not None:
-            self._wire.announce(self._sid, pattern)
+            self._wire.announce(self._sid, pattern, group)
             self._kick()
         return self._sid
 
@@ -213,54 +234,99 @@ class Connection:
     async def run(self) -> None:
         """Connects, and connects again, until it is cancelled after `close`. That it is cancelled is not enough: nats-py connects under
         `asyncio.wait_for`, which in Python 3.11 forgets a cancellation that comes just when the connection is made or refused."""
-        failures = 0
+        failures = refusals = silences = 0
         while not self._closed:
             wire = _Wire(self._subscriptions, self._log)
             try:
                 try:
-                    await self._connect(wire)
+                    await self._connect(wire, min(CONNECT_TIMEOUT, FIRST_CONNECT_TIMEOUT * 2.0 ** min(silences, 10)))
                 except Exception as error:
+                    silences = silences + 1 if isinstance(error, TimeoutError) else 0
+                    refusals = refusals + 1 if "authorization" in str(error).lower() else 0
                     if failures == 0:
                         self._log.warning("no connection to the bus", error=str(error) or type(error).__name__)
                 else:
                     if not self._closed:
-                        failures = -1
+                        failures, refusals, silences = -1, 0, 0
                         self._begin(wire)
-                        await wire.ended.wait()
+                        await self._last(wire)
             finally:
+                wire = self._wire or wire
                 self._lose()
                 await wire.end()
             failures += 1
             if not self._closed:
-                await asyncio.sleep(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
+                pause = _BACKOFF[0] if silences else _BACKOFF[min(failures, len(_BACKOFF) - 1)]
+                await asyncio.sleep(max(pause, min(LONGEST_REFUSED, 0.01 * 2.0 ** min(refusals, 20))))
 
-    async def _connect(self, wire: _Wire) -> None:
+    async def _last(self, wire: _Wire) -> None:
+        """Stay connected, by one wire after another, until one ends."""
+        while not wire.ended.is_set() and not self._closed:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._login.renew or None):
+                    await wire.ended.wait()
+                    return
+            successor = _Wire(self._subscriptions, self._log)
+            try:
+                await self._connect(successor, CONNECT_TIMEOUT)
+            except Exception as error:
+                self._log.info("no second connection to the bus", error=str(error) or type(error).__name__)
+            else:
+                await self._succeed(wire, successor)
+                wire = successor
+            finally:
+                if self._wire is not successor:
+                    await successor.end()
+
+    async def _succeed(self, wire: _Wire, successor: _Wire) -> None:
+        """Both hear until the server has read all that the first had to say: something may come twice, but nothing is lost."""
+        self._announce(successor)
+        self._wire = successor
+        try:
+            wire.write_out()
+            await wire.flush(timeout=2)
+        except Exception as error:
+            self._log.debug("nats", error=str(error))
+        finally:
+            await wire.end()
+
+    async def _connect(self, wire: _Wire, timeout: float) -> None:
         async def ignore(error: Exception) -> None:
             self._log.debug("nats", error=str(error))
 
+        wire.show_oneself(self._login.seed)
         await wire.connect(
             servers=[server.strip() for server in self._login.url.split(",")],
-            user=self._login.user or None,
-            password=self._login.password or None,
+            signature_cb=self._signed,
             name=self._login.name,
             allow_reconnect=False,
             max_reconnect_attempts=1,
             reconnect_time_wait=0,
-            connect_timeout=CONNECT_TIMEOUT,
+            connect_timeout=timeout,  # type: ignore[arg-type, unused-ignore]  # seconds, like any
             ping_interval=PING_INTERVAL,
             max_outstanding_pings=2,
             error_cb=ignore,
         )
 
+    def _signed(self, nonce: str) -> bytes:
+        # Whoever poses as the server must not get a signature of anything that means something elsewhere.
+        if not _NONCE.fullmatch(nonce):
+            raise ValueError("the server's nonce is none")
+        return base64.urlsafe_b64encode(raw_signature(self._login.seed, nonce.encode())).rstrip(b"=")
+
     def _begin(self, wire: _Wire) -> None:
-        for sid, (pattern, _) in self._subscriptions.items():
-            wire.announce(sid, pattern)
+        self._announce(wire)
         self._wire = wire
         self.connections += 1
         self._kick()
         self._up.set()
         self._log.info("connected to the bus", server=str(wire.connected_url.netloc if wire.connected_url else ""), connections=self.connections)
         self._tell()
+
+    def _announce(self, wire: _Wire) -> None:
+        for sid, (pattern, _, group) in self._subscriptions.items():
+            wire.announce(sid, pattern, group)
+        wire.write_out()
 
     def _lose(self) -> None:
         if self._wire is None:

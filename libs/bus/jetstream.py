@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from libs.bus.bus import Ack, BusUnavailable, StreamFull, StreamState
+from libs.bus.bus import Ack, Answer, BusUnavailable, StreamFull, StreamState
 from libs.bus.connection import Connection, Login, connect
 from libs.bus.mailbox import Arrived, Mailbox
 from libs.bus.pull import RECHECK, Delivery, Prepared, StandingPull
@@ -123,6 +123,37 @@ class JetStreamBus:
 
     async def send(self, subject: str, data: bytes) -> None:
         self._connection.send(subject, data)
+
+    async def ask(self, subject: str, data: bytes) -> bytes:
+        return await self._connection.ask(subject, data, _answered)
+
+    @asynccontextmanager
+    async def answering(self, subject: str, group: str, answer: Answer) -> AsyncIterator[None]:
+        under_way: set[asyncio.Task[None]] = set()
+
+        async def reply_to(subject: str, reply: bytes, data: bytes) -> None:
+            try:
+                self._connection.write(reply, b"", await answer(subject, data))
+            except Exception as error:  # its text may hold what was asked
+                self._log.warning("a question is not answered", subject=subject, error=type(error).__name__)
+
+        def received(subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+            if reply:
+                task = asyncio.create_task(reply_to(subject.decode(errors="surrogateescape"), reply, data))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+
+        sid = self._connection.subscribe(subject, received, group)
+        try:
+            if self.connected:
+                await self._connection.flush()
+            yield
+        finally:
+            await self._connection.unsubscribe(sid)
+            if under_way:
+                _, late = await asyncio.wait(under_way, timeout=PATIENCE)
+                for task in late:
+                    task.cancel()
 
     @asynccontextmanager
     async def listen(self, subject: str) -> AsyncIterator[AsyncIterator[Arrived]]:
@@ -319,15 +350,22 @@ class JetStreamBus:
 
 @asynccontextmanager
 async def connect_jetstream(
-    url: str, user: str, password: str, name: str, inbox_prefix: str | None = None, patience: float = PATIENCE
+    url: str, seed: str, name: str, inbox_prefix: str | None = None, patience: float = PATIENCE, renew: float = 0.0
 ) -> AsyncIterator[JetStreamBus]:
-    """A bus, connected within `patience` seconds or still trying for ever. A worker's `inbox_prefix` is the one its account lets it hear."""
-    async with connect(Login(url, user, password, name), inbox_prefix or "_INBOX", patience) as connection:
+    """A bus, connected within `patience` seconds or still trying for ever. `seed` is the caller's key; a worker's `name` must be its own, and its
+    `inbox_prefix` the one that it may hear. `renew`: see Login."""
+    async with connect(Login(url, seed, name, renew), inbox_prefix or "_INBOX", patience) as connection:
         bus = JetStreamBus(connection)
         try:
             yield bus
         finally:
             await bus.close()
+
+
+def _answered(headers: bytes | None, data: bytes) -> bytes:
+    if _is_status(headers, data):
+        raise BusUnavailable("nobody answers there")
+    return data
 
 
 def _is_status(headers: bytes | None, data: bytes) -> bool:

@@ -6,7 +6,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
-from libs.bus.bus import Ack, BusUnavailable, StreamFull, StreamState, TooLarge, matches
+from libs.bus.bus import Ack, Answer, BusUnavailable, StreamFull, StreamState, TooLarge, matches
 from libs.bus.mailbox import Arrived, Mailbox
 from proto.topology import MAX_PAYLOAD, Consumer, Stream
 
@@ -90,6 +90,7 @@ class MemoryBus:
         self._durables: dict[str, _Durable] = {}
         self._tails: set[asyncio.Event] = set()
         self._listeners: set[tuple[str, Mailbox]] = set()
+        self._answering: list[tuple[str, Answer]] = []
         self._made = itertools.count(1)
 
     @property
@@ -148,6 +149,21 @@ class MemoryBus:
     async def send(self, subject: str, data: bytes) -> None:
         self._check(data)
         self._hand_out(subject, data)
+
+    async def ask(self, subject: str, data: bytes) -> bytes:
+        self._check(data)
+        answer = next((answer for pattern, answer in self._answering if matches(pattern, subject)), None)
+        if answer is None:
+            raise BusUnavailable("nobody answers there")
+        return await answer(subject, data)
+
+    @asynccontextmanager
+    async def answering(self, subject: str, group: str, answer: Answer) -> AsyncIterator[None]:
+        self._answering.append((subject, answer))
+        try:
+            yield
+        finally:
+            self._answering.remove((subject, answer))
 
     @asynccontextmanager
     async def listen(self, subject: str) -> AsyncIterator[AsyncIterator[Arrived]]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from libs.sealing import new_sealing_key
 from libs.tokens import new_seed
 from penstock.up.processes import Identity, free_port, is_free
 from proto.catalogue import SERVICES
@@ -22,10 +23,15 @@ USUAL_PORT = 7420
 
 
 class Secrets(msgspec.Struct, frozen=True, kw_only=True):
-    """All that must stay unknown to others. Passwords by user; keys as Ed25519 seeds; `token` is the first team's first owner's."""
+    """All that must stay unknown to others. Passwords of the database by user; keys as Ed25519 seeds (`bus_keys` by service, `callout_key` the
+    schedulers'); `sealing_key` opens what is sealed for the schedulers, `secret_keys` are the master keys of the secrets (`id:key`); `token` is the
+    first team's first owner's."""
 
     database: dict[str, str]
-    bus: dict[str, str]
+    bus_keys: dict[str, str] = {}
+    callout_key: str = ""
+    sealing_key: str = ""
+    secret_keys: str = ""
     grant_key: str
     server_key: str
     worker_key: str
@@ -107,7 +113,10 @@ class DataDir:
         known = msgspec.json.decode(path.read_bytes(), type=Secrets) if path.exists() else None
         wanted = Secrets(
             database=_passwords(("postgres", *SERVICES), known.database if known else {}),
-            bus=_passwords((*SERVICES, LOCAL_WORKER), known.bus if known else {}),
+            bus_keys={service: (known.bus_keys.get(service) if known else None) or new_seed() for service in SERVICES},
+            callout_key=(known.callout_key if known else "") or new_seed(),
+            sealing_key=(known.sealing_key if known else "") or new_sealing_key(),
+            secret_keys=(known.secret_keys if known else "") or f"k1:{new_seed()}",
             grant_key=known.grant_key if known else new_seed(),
             server_key=known.server_key if known else new_seed(),
             worker_key=known.worker_key if known else new_seed(),

@@ -16,6 +16,7 @@ import services.gateway.__main__
 import services.scheduler.__main__
 import services.worker.__main__
 from libs.eventlog.migrate import role_of
+from libs.sealing import sealing_public_key
 from libs.tokens import public_key
 from penstock.up.datadir import FIRST_TEAM, LOCAL_WORKER, DataDir, Ports, Secrets
 from penstock.up.service import Main, ServiceSpec
@@ -49,12 +50,10 @@ def service_specs(
     only = {"PENSTOCK_INSTANCE": "local"}
     artifacts_url = f"http://127.0.0.1:{ports.artifacts}"
 
-    def bus(user: str) -> dict[str, str]:
-        return {
-            "PENSTOCK_NATS_URL": f"nats://127.0.0.1:{ports.nats}",
-            "PENSTOCK_NATS_USER": user,
-            "PENSTOCK_NATS_PASSWORD": secrets.bus[user],
-        }
+    nats_url = f"nats://127.0.0.1:{ports.nats}"
+
+    def bus(service: str) -> dict[str, str]:
+        return {"PENSTOCK_NATS_URL": nats_url, "PENSTOCK_NATS_SEED": secrets.bus_keys[service]}
 
     def database(service: str) -> dict[str, str]:
         # Generated passwords are base64url: nothing in them needs quoting.
@@ -74,8 +73,11 @@ def service_specs(
                 "PENSTOCK_ARTIFACTS_URL": artifacts_url,
                 "PENSTOCK_ARTIFACTS_PUBLIC_URL": artifacts_url,
                 "PENSTOCK_GRANT_KEY": secrets.grant_key,
+                "PENSTOCK_SEALING_PUBLIC_KEY": sealing_public_key(secrets.sealing_key),
                 "PENSTOCK_BOOTSTRAP_TEAM": FIRST_TEAM,
                 "PENSTOCK_BOOTSTRAP_TOKEN_SHA256": hashlib.sha256(secrets.token.encode()).hexdigest(),
+                "PENSTOCK_BOOTSTRAP_WORKERS": f"{LOCAL_WORKER}={public_key(secrets.worker_key)}",
+                "PENSTOCK_SERVER_PUBLIC_KEY": public_key(secrets.server_key),
             },
             http=gateway,
         ),
@@ -89,7 +91,9 @@ def service_specs(
                 **only,
                 "PENSTOCK_ARTIFACTS_URL": artifacts_url,
                 "PENSTOCK_SERVER_KEY": secrets.server_key,
-                "PENSTOCK_WORKER_KEYS": f"{LOCAL_WORKER}={public_key(secrets.worker_key)}",
+                "PENSTOCK_CALLOUT_SEED": secrets.callout_key,
+                "PENSTOCK_SEALING_KEY": secrets.sealing_key,
+                "PENSTOCK_SECRET_KEYS": secrets.secret_keys,
                 **_given("PENSTOCK_LEASE_SECONDS", options.lease_seconds),
             },
         ),
@@ -111,13 +115,14 @@ def service_specs(
             "worker",
             services.worker.__main__.main,
             {
-                **bus(LOCAL_WORKER),
+                "PENSTOCK_NATS_URL": nats_url,
                 "PENSTOCK_WORKER_NAME": LOCAL_WORKER,
                 "PENSTOCK_WORKER_KEY": secrets.worker_key,
                 "PENSTOCK_SERVER_PUBLIC_KEY": public_key(secrets.server_key),
                 "PENSTOCK_WORKER_DIR": str(data.workers / LOCAL_WORKER),
-                "PENSTOCK_WORKER_SLOTS": str(options.slots or max(8, 4 * (os.cpu_count() or 1))),
+                "PENSTOCK_WORKER_BUILD_LIMIT": str(options.slots or max(8, 4 * (os.cpu_count() or 1))),
                 **_given("PENSTOCK_WORKER_SANDBOX", options.sandbox),
+                **_given("PENSTOCK_WORKER_DOCKER_URL", environ.get("DOCKER_HOST")),
             },
         ),
     ]

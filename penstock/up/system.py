@@ -10,12 +10,13 @@ from pathlib import Path
 
 import msgspec
 
-from libs.bus.accounts import server_config
+from libs.bus.accounts import callout_keys, server_config
 from libs.embedded.nats import EmbeddedNats
 from libs.embedded.postgres import EmbeddedPostgres
+from libs.tokens import public_key
 from penstock.client.errors import NoTarget
 from penstock.client.targets import Target, Targets, read_targets, write_targets
-from penstock.up.datadir import FIRST_TEAM, LOCAL_WORKER, USUAL_PORT, DataDir, OtherStore, Ports, Run, Secrets, write_private
+from penstock.up.datadir import FIRST_TEAM, USUAL_PORT, DataDir, OtherStore, Ports, Run, Secrets, write_private
 from penstock.up.processes import identify, is_alive, send
 from penstock.up.service import ForkedService, ServiceSpec
 from penstock.up.signals import Signals
@@ -166,10 +167,10 @@ class System:
 
     def _nats(self, ports: Ports, secrets: Secrets) -> EmbeddedNats:
         config, listening = self._data.nats / "server.conf", self._data.nats / "ports"
-        services = {service: secrets.bus[service] for service in SERVICES}
-        workers = {LOCAL_WORKER: secrets.bus[LOCAL_WORKER]}
+        services = {service: public_key(secrets.bus_keys[service]) for service in SERVICES}
+        callout = callout_keys(secrets.callout_key)
         try:
-            text = server_config(port=ports.nats, store_dir=self._data.nats / "store", services=services, workers=workers, ports_file_dir=listening)
+            text = server_config(port=ports.nats, store_dir=self._data.nats / "store", services=services, callout=callout, ports_file_dir=listening)
         except ValueError as error:
             raise StartFailed(f"the data folder cannot be used: {error}") from error
         write_private(config, text.encode())

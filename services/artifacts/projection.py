@@ -131,7 +131,8 @@ def project(fact: Fact, get: Get) -> Iterable[msgspec.Struct]:
         case ArtifactExpired() | ArtifactDeleted() as event:
             return [Gone(ArtifactRow, event.artifact)]
         case TeamPolicySet() as event:
-            return [PolicyRow(team=fact.team, **msgspec.structs.asdict(event))]
+            policy = PolicyRow(team=fact.team, input_seconds=event.input_seconds, output_seconds=event.output_seconds, quota_bytes=event.quota_bytes)
+            return [policy]
         case _:
             return []
 

@@ -129,7 +129,8 @@ class Receiving:
         self._check_length(request, self._limits.max_manifest)
         try:
             led = request.content_type == LED_TREE
-            return await self._uploads.manifest(team, seal, keep, cause, self._received(request, team), _form(request), led)
+            body = self._access.body(request, self._received(request, team))
+            return await self._uploads.manifest(team, seal, keep, cause, body, _form(request), led)
         except ArchiveRefused as error:
             raise refused("manifest-refused", error) from None
 

@@ -15,7 +15,7 @@ from libs.archives.tree import DIGEST, Entry
 from libs.blobstore.store import BlobMissing, BlobStore
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
-from libs.runtime.http import Problem, read_body, strict_json
+from libs.runtime.http import Problem, body_chunks, read_body, strict_json
 from libs.tokens import BuildToken, Grant
 from proto.api import ArtifactChange, TreeEntry, TreePage, Usage
 from services.artifacts.access import Access, Action
@@ -229,7 +229,8 @@ class Serving:
         raise invalid("format", f"one of {', '.join(_TYPES)}")
 
     async def _send_blobs(self, request: web.Request, team: str, digest: str) -> web.StreamResponse:
-        wanted = _digests(await read_body(request, self._most_chunks * DIGEST))
+        body = self._access.body(request, body_chunks(request, self._most_chunks * DIGEST))
+        wanted = _digests(b"".join([piece async for piece in body]))
         tree = await self._trees.open(team, digest)
         if strange := await tree.select(lambda entries: _strange(entries, wanted)):
             raise Problem(422, "invalid", "The tree does not have these chunks", f"{strange.hex()} is none of its chunks", path="body")

@@ -55,8 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     database_url: str
     nats_url: str
-    nats_user: str
-    nats_password: str
+    nats_seed: str
     store_url: str
     grant_public_key: str
     server_public_key: str
@@ -75,13 +74,13 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     keep_memory(_KEPT)
     self_test()
     log = await service.enter(open_postgres_log(settings.database_url))
-    bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "artifacts"))
+    bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "artifacts"))
     instance = f"{settings.instance}-" if settings.instance else ""
     store = await service.enter(open_blob_store(settings.store_url, log.pool, lambda: uuid4().hex[:12], instance=instance))
     commands: CommandLoop[Command, State] = CommandLoop(log, ArtifactDecider(), new_id, creates=_creates)
     projector = Projector(log, StoredProjection(log.pool, ARTIFACTS), urgent=frozenset(), linger=0.1)
     queries = Queries(log, log.pool, projector)
-    access = Access(settings.grant_public_key, settings.server_public_key, queries, time.time)
+    access = Access(settings.grant_public_key, settings.server_public_key, queries, time.time, service.registry)
     limits = Limits(max_bytes=settings.max_artifact_bytes, max_members=settings.max_artifact_files)
     trees, logs, sessions, traffic = Trees(store), Logs(store), Sessions(log.pool), Traffic(service.registry)
     archivist = Archivist(bus, log, commands, logs, service.registry, settings.log_patience)

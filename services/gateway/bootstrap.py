@@ -1,28 +1,37 @@
-"""The first team and its first token, which the deployment chooses: without them nobody could ask for others."""
+"""The first team, its first token and the first workers, which the deployment chooses: without them nobody could ask for others."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+
+import structlog
 
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
-from libs.runtime.decisions import Cause
-from services.gateway.commands import CreateTeam, IssueToken, TeamCommand
-from services.gateway.decider import Team
+from libs.runtime.decisions import Cause, Refused
+from services.gateway.commands import CreateTeam, FleetCommand, IssueToken, RegisterWorker, TeamCommand
+from services.gateway.decider import Fleet, Team
+
+logger = structlog.get_logger()
 
 
 class Bootstrap:
-    """Sees to it that the team and the token (SHA-256, hex; "" for none) exist, and that the read models have caught up with the log as it was then.
+    """Sees to it that the team, the token (SHA-256, hex; "" for none) and the workers (public keys by name) exist, and that the read models have
+    caught up with the log as it was then.
     `problem` says why that is not so yet."""
 
     def __init__(
         self,
         teams: CommandLoop[TeamCommand, Team],
+        fleet: CommandLoop[FleetCommand, Fleet],
         log: EventLog,
         passed: Callable[[int], Awaitable[bool]],
         team: str,
         sha256: str,
+        workers: Mapping[str, str],
     ) -> None:
         self._teams = teams
+        self._fleet = fleet
+        self._workers = workers
         self._log = log
         self._passed = passed
         self._team = team
@@ -40,6 +49,11 @@ class Bootstrap:
                 await self._teams.execute(CreateTeam(team=self._team), cause)
                 if self._sha256:
                     await self._teams.execute(token, cause)
+                for worker, key in self._workers.items():
+                    try:
+                        await self._fleet.execute(RegisterWorker(worker=worker, key=key), cause)
+                    except Refused as error:  # it was revoked since, or another has its name
+                        logger.warning("not registered at the start", worker=worker, why=error.message)
                 head = await self._log.head()
                 self.problem = None if await self._passed(head) else f"the read models have not reached position {head}"
             except LogUnavailable as error:

@@ -1,5 +1,6 @@
-"""Decide what is recorded on `request-*` and `team-*` streams. Pure."""
+"""Decide what is recorded on `request-*`, `team-*` and `fleet-*` streams. Pure."""
 
+import hmac
 from collections.abc import Sequence
 from typing import assert_never
 
@@ -7,9 +8,35 @@ import msgspec
 
 from libs.runtime.decisions import Refused
 from proto.events.base import Event
+from proto.events.fleet import (
+    RegistrationTokenIssued,
+    RegistrationTokenUsed,
+    WorkerDeleted,
+    WorkerDrained,
+    WorkerRegistered,
+    WorkerResumed,
+    WorkerRevoked,
+)
 from proto.events.request import BuildAbortRequested, BuildRequested
 from proto.events.team import DEFAULT_POLICY, TeamCreated, TeamPolicySet, TokenIssued
-from services.gateway.commands import AbortBuild, CreateTeam, IssueToken, RecallBuild, RequestBuild, RequestCommand, SetPolicy, TeamCommand
+from services.gateway.commands import (
+    AbortBuild,
+    CreateTeam,
+    DeleteWorker,
+    DrainWorker,
+    FleetCommand,
+    IssueRegistration,
+    IssueToken,
+    RecallBuild,
+    RegisterWorker,
+    RequestBuild,
+    RequestCommand,
+    ResumeWorker,
+    RevokeWorker,
+    SetPolicy,
+    TeamCommand,
+    UseRegistration,
+)
 
 
 class Unasked(msgspec.Struct, frozen=True):
@@ -17,10 +44,10 @@ class Unasked(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """A build was wished for; `body_sha256` tells a repeat from another wish under the same key."""
+    """A build was wished for; `body_mac` tells a repeat from another wish under the same key."""
 
     build: str
-    body_sha256: str
+    body_mac: str
 
 
 class AbortAsked(msgspec.Struct, frozen=True):
@@ -53,7 +80,7 @@ class RequestDecider:
             case RecallBuild(), Unasked():
                 raise Refused("missing", "there was no such request")
             case ((RequestBuild() | RecallBuild()), Asked()):
-                if state.body_sha256 != command.body_sha256:
+                if state.body_mac != command.body_mac:
                     raise Refused("conflict", "this Idempotency-Key came with another body before")
                 return []
             case AbortBuild(), Unasked():
@@ -66,7 +93,7 @@ class RequestDecider:
     def evolve(self, state: Request, event: Event) -> Request:
         match event:
             case BuildRequested():
-                return Asked(event.build, event.body_sha256)
+                return Asked(event.build, event.body_mac)
             case BuildAbortRequested():
                 return AbortAsked(event.build)
             case _:
@@ -79,7 +106,7 @@ def requested(command: RequestBuild) -> BuildRequested:
         plan=command.plan,
         inputs=command.inputs,
         name=command.name,
-        body_sha256=command.body_sha256,
+        body_mac=command.body_mac,
         keep_seconds=command.keep_seconds,
     )
 
@@ -107,7 +134,12 @@ class TeamDecider:
             case CreateTeam():
                 return [] if state.exists else [TeamCreated(name=command.team)]
             case SetPolicy():
-                policy = TeamPolicySet(input_seconds=command.input_seconds, output_seconds=command.output_seconds, quota_bytes=command.quota_bytes)
+                policy = TeamPolicySet(
+                    input_seconds=command.input_seconds,
+                    output_seconds=command.output_seconds,
+                    quota_bytes=command.quota_bytes,
+                    privileged=command.privileged,
+                )
                 return [policy] if policy != state.policy else []
             case IssueToken():
                 if command.sha256 in state.tokens:
@@ -126,3 +158,110 @@ class TeamDecider:
                 return msgspec.structs.replace(state, policy=event)
             case _:
                 raise TypeError(f"{type(event).__name__} on a team stream")
+
+
+class Token(msgspec.Struct, frozen=True):
+    """A registration token, and whom it has registered (worker, key)."""
+
+    sha256: str
+    expires_at: float
+    tags: tuple[str, ...]
+    used: tuple[str, str] | None = None
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A worker by its key."""
+
+    key: str
+    draining: bool = False
+    revoked: bool = False
+
+
+class Deleted(msgspec.Struct, frozen=True):
+    """There was a worker of this name."""
+
+
+Fleet = Token | Member | Deleted | None
+
+
+class FleetDecider:
+    """Streams `fleet-token-<id>` and `fleet-worker-<name>`: a token registers one worker, a name has one key."""
+
+    initial: Fleet = None
+
+    def stream(self, command: FleetCommand) -> str:
+        match command:
+            case IssueRegistration() | UseRegistration():
+                return f"fleet-token-{command.token_id}"
+            case _:
+                return f"fleet-worker-{command.worker}"
+
+    def decide(self, command: FleetCommand, state: Fleet) -> Sequence[Event]:
+        match command, state:
+            case IssueRegistration(), None:
+                issued = RegistrationTokenIssued(
+                    token_id=command.token_id,
+                    sha256=command.sha256,
+                    expires_at=command.expires_at,
+                    tags=command.tags,
+                    description=command.description,
+                )
+                return [issued]
+            case UseRegistration(), Token() if hmac.compare_digest(command.sha256, state.sha256) and command.now < state.expires_at:
+                if state.used is None:
+                    return [] if command.trial else [RegistrationTokenUsed(worker=command.worker, key=command.key)]
+                if state.used != (command.worker, command.key):  # whose answer was lost asks again
+                    raise Refused("unknown", "the token is of no use")
+                return []
+            case UseRegistration(), _:
+                raise Refused("unknown", "the token is of no use")
+            case RegisterWorker(token_id=""), Deleted():
+                raise Refused("conflict", f"`{command.worker}` was deleted")  # the deployment names it at each start
+            case RegisterWorker(), None | Deleted():
+                registered = WorkerRegistered(worker=command.worker, key=command.key, tags=command.tags, token_id=command.token_id)
+                return [] if command.trial else [registered]
+            case RegisterWorker(), Member():
+                if state.key != command.key or state.revoked:
+                    raise Refused("conflict", f"the name `{command.worker}` is taken")
+                return []
+            case _, Member():
+                return _changed(command, state)
+            case _:
+                raise Refused("missing", "there is no such worker")
+
+    def evolve(self, state: Fleet, event: Event) -> Fleet:
+        match event, state:
+            case RegistrationTokenIssued(), _:
+                return Token(event.sha256, event.expires_at, event.tags)
+            case RegistrationTokenUsed(), Token():
+                return msgspec.structs.replace(state, used=(event.worker, event.key))
+            case WorkerRegistered(), _:
+                return Member(event.key)
+            case WorkerDrained(), Member():
+                return msgspec.structs.replace(state, draining=True)
+            case WorkerResumed(), Member():
+                return msgspec.structs.replace(state, draining=False)
+            case WorkerRevoked(), Member():
+                return msgspec.structs.replace(state, revoked=True)
+            case WorkerDeleted(), Member():
+                return Deleted()
+            case _:
+                raise TypeError(f"{type(event).__name__} on a fleet stream")
+
+
+def _changed(command: FleetCommand, state: Member) -> Sequence[Event]:
+    if state.revoked and not isinstance(command, RevokeWorker | DeleteWorker):
+        raise Refused("conflict", "the worker was revoked")
+    match command:
+        case DrainWorker():
+            return [] if state.draining else [WorkerDrained(reason=command.reason)]
+        case ResumeWorker():
+            return [WorkerResumed()] if state.draining else []
+        case RevokeWorker():
+            return [] if state.revoked else [WorkerRevoked(reason=command.reason)]
+        case DeleteWorker():
+            if not (state.revoked or command.lost):
+                raise Refused("conflict", "the worker is neither revoked nor lost")
+            return [WorkerDeleted()]
+        case _:
+            raise Refused("conflict", "the stream is in other use")

@@ -5,19 +5,24 @@ has arrived has arrived, on either side, so that what is tried again is the rest
 """
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from email.utils import parsedate_to_datetime
 from itertools import chain, islice
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import aiohttp
 import msgspec
+import structlog
+from yarl import URL
 
 from libs.archives.blobstream import MEDIA_TYPE, BlobStreamReader, frames
 from libs.archives.pump import drawn, in_thread, pump
 from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import Entry, InvalidManifest
+from libs.proofs import NOTHING, STREAM, WINDOW, proof_headers
 from proto.api import PendingUpload
 from proto.events.base import ArtifactRef
 from proto.messages import Package
@@ -28,6 +33,8 @@ from services.worker.teamcache import NewTree, TeamCache
 from services.worker.trees import KnownTree
 
 T = TypeVar("T")
+
+logger = structlog.get_logger()
 
 PATIENCE_SECONDS = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
@@ -54,10 +61,14 @@ class _Problem(msgspec.Struct):
 
 
 class Artifacts:
-    """A client; it connects only when there is something to move."""
+    """A client; it connects only when there is something to move. `identity` is the seed to sign with, `now` unix seconds."""
 
-    def __init__(self, cache: Cache, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, cache: Cache, identity: str, now: Callable[[], float], patience: float = PATIENCE_SECONDS) -> None:
         self._cache = cache
+        self._identity = identity
+        self._now = now
+        self._ahead = 0.0
+        """Seconds by which the service's clock is ahead of ours."""
         self._patience = patience
         self._session: aiohttp.ClientSession | None = None
         self._fetching: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
@@ -83,13 +94,13 @@ class Artifacts:
 
         async def once(went_well: Callable[[], None]) -> ArtifactRef:
             nonlocal least
-            answer = await self._send(package, "POST", url, TREE_TYPE, _sent(captured.manifest))
+            answer = await self._send(package, "POST", url, TREE_TYPE, _sent(captured.manifest), await in_thread(lambda: _sha256(captured.manifest)))
             while isinstance(answer, PendingUpload):
                 if least is not None and answer.missing_bytes >= least:
                     raise _Again("it asks again for what it was sent")
                 least = answer.missing_bytes
                 went_well()
-                answer = await self._send(package, "PUT", f"{url}/blobs", MEDIA_TYPE, drawn(_frames(captured, answer.missing)))
+                answer = await self._send(package, "PUT", f"{url}/blobs", MEDIA_TYPE, drawn(_frames(captured, answer.missing)), STREAM)
             return answer
 
         return await self._patiently(once)
@@ -99,7 +110,8 @@ class Artifacts:
             await self._session.close()
 
     async def _manifest(self, cache: TeamCache, package: Package, name: str, digest: str) -> KnownTree:
-        headers = {**_bearer(package), "Accept": TREE_TYPE}
+        url = f"{package.artifacts_url}/inputs/{name}"
+        headers = {**self._proof(package, "GET", url, NOTHING), "Accept": TREE_TYPE}
         new = await in_thread(lambda: NewTree(cache, digest))
         left = _MAX_MANIFEST
 
@@ -111,8 +123,8 @@ class Artifacts:
             new.feed(data)
 
         try:
-            async with self._http().get(f"{package.artifacts_url}/inputs/{name}", headers=headers) as answer:
-                await _check(answer)
+            async with self._http().get(url, headers=headers) as answer:
+                await self._check(answer)
                 return await pump(answer.content.iter_chunked(_CHUNK), feed, new.finish)
         except InvalidManifest as error:
             raise Unobtainable(f"its manifest is refused: {error}") from error
@@ -146,11 +158,14 @@ class Artifacts:
                 raise _Again("it sent less than it was asked for")
 
         url = f"{package.artifacts_url}/inputs/{name}/blobs"
-        async with self._http().post(url, data=_sent([b"".join(lacking)]), headers=_bearer(package)) as answer:
-            await _check(answer)
+        body = b"".join(lacking)
+        async with self._http().post(url, data=_sent([body]), headers=self._proof(package, "POST", url, _sha256([body]))) as answer:
+            await self._check(answer)
             await pump(answer.content.iter_chunked(_CHUNK), feed, finish)
 
-    async def _send(self, package: Package, method: str, url: str, kind: str, body: AsyncIterator[bytes]) -> ArtifactRef | PendingUpload:
+    async def _send(
+        self, package: Package, method: str, url: str, kind: str, body: AsyncIterator[bytes], content: str
+    ) -> ArtifactRef | PendingUpload:
         failures: list[Exception] = []
 
         async def pieces() -> AsyncIterator[bytes]:
@@ -161,14 +176,28 @@ class Artifacts:
                 failures.append(error)  # the connection's failure would say nothing of it
                 raise
 
-        headers = {**_bearer(package), "Content-Type": kind}
+        headers = {**self._proof(package, method, url, content), "Content-Type": kind}
         try:
             async with self._http().request(method, url, data=pieces(), headers=headers) as answer:
-                await _check(answer)
+                await self._check(answer)
                 text = await answer.read()
                 return msgspec.json.decode(text, type=ArtifactRef) if answer.status == 201 else msgspec.json.decode(text, type=PendingUpload)
         except aiohttp.ClientError as error:
             raise failures[0] if failures else error from None
+
+    def _proof(self, package: Package, method: str, url: str, content: str) -> dict[str, str]:
+        path = URL(url.removeprefix(package.artifacts_url)).raw_path_qs
+        return proof_headers(self._identity, package.token, method, path, content, self._now() + self._ahead)
+
+    async def _check(self, answer: aiohttp.ClientResponse) -> None:
+        if answer.status == 401 and (date := answer.headers.get("Date")):
+            # Clocks may disagree: the service says what time it is there.
+            ahead = parsedate_to_datetime(date).timestamp() - self._now()
+            if abs(ahead - self._ahead) > WINDOW / 2:
+                logger.warning("the clocks of worker and artifacts service disagree", seconds=round(ahead))
+                self._ahead = ahead
+                raise _Again("the clocks disagree")
+        await _check(answer)
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -219,8 +248,11 @@ def _numbered(chunks: Iterator[Chunk], numbers: Iterator[int]) -> Iterator[Chunk
         at = number + 1
 
 
-def _bearer(package: Package) -> dict[str, str]:
-    return {"Authorization": f"Bearer {package.token}"}
+def _sha256(pieces: Iterable[bytes]) -> str:
+    whole = hashlib.sha256()
+    for piece in pieces:
+        whole.update(piece)
+    return whole.hexdigest()
 
 
 async def _check(answer: aiohttp.ClientResponse) -> None:

@@ -6,11 +6,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
 
+import jwt
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from libs.eventlog.log import NO_STREAM
 from libs.eventlog.postgres import PostgresLog, open_postgres_log
+from libs.proofs import NOTHING, proof_headers
+from libs.tokens import new_seed, public_key
 from proto.catalogue import decode
 from proto.events.artifact import ArtifactSealed
 from proto.events.base import ArtifactRef
@@ -18,7 +22,7 @@ from proto.events.build import BuildFinished, StageFinished
 from proto.events.request import BuildRequested
 from proto.events.team import DEFAULT_POLICY, TeamPolicySet
 from proto.plan import Plan
-from tests.artifacts_fixture import BLOBS, TREE, Api, blob_stream, blobs_in, manifest, serving, tar, tree_digest
+from tests.artifacts_fixture import BLOBS, SERVER_KEY, TREE, WORKER_KEY, Api, blob_stream, blobs_in, manifest, serving, tar, tree_digest
 from tests.controls import eventually, write
 from tests.nats_fixture import NatsServer
 from tests.postgres_fixture import Database
@@ -108,6 +112,60 @@ async def test_a_build_token_reads_the_inputs_that_it_names_and_nothing_else(api
         ("POST", "/outputs/step/out", api.build(seconds=-5), 401),
     ):
         assert (await api.ask(method, path, headers)).status == expected, path
+
+
+async def test_a_build_token_is_worth_nothing_without_its_worker_s_key(api: Api, log: PostgresLog) -> None:
+    """FAULTS 79, 80, 83, 84: on another host, for another request, at another time, under another algorithm."""
+    digest = (await api.put(FILES))["digest"]
+    token = api.build(inputs={"src": digest})["Authorization"].removeprefix("Bearer ")
+    other = api.build("b2", inputs={"src": digest})["Authorization"].removeprefix("Bearer ")
+    claims = {"team": "main", "build": "b1", "stage": "s", "attempt": 1, "worker": "w1", "key": public_key(WORKER_KEY), "outputs": []}
+    claims |= {"inputs": {"src": digest}, "exp": int(time.time()) + 60}
+    now = time.time()
+
+    def proof(
+        seed: str = WORKER_KEY, token: str = token, method: str = "GET", path: str = "/inputs/src", content: str = NOTHING, at: float = 0
+    ) -> dict[str, str]:
+        return proof_headers(seed, token, method, path, content, now + at)
+
+    bearer = {"Authorization": f"Bearer {token}"}
+    for why, headers in {
+        "no signature": {**bearer, "Penstock-Time": ""},
+        "another key": proof(seed=new_seed()),
+        "another token": proof(token=other) | bearer,
+        "another method": proof(method="POST"),
+        "another input": proof(path="/inputs/other"),
+        "a query": proof(path="/inputs/src?x=1"),
+        "no name for the body": proof(content="stream"),
+        "another body": proof(content="00" * 32),
+        "an hour ago": proof(at=-3600),
+        "in an hour": proof(at=3600),
+        "another time": proof() | {"Penstock-Time": str(int(now) + 1)},
+        "no time": proof() | {"Penstock-Time": "x"},
+        "alg=none": proof(token=jwt.encode(claims, "", algorithm="none")),
+        "HS256": proof(token=jwt.encode(claims, public_key(SERVER_KEY), algorithm="HS256")),
+        "its own": proof(token=jwt.encode(claims, Ed25519PrivateKey.generate(), algorithm="EdDSA")),
+    }.items():
+        answer = await api.ask("GET", "/inputs/src", headers)
+        assert (answer.status, answer.json.get("detail", "")) == (401, ""), why
+        assert "Date" in answer.headers
+    assert (await api.ask("GET", "/inputs/src", proof(at=-50))).status == 200
+    assert (await api.ask("GET", "/inputs/src", proof(at=50))).status == 200
+
+
+async def test_a_signed_request_that_is_sent_again_does_nothing_new(api: Api, log: PostgresLog) -> None:
+    """FAULTS 84: what was signed is the body, so that nothing else can be sent in its place; sent again it seals nothing again."""
+    token = api.build()["Authorization"].removeprefix("Bearer ")
+    body = manifest({"empty": b""})
+    headers = proof_headers(WORKER_KEY, token, "POST", "/outputs/step/out", hashlib.sha256(body).hexdigest(), time.time())
+    forged = await api.ask("POST", "/outputs/step/out", headers | {"Content-Type": TREE}, data=manifest({"forged": b""}))
+    assert forged.status == 401
+    first = await api.ask("POST", "/outputs/step/out", headers | {"Content-Type": TREE}, data=body)
+    again = await api.ask("POST", "/outputs/step/out", headers | {"Content-Type": TREE}, data=body)
+    assert (first.status, again.status, first.body) == (201, 201, again.body)
+    assert len((await log.read_streams([f"artifact-{first.json['id']}"])).popitem()[1]) == 1
+    stream = proof_headers(WORKER_KEY, token, "POST", "/outputs/step/out", "stream", time.time())
+    assert (await api.ask("POST", "/outputs/step/out", stream | {"Content-Type": TREE}, data=body)).status == 401
 
 
 async def test_a_token_is_dead_when_its_attempt_is_over(api: Api, log: PostgresLog) -> None:

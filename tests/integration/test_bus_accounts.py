@@ -1,20 +1,22 @@
 """Who may say and hear what, asked of a real server: FAULTS 63 and finding 3."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
-import nats
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from libs.bus.accounts import inbox_prefix
 from libs.bus.jetstream import JetStreamBus, connect_jetstream
+from libs.tokens import new_seed, public_key
 from proto.topology import STREAMS
 from tests.controls import eventually
-from tests.nats_fixture import PASSWORD, NatsServer
+from tests.nats_fixture import CALLOUT, SEEDS, NatsServer, admitting, bare_client
+
+W1, W2 = new_seed(), new_seed()
+KEYS = {"w1": public_key(W1), "w2": public_key(W2)}
 
 OWN = ("reports.w1.build", "logs.w1.build.stage.1", "presence.w1")
 FOREIGN = (
@@ -25,12 +27,27 @@ FOREIGN = (
     "reports.w1",
     "control.w1",
     "control.w2",
-    "packages.w2",
+    "execute_build_package.w2",
     "events.build.main.1.BuildFinished",
     "_INBOX_w2.x",
     "_INBOX.x",
     "_R_.x.y",
+    "_INBOX_w10.x",
+    "secrets.main",
+    "why.main.b1",
+    "$KV.bucket.key",
+    "$O.bucket.C.x",
     "$JS.API.INFO",
+    "$JS.API.STREAM.CREATE.MINE",
+    "$JS.API.STREAM.MSG.GET.EVENTS",
+    "$JS.API.DIRECT.GET.REPORTS",
+    "$JS.API.CONSUMER.CREATE.REPORTS",
+    "$JS.API.CONSUMER.MSG.NEXT.REPORTS.builds-reports",
+    "$JS.FC.REPORTS.x.y",
+    "$SYS.REQ.USER.AUTH",
+    "$SYS.REQ.SERVER.PING.CONNZ",
+    "$SYS.REQ.ACCOUNT.PING.CONNZ",
+    "$SYS._INBOX.x",
     "$JS.API.STREAM.PURGE.EVENTS",
     "$JS.ACK.REPORTS.builds-reports.1.1.1.1.1",
     "$SYS.REQ.SERVER.PING",
@@ -40,13 +57,23 @@ ALL_OVER = (
     "control.w2",
     "control.*",
     "control.>",
-    "packages.*",
+    "execute_build_package.*",
     "presence.*",
     "reports.>",
     "_INBOX.>",
     "_INBOX_w2.>",
     "_R_.>",
     "$JS.>",
+    "$KV.>",
+    "$O.>",
+    "$SYS.>",
+    "$SYS.REQ.USER.AUTH",
+    "events.>",
+    "logs.>",
+    "secrets.>",
+    "why.>",
+    "execute_build_package.w2",
+    "*",
     ">",
 )
 
@@ -87,18 +114,17 @@ async def stage(fresh_nats: NatsServer) -> AsyncIterator[Stage]:
         refusals.append(str(error))
 
     async with AsyncExitStack() as stack:
-        core = await stack.enter_async_context(connect_jetstream(fresh_nats.url, "scheduler", PASSWORD, "scheduler"))
+        core = await stack.enter_async_context(connect_jetstream(fresh_nats.url, SEEDS["scheduler"], "scheduler"))
         await core.ensure(STREAMS, [])
-        w2 = await stack.enter_async_context(connect_jetstream(fresh_nats.url, "w2", PASSWORD, "w2", inbox_prefix("w2")))
-        attacker = await nats.connect(
-            fresh_nats.url, user="w1", password=PASSWORD, inbox_prefix=inbox_prefix("w1"), allow_reconnect=False, error_cb=refused
-        )
+        await stack.enter_async_context(admitting(fresh_nats, KEYS))
+        w2 = await stack.enter_async_context(connect_jetstream(fresh_nats.url, W2, "w2", inbox_prefix("w2")))
+        attacker = await bare_client(fresh_nats.url, W1, "w1", inbox_prefix=inbox_prefix("w1"), error_cb=refused)
         stack.push_async_callback(attacker.close)
         stage = Stage(core, w2, attacker)
         stage.refusals = refusals
 
         core._connection.subscribe("presence.*", lambda subject, reply, data, headers: stage.presence.append((subject.decode(), data)))
-        for subject in ("control.w2", "packages.w2", "_INBOX_w2.guess"):
+        for subject in ("control.w2", "execute_build_package.w2", "_INBOX_w2.guess"):
             w2._connection.subscribe(subject, lambda subject, reply, data, headers: stage.heard_by_w2.append((subject.decode(), data)))
         await stage.settle()
         yield stage
@@ -115,7 +141,7 @@ async def test_a_worker_s_reports_and_logs_are_acknowledged_through_the_border(s
 
 
 async def test_presence_names_its_true_worker_and_reaches_every_scheduler(stage: Stage, fresh_nats: NatsServer) -> None:
-    async with connect_jetstream(fresh_nats.url, "scheduler", PASSWORD, "another") as other, other.listen("presence.*") as heard:
+    async with connect_jetstream(fresh_nats.url, SEEDS["scheduler"], "another") as other, other.listen("presence.*") as heard:
         await stage.w2.send("presence.w2", b"two")
         await stage.attacker.publish("presence.w1", b"one")
         await eventually(lambda: len(stage.presence) == 2)
@@ -130,14 +156,14 @@ async def test_control_and_packages_reach_only_their_worker(stage: Stage) -> Non
     async def heard(message: Msg) -> None:
         heard_by_w1.append((message.subject, message.data))
 
-    for subject in ("control.w1", "packages.w1"):
+    for subject in ("control.w1", "execute_build_package.w1"):
         await stage.attacker.subscribe(subject, cb=heard)
     await flushed(stage.attacker)
-    for subject in ("control.w1", "packages.w1", "control.w2", "packages.w2"):
+    for subject in ("control.w1", "execute_build_package.w1", "control.w2", "execute_build_package.w2"):
         await stage.core.send(subject, subject.encode())
     await eventually(lambda: len(heard_by_w1) == 2 and len(stage.heard_by_w2) == 2)
-    assert sorted(heard_by_w1) == [("control.w1", b"control.w1"), ("packages.w1", b"packages.w1")]
-    assert sorted(stage.heard_by_w2) == [("control.w2", b"control.w2"), ("packages.w2", b"packages.w2")]
+    assert sorted(heard_by_w1) == [("control.w1", b"control.w1"), ("execute_build_package.w1", b"execute_build_package.w1")]
+    assert sorted(stage.heard_by_w2) == [("control.w2", b"control.w2"), ("execute_build_package.w2", b"execute_build_package.w2")]
 
 
 async def test_a_worker_cannot_say_what_is_another_s(stage: Stage) -> None:
@@ -161,7 +187,7 @@ async def test_a_worker_cannot_hear_what_is_another_s(stage: Stage) -> None:
         await stage.attacker.subscribe(subject, cb=heard)
     await flushed(stage.attacker)
     await stage.core.send("control.w2", b"secret")
-    await stage.core.send("packages.w2", b"secret")
+    await stage.core.send("execute_build_package.w2", b"secret")
     await stage.w2.send("presence.w2", b"secret")
     await stage.w2.publish("reports.w2.build", b"secret")
     await stage.settle()
@@ -185,7 +211,7 @@ async def test_a_reply_subject_lands_nothing_where_its_sender_may_not_write(stag
     assert {subject for subject, _ in stage.presence} <= {"presence.w1"}
     # What is left is noise: the text of an ack where another worker listens, which is not signed and answers no question of its own.
     for subject, data in stage.heard_by_w2:
-        assert subject in ("control.w2", "packages.w2", "_INBOX_w2.x")
+        assert subject in ("control.w2", "execute_build_package.w2", "_INBOX_w2.x")
         assert json.loads(data).keys() == {"stream", "seq"}
 
 
@@ -219,7 +245,61 @@ async def test_a_header_changes_nothing_but_its_own_message(stage: Stage, header
     assert stage.heard_by_w2 == []
 
 
-async def test_a_wrong_password_gets_nowhere(fresh_nats: NatsServer) -> None:
-    async with asyncio.timeout(5), connect_jetstream(fresh_nats.url, "builds", "wrong", "test", patience=0.3) as bus:
+@pytest.mark.parametrize(
+    ("seed", "name"),
+    [
+        (W1, "w2"),  # FAULTS 79
+        (new_seed(), "w1"),
+        (new_seed(), "unknown"),
+        (W1, ""),
+        (W1, "w1.>"),
+        (new_seed(), "builds"),
+        (CALLOUT, "callout"),
+    ],
+    ids=["another worker's name", "another key", "a stranger", "no name", "a pattern", "a service's name", "the seed that others are made of"],
+)
+async def test_who_is_not_who_it_says_gets_nowhere(fresh_nats: NatsServer, seed: str, name: str) -> None:
+    async with admitting(fresh_nats, KEYS), connect_jetstream(fresh_nats.url, seed, name, patience=0.5) as bus:
         assert not bus.connected
         assert bus.connections == 0
+
+
+async def test_without_anybody_who_knows_workers_they_wait_and_services_do_not(fresh_nats: NatsServer) -> None:
+    async with connect_jetstream(fresh_nats.url, W1, "w1", inbox_prefix("w1"), patience=0.1) as worker:
+        async with connect_jetstream(fresh_nats.url, SEEDS["builds"], "builds") as service:
+            assert service.connected and not worker.connected
+        async with admitting(fresh_nats, KEYS):
+            await eventually(lambda: worker.connected)
+
+
+async def test_a_worker_that_was_expelled_is_cut_off_at_once_and_does_not_come_back(fresh_nats: NatsServer) -> None:
+    keys = dict(KEYS)
+    async with (
+        admitting(fresh_nats, keys) as door,
+        connect_jetstream(fresh_nats.url, W1, "w1", inbox_prefix("w1")) as expelled,
+        connect_jetstream(fresh_nats.url, W2, "w2", inbox_prefix("w2")) as other,
+    ):
+        await eventually(lambda: expelled.connected and other.connected)
+        del keys["w1"]
+        door.cut("w1", KEYS["w1"])
+        await eventually(lambda: not expelled.connected, timeout=2)
+        await other._connection.flush()
+        assert (expelled.connections, other.connections) == (1, 1)
+        keys["w1"] = KEYS["w1"]
+        await eventually(lambda: expelled.connected)
+
+
+async def test_an_admission_lapses_and_whoever_renews_it_in_time_loses_nothing(fresh_nats: NatsServer) -> None:
+    async with (
+        admitting(fresh_nats, KEYS, seconds=2.0),
+        connect_jetstream(fresh_nats.url, SEEDS["scheduler"], "scheduler") as core,
+        connect_jetstream(fresh_nats.url, W1, "w1", inbox_prefix("w1")) as careless,
+        connect_jetstream(fresh_nats.url, W2, "w2", inbox_prefix("w2"), renew=0.3) as careful,
+    ):
+        await core.ensure(STREAMS, [])
+        await eventually(lambda: careless.connected and careful.connected)
+        said = 0
+        while careless.connections < 3:
+            assert (await careful.publish("reports.w2.b", b"%d" % said, str(said))).sequence == said + 1
+            said += 1
+        assert careful.connections == 1 and said > 10

@@ -1,0 +1,57 @@
+"""`penstock worker drain`, `resume`, `revoke` and `rm`: what an owner of the first team decides about a worker."""
+
+from typing import Literal
+
+import click
+
+from penstock.cli.running import Decorator, connect, run
+from penstock.client import Client
+
+reason_option: Decorator = click.option("--reason", default="", help="Why, for whoever asks later.")
+
+
+@click.command(short_help="Give a worker nothing new.")
+@click.argument("name")
+@reason_option
+@click.pass_context
+def drain(ctx: click.Context, name: str, reason: str) -> None:
+    """Give worker NAME nothing new. What it runs it finishes; `penstock worker show NAME` says when it has."""
+    run(_changed(connect(ctx), name, "drain", reason))
+
+
+@click.command(short_help="Give a drained worker work again.")
+@click.argument("name")
+@click.pass_context
+def resume(ctx: click.Context, name: str) -> None:
+    """Give worker NAME work again."""
+    run(_changed(connect(ctx), name, "resume", ""))
+
+
+@click.command(short_help="Cut a worker off for good.")
+@click.argument("name")
+@reason_option
+@click.pass_context
+def revoke(ctx: click.Context, name: str, reason: str) -> None:
+    """Cut worker NAME off: nothing that bears its key is heard any more, and what it was running is given to others at once.
+
+    This is for a worker that cannot be trusted; one that is only to be stopped is better drained. Its name is free after `penstock worker rm`."""
+    run(_changed(connect(ctx), name, "revoke", reason))
+
+
+@click.command(short_help="Forget workers that are revoked or lost.")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.pass_context
+def rm(ctx: click.Context, names: tuple[str, ...]) -> None:
+    """Forget workers that are revoked or lost. Their names are free for others; to come back, they register anew."""
+    run(_removed(connect(ctx), names))
+
+
+async def _changed(client: Client, name: str, verb: Literal["drain", "resume", "revoke"], reason: str) -> None:
+    async with client:
+        await client.change_worker(name, verb, reason)
+
+
+async def _removed(client: Client, names: tuple[str, ...]) -> None:
+    async with client:
+        for name in names:
+            await client.remove_worker(name)

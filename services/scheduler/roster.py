@@ -1,0 +1,64 @@
+"""Who may be a worker, as a fold of the gateway's `fleet-` streams. Pure."""
+
+from collections import deque
+
+import msgspec
+from msgspec.structs import replace
+
+from proto.events.base import Event
+from proto.events.fleet import WorkerDeleted, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked
+
+_WORKER = "worker-"
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """`key` is the worker's public key; `tags`, if there are any, are all that it has, whatever it says; `barred` says why it is not heard any more
+    ("" if it is)."""
+
+    key: str
+    tags: tuple[str, ...] = ()
+    draining: bool = False
+    barred: str = ""
+
+
+class Roster:
+    """Fold events with `apply`; drain `news`, the workers that something has happened to, with the key that they had."""
+
+    def __init__(self, members: dict[str, Member] | None = None) -> None:
+        self.members = members or {}
+        self.news: deque[tuple[str, str]] = deque(maxlen=10_000)
+
+    def get(self, name: str) -> Member | None:
+        """A worker that may work here."""
+        member = self.members.get(name)
+        return None if member is None or member.barred else member
+
+    def barred(self, name: str) -> str:
+        """Why one may not; "" if it may."""
+        member = self.members.get(name)
+        return member.barred if member is not None else "is not registered"
+
+    def draining(self, name: str) -> bool:
+        member = self.members.get(name)
+        return member is not None and member.draining
+
+    def apply(self, stream_id: str, event: Event) -> None:
+        """What was recorded on `fleet-<stream_id>`."""
+        if not stream_id.startswith(_WORKER):
+            return
+        name = stream_id.removeprefix(_WORKER)
+        known = self.members.get(name)
+        match event:
+            case WorkerRegistered():
+                self.members[name] = Member(key=event.key, tags=event.tags)
+            case WorkerDrained() if known is not None:
+                self.members[name] = replace(known, draining=True)
+            case WorkerResumed() if known is not None:
+                self.members[name] = replace(known, draining=False)
+            case WorkerRevoked() if known is not None:
+                self.members[name] = replace(known, barred=f"was revoked: {event.reason}" if event.reason else "was revoked")
+            case WorkerDeleted():
+                self.members.pop(name, None)
+            case _:
+                return
+        self.news.append((name, known.key if known is not None else ""))

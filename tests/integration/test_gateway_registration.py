@@ -1,0 +1,193 @@
+"""How a worker is let in, over HTTP: FAULTS 85, 86 and the tokens' part of 79 to 84."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import jwt
+import pytest
+
+from libs.tokens import new_seed, public_key, sign, sign_token, signature_text
+from proto.catalogue import decode
+from proto.events.fleet import RegistrationTokenIssued, RegistrationTokenUsed, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked
+from proto.events.worker import WorkerBooted, WorkerLost
+from proto.messages import Offers
+from tests.controls import eventually
+from tests.gateway_fixture import SERVER_KEY, Gateway, running_gateway
+
+SERVER = public_key(SERVER_KEY)
+
+
+@pytest.fixture
+async def gateway(database, nats_server) -> AsyncIterator[Gateway]:
+    async with running_gateway(database, nats_server.url, worker_nats_url="tls://bus.example") as running:
+        yield running
+
+
+async def issued(gateway: Gateway, **more: Any) -> str:
+    token: str = (await gateway.json("POST", "/workers/tokens", 201, json=more))["token"]
+    return token
+
+
+async def application(gateway: Gateway, token: str, name: str = "w1", seed: str | None = None, **changed: str) -> dict[str, str]:
+    """What a worker sends; `changed` after it was signed."""
+    seed = seed or new_seed()
+    challenge = await gateway.json("POST", "/workers/challenge", 200, token=None)
+    body = {"token": token, "name": name, "key": public_key(seed), "nonce": challenge["nonce"]}
+    said = "\0".join((challenge["server"], challenge["nonce"], name, body["key"]))
+    body["signature"] = signature_text(sign(seed, "penstock-register", said.encode()).signature)
+    return {**body, **changed}
+
+
+async def register(gateway: Gateway, body: dict[str, str]) -> tuple[int, Any]:
+    async with gateway.call("POST", "/workers/register", token=None, json=body) as answer:
+        return answer.status, await answer.json()
+
+
+async def fleet(gateway: Gateway) -> list[Any]:
+    return [decode(each.type, each.data) for each in await gateway.logs["scheduler"].read(0, 1000, {"fleet"})]
+
+
+async def test_a_token_registers_one_worker_and_its_text_is_nowhere(gateway: Gateway) -> None:
+    token = await issued(gateway, tags=["gpu"], description="rack", minutes=5)
+    seed = new_seed()
+    status, answer = await register(gateway, await application(gateway, token, seed=seed))
+    assert (status, answer) == (201, {"worker": "w1", "server_public_key": SERVER, "nats_url": "tls://bus.example"})
+    issue, used, registered = await fleet(gateway)
+    assert isinstance(issue, RegistrationTokenIssued) and 200 < issue.expires_at - time.time() <= 300
+    assert used == RegistrationTokenUsed(worker="w1", key=public_key(seed))
+    assert registered == WorkerRegistered(worker="w1", key=public_key(seed), tags=("gpu",), token_id=issue.token_id)
+    recorded = await gateway.logs["scheduler"].read(0, 1000)
+    assert not any(token.encode() in each.data or token[4:].encode() in each.data for each in recorded)
+    shown = await gateway.json("GET", "/workers/w1", 200)
+    assert "gpu" in str(shown["routes"])
+
+
+async def test_the_same_worker_may_ask_again_and_nobody_else(gateway: Gateway) -> None:
+    """FAULTS 85"""
+    token, seed = await issued(gateway), new_seed()
+    assert (await register(gateway, await application(gateway, token, seed=seed)))[0] == 201
+    assert (await register(gateway, await application(gateway, token, seed=seed)))[0] == 201
+    for again in (await application(gateway, token), await application(gateway, token, "w2", seed), await application(gateway, token, "w2")):
+        assert (await register(gateway, again))[0] == 401
+    assert len(await fleet(gateway)) == 3
+
+
+async def test_of_many_who_race_with_one_token_one_wins(gateway: Gateway) -> None:
+    """FAULTS 85"""
+    token = await issued(gateway)
+    bodies = [await application(gateway, token, f"w{n}") for n in range(8)]
+    statuses = [status for status, _ in await asyncio.gather(*(register(gateway, body) for body in bodies))]
+    assert sorted(statuses) == [201] + [401] * 7
+    assert len([event for event in await fleet(gateway) if isinstance(event, WorkerRegistered)]) == 1
+
+
+async def test_a_name_that_is_taken_costs_no_token(gateway: Gateway) -> None:
+    assert (await register(gateway, await application(gateway, await issued(gateway))))[0] == 201
+    token = await issued(gateway)
+    status, answer = await register(gateway, await application(gateway, token))
+    assert (status, answer["type"]) == (409, "urn:penstock:problem:conflict")
+    assert (await register(gateway, await application(gateway, token, "w2")))[0] == 201
+
+
+async def test_who_proves_nothing_is_told_nothing(gateway: Gateway) -> None:
+    """FAULTS 83, 86: a challenge of another server or for another purpose, another signature, another name than was signed."""
+    token = await issued(gateway)
+    key = gateway.artifacts.key
+    good = await application(gateway, token)
+    other = sign_token(new_seed(), {"register": "x"}, 60, time.time())
+    grant = sign_token(key, {"team": "main", "artifact": "", "action": "see"}, 60, time.time())
+    late = sign_token(key, {"register": "x"}, -1, time.time())
+    none = jwt.encode({"register": "x", "exp": int(time.time()) + 60}, "", algorithm="none")
+    answers = [
+        await register(gateway, body)
+        for body in (
+            {**good, "signature": "A" * 86},
+            {**good, "name": "w2"},
+            {**good, "key": public_key(new_seed())},
+            {**good, "nonce": other},
+            {**good, "nonce": grant},
+            {**good, "nonce": late},
+            {**good, "nonce": none},
+            await application(gateway, "pwt_" + "a" * 43),
+            await application(gateway, ""),
+        )
+    ]
+    assert {status for status, _ in answers} == {401}
+    assert len({str(answer) for _, answer in answers}) == 1
+    assert [type(event) for event in await fleet(gateway)] == [RegistrationTokenIssued]
+    for name in ("a.b", "*", "", "a b", "w\n", "x" * 65):
+        assert (await register(gateway, {**good, "name": name}))[0] == 422
+    assert (await register(gateway, good))[0] == 201
+
+
+async def test_the_nonce_is_signed_for_this_server_only(gateway: Gateway) -> None:
+    """FAULTS 86: a worker that was shown another server's name signs that one."""
+    token, seed = await issued(gateway), new_seed()
+    body = await application(gateway, token, seed=seed)
+    said = "\0".join((public_key(new_seed()), body["nonce"], "w1", body["key"]))
+    body["signature"] = signature_text(sign(seed, "penstock-register", said.encode()).signature)
+    assert (await register(gateway, body))[0] == 401
+
+
+async def test_who_asks_too_often_waits(gateway: Gateway) -> None:
+    async def ask() -> tuple[int, str]:
+        async with gateway.call("POST", "/workers/challenge", token=None) as answer:
+            return answer.status, answer.headers.get("Retry-After", "")
+
+    answers = await asyncio.gather(*(ask() for _ in range(60)))
+    assert {status for status, _ in answers} == {200, 429}
+    assert all(after == "1" for status, after in answers if status == 429)
+
+
+async def test_only_owners_of_the_first_team_decide_about_workers(gateway: Gateway) -> None:
+    await register(gateway, await application(gateway, await issued(gateway)))
+    member, other = await gateway.token("main", "member"), await gateway.token("other")
+    for token in (member, other):
+        for method, path in (
+            ("POST", "/workers/tokens"),
+            ("PUT", "/workers/w1/drain"),
+            ("PUT", "/workers/w1/resume"),
+            ("PUT", "/workers/w1/revoke"),
+            ("DELETE", "/workers/w1"),
+        ):
+            await gateway.json(method, path, 403, token=token, json={})
+    assert len(await fleet(gateway)) == 3
+
+
+async def test_a_worker_is_drained_resumed_revoked_and_deleted(gateway: Gateway) -> None:
+    await register(gateway, await application(gateway, await issued(gateway)))
+
+    async def change(verb: str, **body: str) -> object:
+        await gateway.json("PUT", f"/workers/w1/{verb}", 204, json=body)
+        return (await fleet(gateway))[-1]
+
+    assert await change("drain", reason="a disk") == WorkerDrained(reason="a disk")
+    assert await change("resume") == WorkerResumed()
+    assert await change("revoke", reason="stolen") == WorkerRevoked(reason="stolen")
+    assert (await gateway.json("GET", "/workers/w1", 200))["status"] == "revoked"
+    await gateway.json("PUT", "/workers/w1/drain", 409, json={})
+    await gateway.json("DELETE", "/workers/w1", 204)
+    await gateway.json("GET", "/workers/w1", 404)
+    await gateway.json("DELETE", "/workers/w1", 404)
+    await gateway.json("PUT", "/workers/nobody/drain", 404, json={})
+    await gateway.json("PUT", "/workers/w1/drain", 422, json={"why": "x"})
+
+
+async def test_a_worker_that_lives_is_not_deleted_and_one_that_is_lost_is(gateway: Gateway) -> None:
+    await register(gateway, await application(gateway, await issued(gateway)))
+    await gateway.record("worker-w1-b1", WorkerBooted(worker="w1", boot="b1", slots=1, offers=Offers()))
+
+    async def slots() -> bool:
+        return bool((await gateway.json("GET", "/workers/w1", 200))["build_limit"] == 1)
+
+    await eventually(slots)
+    assert await _deleted(gateway, 409)
+    await gateway.record("worker-w1-b1", WorkerLost(worker="w1", boot="b1", reason="silent"))
+    await eventually(lambda: _deleted(gateway, 204))
+
+
+async def _deleted(gateway: Gateway, status: int) -> bool:
+    async with gateway.call("DELETE", "/workers/w1") as answer:
+        return bool(answer.status == status)
