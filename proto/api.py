@@ -62,11 +62,21 @@ class ArtifactChange(_Request, frozen=True, kw_only=True, omit_defaults=True):
 
 class Policy(_Request, frozen=True, kw_only=True):
     """How long a team's uploads (`input_seconds`) and its builds' outputs are kept unless they say otherwise, and how many bytes all that it
-    stores may take (0: no limit)."""
+    stores may take (0: no limit). `privileged`: its steps may be, on workers that allow it; owners of the first team may grant that."""
 
     input_seconds: Lifetime
     output_seconds: Lifetime
     quota_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+    privileged: bool = False
+
+
+class SecretValue(_Request, frozen=True, kw_only=True):
+    """The value of a secret: text of at most 64 KiB (UTF-8)."""
+
+    value: str
+
+    def __repr__(self) -> str:
+        return "SecretValue(***)"
 
 
 class NewToken(_Request, frozen=True, kw_only=True):
@@ -84,6 +94,56 @@ class Token(_Answer, frozen=True, kw_only=True):
     team: str
     role: Role
     description: str = ""
+
+
+class NewRegistration(_Request, frozen=True, kw_only=True):
+    """Issue a token that registers one worker within so many minutes. `tags`, if there are any, are all that the worker will have."""
+
+    minutes: Annotated[int, msgspec.Meta(ge=1, le=10)] = 10
+    tags: Annotated[list[Name], msgspec.Meta(max_length=64)] = []
+    description: Annotated[str, msgspec.Meta(max_length=200)] = ""
+
+
+class Registration(_Answer, frozen=True, kw_only=True):
+    """A token that registers one worker. `token` is shown this once: the server keeps only its SHA-256."""
+
+    id: str
+    token: str
+    expires_at: datetime
+    tags: list[str] = []
+    description: str = ""
+
+
+class Challenge(_Answer, frozen=True, kw_only=True):
+    """What a new worker must sign within a minute: which server it speaks to, and a nonce."""
+
+    server: str
+    nonce: str
+
+
+class NewWorker(_Request, frozen=True, kw_only=True):
+    """A worker registers. `key` is its Ed25519 public key, `signature` the key's over `penstock-register`, the challenge's `server` and `nonce`,
+    `name` and `key`, with a zero byte between them; both as base64url without padding."""
+
+    token: Annotated[str, msgspec.Meta(max_length=200)]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
+    key: Annotated[str, msgspec.Meta(max_length=43, min_length=43)]
+    nonce: Annotated[str, msgspec.Meta(max_length=1000)]
+    signature: Annotated[str, msgspec.Meta(max_length=86, min_length=86)]
+
+
+class RegisteredWorker(_Answer, frozen=True, kw_only=True):
+    """What a worker needs to know of its server: whose signature to trust, and where the bus is."""
+
+    worker: str
+    server_public_key: str
+    nats_url: str
+
+
+class Why(_Request, frozen=True, kw_only=True):
+    """A reason, for whoever asks later."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=200)] = ""
 
 
 class Team(_Answer, frozen=True, kw_only=True):
@@ -248,6 +308,139 @@ class ArtifactPage(_Answer, frozen=True, kw_only=True):
 
     items: list[Artifact]
     next: str | None = None
+
+
+WorkerStatus = Literal["idle", "available", "busy", "error", "draining", "lost", "revoked"]
+
+
+class RunningBuild(_Answer, frozen=True, kw_only=True):
+    """An attempt that a worker has."""
+
+    id: str
+    number: int
+    stage: str
+    attempt: int
+    since: datetime
+
+
+class Worker(_Answer, frozen=True, kw_only=True):
+    """Whoever runs builds. idle: it offers nothing now, or was never heard of; available: it has free slots, and offers them; busy: all are in use;
+    error: it can take no work, and `reason` says why; draining: it finishes what it has; lost: nothing is heard of it; revoked: nothing that it
+    says counts.
+
+    `active`: it may be given work, were it there. `routes`: what it is chosen by, its platform and its tags. `running_builds` are the asker's team's
+    (of all teams for owners of the first one), `other_builds` how many others there are. `hostname` and `address` are shown to owners of the first
+    team. `cache_*` in bytes."""
+
+    name: str
+    hostname: str = ""
+    address: str = ""
+    routes: list[str] = []
+    active: bool = True
+    status: WorkerStatus
+    reason: str = ""
+    last_status_update_at: datetime
+    running_builds: list[RunningBuild] = []
+    other_builds: int = 0
+    last_build_started_at: datetime | None = None
+    last_build_finished_at: datetime | None = None
+    last_checked_in: datetime | None = None
+    build_limit: int = 0
+    slots_in_use: int = 0
+    mode: Literal["push", "pull"] = "push"
+    version: str = ""
+    sandbox: str = ""
+    images: list[str] = []
+    cache_used: int = 0
+    cache_limit: int = 0
+    registered_at: datetime | None = None
+
+
+class WorkerPage(_Answer, frozen=True, kw_only=True):
+    """Workers by name. `next` is the cursor of the next page, null at the end."""
+
+    items: list[Worker]
+    next: str | None = None
+
+
+class Secret(_Answer, frozen=True, kw_only=True):
+    """A secret that the team has. Its value is shown to nobody."""
+
+    name: str
+    version: int
+    set_at: datetime
+    set_by: str
+
+
+class SecretPage(_Answer, frozen=True, kw_only=True):
+    """Secrets by name. `next` is the cursor of the next page, null at the end."""
+
+    items: list[Secret]
+    next: str | None = None
+
+
+class Candidate(_Answer, frozen=True, kw_only=True):
+    """A worker that could have had it: the share of its slots in use, and the bytes of the inputs that it was not known to have."""
+
+    worker: str
+    load: float = 0.0
+    missing: int = 0
+
+
+class Waiting(_Answer, frozen=True, kw_only=True):
+    """Another stage of the team that waits."""
+
+    build: int
+    stage: str
+
+
+class Holder(_Answer, frozen=True, kw_only=True):
+    """A worker that could take it, and who has its slots: builds of the team by number, and how many stages of other teams; `offered`: how many it
+    offers now."""
+
+    worker: str
+    slots: int
+    offered: int = 0
+    builds: list[int] = []
+    others: int = 0
+
+
+class Preparation(_Answer, frozen=True, kw_only=True):
+    """Why a stage is where it is. blocked: by the stages that it needs; queued: for a worker; leased: given to `worker`, and why there; over.
+
+    Queued: `since` when, what a worker must offer (`requires`), the `reason` last recorded with `refused` workers counted by reason; then, if the
+    scheduler could be asked (`live`): how many stages come before it in the true order (`ahead`, at least so many with `more`), those of the team
+    among them (the first of them), the share of the workers that could take it (`able`), and who has their slots.
+    Leased: `why` has the best workers as they were when it was placed, the first one got it."""
+
+    stage: str
+    state: Literal["blocked", "queued", "leased", "over"]
+    attempt: int = 0
+    status: BuildStatus = "pending"
+    needs: list[str] = []
+    requires: list[str] = []
+    since: datetime | None = None
+    reason: str = ""
+    refused: dict[str, int] = {}
+    live: bool = False
+    ahead: int = 0
+    more: bool = False
+    ahead_builds: list[Waiting] = []
+    able: int = 0
+    holders: list[Holder] = []
+    worker: str = ""
+    leased_at: datetime | None = None
+    started_at: datetime | None = None
+    why: list[Candidate] = []
+
+
+class BuildPreparation(_Answer, frozen=True, kw_only=True):
+    """Why a build waits, or why it is where it is, stage by stage."""
+
+    id: str
+    number: int
+    status: BuildStatus
+    stages: list[Preparation] = []
 
 
 class LogLine(_Answer, frozen=True, kw_only=True):

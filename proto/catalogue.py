@@ -18,8 +18,18 @@ from proto.events.build import (
     StepProgressed,
     StepStarted,
 )
+from proto.events.fleet import (
+    RegistrationTokenIssued,
+    RegistrationTokenUsed,
+    WorkerDeleted,
+    WorkerDrained,
+    WorkerRegistered,
+    WorkerResumed,
+    WorkerRevoked,
+)
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
+from proto.events.secret import SecretRemoved, SecretSet
 from proto.events.team import TeamCreated, TeamPolicySet, TokenIssued
 from proto.events.worker import WorkerBooted, WorkerLost
 
@@ -34,6 +44,11 @@ class Category(NamedTuple):
 
 CATEGORIES: tuple[Category, ...] = (
     Category("team", "gateway", (TeamCreated, TokenIssued, TeamPolicySet)),
+    Category(
+        "fleet",
+        "gateway",
+        (RegistrationTokenIssued, RegistrationTokenUsed, WorkerRegistered, WorkerDrained, WorkerResumed, WorkerRevoked, WorkerDeleted),
+    ),
     Category("request", "gateway", (BuildRequested, BuildAbortRequested)),
     Category(
         "build",
@@ -42,6 +57,7 @@ CATEGORIES: tuple[Category, ...] = (
     ),
     Category("lease", "scheduler", (StageLeased, LeaseExpired, StageDeferred)),
     Category("worker", "scheduler", (WorkerBooted, WorkerLost)),
+    Category("secret", "scheduler", (SecretSet, SecretRemoved)),
     Category("artifact", "artifacts", (ArtifactSealed, ArtifactLifetimeChanged, ArtifactExpired, ArtifactDeleted, LogArchived)),
 )
 

@@ -5,7 +5,9 @@ subject                              from → to               delivery
 `logs.<worker>.<build>.<stage>.<n>`  worker → artifacts      JetStream LOGS; the spool keeps it until a LogArchived holds it
 `presence.<worker>`                  worker → scheduler      core NATS, signed by the worker
 `control.<worker>`                   scheduler → worker      core NATS, signed by the scheduler
-`packages.<worker>`                  scheduler → worker      core NATS, signed by the scheduler and sealed to a credit's key
+`why.<build>`                        gateway → scheduler     core NATS, a question; any scheduler answers
+`execute_build_package.<worker>`     scheduler → worker      core NATS, signed by the scheduler and sealed to a credit's key
+`secrets.<team>`                     gateway → a scheduler   core NATS request: SecretRequest, answered with SecretAnswer
 
 All of them are msgpack. The worker's identity is read from the subject, never from the body.
 """
@@ -15,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from proto.events.base import ArtifactRef, Status
-from proto.plan import Stage
+from proto.plan import Name, Stage
 
 Id = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
 """What a worker names must be fit to be a part of a stream's name, whoever sent it."""
@@ -37,8 +39,11 @@ class Attempt(msgspec.Struct, frozen=True, order=True, array_like=True):
 
 
 class ReportStepStarted(_Message, frozen=True, kw_only=True, tag="step.started"):
+    """`image`: exactly which one it runs in, by digest where it has one."""
+
     step: str
     sandbox: str = ""
+    image: Annotated[str, msgspec.Meta(max_length=1024)] = ""
 
 
 class ReportStepProgressed(_Message, frozen=True, kw_only=True, tag="step.progressed"):
@@ -46,12 +51,16 @@ class ReportStepProgressed(_Message, frozen=True, kw_only=True, tag="step.progre
     percent: int
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+"""Numbers of which a worker tells end up in columns: what none holds must not get that far (FAULTS 48)."""
+
+
 class ReportStepFinished(_Message, frozen=True, kw_only=True, tag="step.finished"):
     step: str
     status: Status
-    exit_code: int | None = None
+    exit_code: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] | None = None
     error: str = ""
-    outputs: dict[str, ArtifactRef] = {}
+    outputs: dict[Name, ArtifactRef] = {}
 
 
 class ReportStageFinished(_Message, frozen=True, kw_only=True, tag="stage.finished"):
@@ -59,10 +68,10 @@ class ReportStageFinished(_Message, frozen=True, kw_only=True, tag="stage.finish
 
     status: Status
     error: str = ""
-    chunks: int = 0
-    lines: int = 0
-    bytes: int = 0
-    dropped: int = 0
+    chunks: Count = 0
+    lines: Count = 0
+    bytes: Count = 0
+    dropped: Count = 0
 
 
 ReportBody = ReportStepStarted | ReportStepProgressed | ReportStepFinished | ReportStageFinished
@@ -108,13 +117,15 @@ def count_lines(data: bytes) -> int:
 
 
 class Offers(_Message, frozen=True, kw_only=True):
-    """What a worker can do: matched against a stage's requirements. `images` are image types it can run."""
+    """What a worker can do: matched against a stage's requirements. `images` are image types it can run; `user`, `limits` and `privileged`
+    are for steps with an image."""
 
     platform: str = "linux"
     tags: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     user: bool = False
     limits: bool = False
+    privileged: bool = False
     sandbox: str = ""
 
 
@@ -137,23 +148,53 @@ TREE_HINT = 16
 MAX_HINTS = 256
 
 
-class Heartbeat(_Message, frozen=True, kw_only=True):
-    """Sent every second, and whenever a slot becomes free. `challenge` quotes the last one the scheduler gave (b"" at first).
-    `credits` are all the open ones. `logs` are attempts whose log still waits in the spool to be archived. `goodbye`: the worker leaves.
+Mode = Literal["push", "pull"]
+"""Whether a worker's credits are renewed by themselves, or given one by one when it wants work."""
+MAX_SHORT = 256
+Short = Annotated[str, msgspec.Meta(max_length=MAX_SHORT)]
+MAX_SLOTS = 4096
+Slots = Annotated[int, msgspec.Meta(ge=0, le=MAX_SLOTS)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class About(_Message, frozen=True, kw_only=True):
+    """What a worker says of itself for people; nothing is decided by it. `address` is what it reaches the bus from."""
+
+    version: Short = ""
+    hostname: Short = ""
+    address: Short = ""
+    mode: Mode = "push"
+
+
+class Availability(_Message, frozen=True, kw_only=True):
+    """What a worker can take now. `challenge` quotes the last one the scheduler gave (b"" at first); `credits` are all the open ones.
     `cached` are the trees of inputs it has, the latest, each by the beginning of its digest; None: as it said last in this boot. It is sent until a
     heartbeat that holds it was answered, after each change, and with every new challenge (whose giver may not have heard it)."""
 
-    boot: Id
-    number: int
     challenge: bytes
-    slots: int
     offers: Offers
     credits: list[Credit] = []
+    cached: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=TREE_HINT)], ...], msgspec.Meta(max_length=MAX_HINTS)] | None = None
+
+
+class Heartbeat(_Message, frozen=True, kw_only=True):
+    """Sent every second, and whenever a slot becomes free. `logs` are attempts whose log still waits in the spool for LogArchived.
+    `goodbye`: the worker leaves.
+    `busy` are slots in use, `trouble` why it can take no work ("" if it can), `cache_*` bytes of its cache."""
+
+    boot: Id
+    number: int
+    slots: Slots
+    availability: Availability
     running: list[Running] = []
     logs: list[Attempt] = []
     draining: bool = False
     goodbye: bool = False
-    cached: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=TREE_HINT)], ...], msgspec.Meta(max_length=MAX_HINTS)] | None = None
+    busy: Slots = 0
+    trouble: Short = ""
+    about: About = About()
+    cache_used: Bytes = 0
+    cache_limit: Bytes = 0
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
@@ -180,7 +221,8 @@ class ArchivedLog(Attempt, frozen=True, array_like=True):
 
 class Control(_Message, frozen=True, kw_only=True):
     """The answer to heartbeat `number` of `boot`, or (with number 0) an early word. An attempt that the heartbeat listed and `held` does not is
-    not the worker's any more: kill it and forget its reports. `archived`: forget that of these logs. With number 0 only what is listed is meant."""
+    not the worker's any more: kill it and forget its reports. `archived`: forget that of these logs. With number 0 only what is listed is meant.
+    `drain`: finish what runs and offer nothing, until an answer (not an early word) says otherwise."""
 
     boot: str
     number: int
@@ -188,6 +230,45 @@ class Control(_Message, frozen=True, kw_only=True):
     lease_seconds: float
     held: list[Held] = []
     archived: list[ArchivedLog] = []
+    drain: bool = False
+
+
+# --- why a stage waits: asked of the schedulers on `why.<build>`, of which any one answers --------------------------------------------
+
+
+class WhyWaiting(_Message, frozen=True, kw_only=True):
+    """gateway → scheduler: what of these waits, and why?"""
+
+    attempts: list[Attempt]
+
+
+class SlotsHeld(_Message, frozen=True, kw_only=True):
+    """Who has the slots of a worker: attempts of the asked one's team, and how many of others; and how many of them it offers."""
+
+    worker: str
+    slots: int
+    offered: int
+    own: list[Attempt]
+    others: int
+
+
+class StageWaits(_Message, frozen=True, kw_only=True):
+    """It waits for a worker that offers all that it `requires`. `ahead` come before it (or more, with `more`), of which `own` are the first of its
+    own team; `able` workers could take it, `holders` are the first of them."""
+
+    attempt: Attempt
+    requires: list[str]
+    ahead: int
+    more: bool
+    own: list[Attempt]
+    able: int
+    holders: list[SlotsHeld]
+
+
+class StagesWait(_Message, frozen=True, kw_only=True):
+    """scheduler → gateway: those that wait, as this instance knows it."""
+
+    stages: list[StageWaits]
 
 
 # --- packages ------------------------------------------------------------------------------------------------------------------------
@@ -195,7 +276,8 @@ class Control(_Message, frozen=True, kw_only=True):
 
 class Package(_Message, frozen=True, kw_only=True):
     """An attempt made ready for one credit. It names everything that it is for, because a sealed box authenticates no context.
-    `token` is the build token (JWT, EdDSA) for the artifacts service at `artifacts_url`."""
+    `token` is the build token (JWT, EdDSA) for the artifacts service at `artifacts_url`. `secrets` are the values that the stage refers to, by name;
+    of those that are not there `unreadable` says why."""
 
     attempt: Attempt
     team: str
@@ -208,11 +290,61 @@ class Package(_Message, frozen=True, kw_only=True):
     token: str
     artifacts_url: str
     traceparent: str = ""
+    secrets: dict[str, str] = {}
+    unreadable: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"Package({self.attempt!r})"  # never what it holds
 
 
 class Signed(msgspec.Struct, frozen=True, array_like=True):
-    """`body` and its Ed25519 signature over `context + body` (context: `presence`, `control.<worker>` or `packages.<worker>`, so that no message
-    passes for another). A package's body is a SealedBox around a Package."""
+    """`body` and its Ed25519 signature over `context + body` (context: `presence`, `control.<worker>` or `execute_build_package.<worker>`, so that no
+    message passes for another). A package's body is a SealedBox around a Package."""
 
     body: bytes
     signature: bytes
+
+
+# --- secrets -------------------------------------------------------------------------------------------------------------------------
+
+
+class SecretValues(_Message, frozen=True, kw_only=True):
+    """What the gateway seals to the schedulers' key: values by name, and whose they are, because a sealed box authenticates no context."""
+
+    team: str
+    values: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"SecretValues({', '.join(self.values)})"
+
+
+class KeepSecret(_Message, frozen=True, kw_only=True, tag="set"):
+    """gateway → scheduler, on `secrets.<team>`: set the one secret that is in `sealed`."""
+
+    sealed: bytes
+    by: str
+
+
+class RemoveSecret(_Message, frozen=True, kw_only=True, tag="remove"):
+    """gateway → scheduler: the team shall have it no more."""
+
+    name: str
+    by: str
+
+
+class KeepForBuild(_Message, frozen=True, kw_only=True, tag="build"):
+    """gateway → scheduler: keep what is in `sealed` until the build is over. There need not be the build yet."""
+
+    build: Id
+    sealed: bytes
+
+
+SecretRequest = KeepSecret | RemoveSecret | KeepForBuild
+
+
+class SecretAnswer(_Message, frozen=True, kw_only=True):
+    """`position`: where in the log it is recorded (0: nowhere, or it was so already). `refused`: why nothing was done ("" when it was)."""
+
+    position: int = 0
+    version: int = 0
+    refused: str = ""

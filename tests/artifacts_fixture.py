@@ -19,14 +19,15 @@ import msgspec
 from libs.archives.blobstream import END_FRAME, frame_header
 from libs.archives.tar import END, padding, write_header
 from libs.archives.tree import CHUNK, FOLDER_MODE, ZERO_CHUNK, Entry, manifest_of, order, root_of
+from libs.proofs import STREAM, proof_headers
 from libs.runtime.service import Service, bind, listen
 from libs.tokens import new_seed, public_key, sign_token
 from services.artifacts.wiring import wire
 from tests.controls import eventually, files_in
-from tests.nats_fixture import PASSWORD, NatsServer
+from tests.nats_fixture import SEEDS, NatsServer
 from tests.postgres_fixture import Database
 
-GRANT_KEY, SERVER_KEY = new_seed(), new_seed()
+GRANT_KEY, SERVER_KEY, WORKER_KEY = new_seed(), new_seed(), new_seed()
 TREE, BLOBS = "application/vnd.penstock.tree", "application/vnd.penstock.blobs"
 
 
@@ -118,10 +119,17 @@ class Api:
         return {"Authorization": f"Bearer {sign_token(GRANT_KEY, claims, seconds, time.time())}"}
 
     def build(self, build: str = "b1", attempt: int = 1, seconds: float = 60, **claims: object) -> dict[str, str]:
-        known = {"team": "main", "build": build, "stage": "s", "attempt": attempt, "worker": "w1", "inputs": {}, "outputs": ["step/out"]}
+        known = {"team": "main", "build": build, "stage": "s", "attempt": attempt, "worker": "w1", "key": public_key(WORKER_KEY), "inputs": {}}
+        known["outputs"] = ["step/out"]
         return {"Authorization": f"Bearer {sign_token(SERVER_KEY, {**known, **claims}, seconds, time.time())}"}
 
     async def ask(self, method: str, path: str, headers: Mapping[str, str], **options: Any) -> Answer:
+        """Signed by the worker where workers ask."""
+        if path.startswith(("/inputs/", "/outputs/")) and "Penstock-Time" not in headers:
+            body = options.get("data") or b""
+            content = STREAM if path.endswith("/blobs") and method == "PUT" else hashlib.sha256(body).hexdigest()
+            token = headers.get("Authorization", "").removeprefix("Bearer ")
+            headers = {**headers, **proof_headers(WORKER_KEY, token, method, path, content, time.time())}
         if isinstance(body := options.get("data"), bytes):
             options["data"] = io.BytesIO(body)  # aiohttp does not like large ones otherwise
         async with self.session.request(method, self.url + path, headers=headers, **options) as answer:
@@ -185,8 +193,7 @@ def settings(database: Database, nats: NatsServer, store: Path, **more: str) -> 
     return {
         "PENSTOCK_DATABASE_URL": database.url("artifacts"),
         "PENSTOCK_NATS_URL": nats.url,
-        "PENSTOCK_NATS_USER": "artifacts",
-        "PENSTOCK_NATS_PASSWORD": PASSWORD,
+        "PENSTOCK_NATS_SEED": SEEDS["artifacts"],
         "PENSTOCK_STORE_URL": store.as_uri(),
         "PENSTOCK_GRANT_PUBLIC_KEY": public_key(GRANT_KEY),
         "PENSTOCK_SERVER_PUBLIC_KEY": public_key(SERVER_KEY),

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.engine_fixture import dockerd, dockerd_of_our_own, engines
 from tests.nats_fixture import fresh_nats, nats_server
 from tests.postgres_fixture import database, postgres
 from tests.s3_fixture import s3, s3_server
 
-__all__ = ["database", "fresh_nats", "nats_server", "postgres", "s3", "s3_server"]
+__all__ = ["database", "dockerd", "dockerd_of_our_own", "engines", "fresh_nats", "nats_server", "postgres", "s3", "s3_server"]
 
 
 @pytest.fixture(scope="session", autouse=True)

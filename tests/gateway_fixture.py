@@ -18,6 +18,7 @@ from libs.eventlog.postgres import PostgresLog, open_postgres_log
 from libs.runtime.http import TIMEOUTS, Timeouts, runner
 from libs.runtime.ids import new_id
 from libs.runtime.service import Service
+from libs.sealing import new_sealing_key, sealing_public_key
 from libs.tokens import Grant, new_seed, public_key, read_token
 from proto.catalogue import OWNERS, TAGS, category_of, encode
 from proto.events.artifact import ArtifactDeleted, ArtifactLifetimeChanged, ArtifactSealed
@@ -25,8 +26,11 @@ from proto.events.base import Event
 from proto.messages import Attempt, LogChunk, Segment, count_lines
 from proto.topology import STREAMS
 from services.gateway.wiring import wire
+from tests.nats_fixture import SEEDS
 
 TOKEN = "pst_" + "a" * 43
+SERVER_KEY = new_seed()
+SEALING_KEY = new_sealing_key()
 PLAN: dict[str, Any] = {"stages": [{"name": "main", "steps": [{"step": "run", "name": "run", "config": {"run": {"path": "true"}}}]}]}
 
 
@@ -247,16 +251,17 @@ async def running_gateway(
         logs = {owner: await stack.enter_async_context(open_postgres_log(database.url(owner), size=2)) for owner in owners}
         artifacts.log = logs.get("artifacts")
         artifacts_url = await stack.enter_async_context(serving(artifacts.application()))
-        bus = await stack.enter_async_context(connect_jetstream(nats_url, "builds", "secret", "test", patience=1.0))
+        bus = await stack.enter_async_context(connect_jetstream(nats_url, SEEDS["builds"], "test", patience=1.0))
         if bus.connected and await bus.stream_state("LOGS") is None:
             await bus.ensure(STREAMS, ())
         environ = {
             "PENSTOCK_DATABASE_URL": database.url("gateway"),
             "PENSTOCK_NATS_URL": nats_url,
-            "PENSTOCK_NATS_USER": "gateway",
-            "PENSTOCK_NATS_PASSWORD": "secret",
+            "PENSTOCK_NATS_SEED": SEEDS["gateway"],
             "PENSTOCK_ARTIFACTS_URL": artifacts_url,
             "PENSTOCK_GRANT_KEY": key,
+            "PENSTOCK_SEALING_PUBLIC_KEY": sealing_public_key(SEALING_KEY),
+            "PENSTOCK_SERVER_PUBLIC_KEY": public_key(SERVER_KEY),
             "PENSTOCK_BOOTSTRAP_TOKEN_SHA256": hashlib.sha256(TOKEN.encode()).hexdigest(),
             **{f"PENSTOCK_{name.upper()}": str(value) for name, value in settings.items()},
         }

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from libs.bus.bus import Bus
 from libs.bus.memory import MemoryBus
 from libs.tokens import new_seed, public_key, sign, verify
 from proto.events.base import ArtifactRef
+from proto.image import RUNNABLE
 from proto.messages import (
+    About,
     Attempt,
     Control,
     Heartbeat,
     Held,
     LogChunk,
+    Mode,
     Offers,
     Package,
     ReportBody,
@@ -40,9 +43,11 @@ from proto.plan import Run, RunStep, Stage, TaskConfig, TaskInput, TaskOutput
 from proto.topology import CONSUMERS, STREAMS
 from services.worker.artifacts import Artifacts
 from services.worker.cache import Cache
+from services.worker.condition import Condition
 from services.worker.copying import reflinks_work
-from services.worker.executors.commands import Commands
+from services.worker.executors.executor import Executor, Executors
 from services.worker.executors.orphans import Orphans
+from services.worker.executors.process import ProcessExecutor
 from services.worker.executors.processes import everything
 from services.worker.executors.sandboxes import Choice, first_that_works, interpreter_folders
 from services.worker.folders import FolderPool
@@ -180,7 +185,7 @@ class Scheduler:
     async def send(self, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "") -> Attempt:
         """Lease a new attempt to the worker, on a fresh credit."""
         attempt = Attempt(f"build{next(self._numbers)}", "main", 1)
-        await self.bus.send(f"packages.{self.worker}", await self.package(attempt, *steps, inputs=inputs, token=token))
+        await self.bus.send(f"execute_build_package.{self.worker}", await self.package(attempt, *steps, inputs=inputs, token=token))
         return attempt
 
     async def package(self, attempt: Attempt, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "") -> bytes:
@@ -200,7 +205,7 @@ class Scheduler:
             artifacts_url=self.artifacts_url,
         )
         sealed = SealedBox(PublicKey(credit.key)).encrypt(msgspec.msgpack.encode(package))
-        return msgspec.msgpack.encode(sign(SERVER, f"packages.{self.worker}", sealed))
+        return msgspec.msgpack.encode(sign(SERVER, f"execute_build_package.{self.worker}", sealed))
 
     async def finished(self, attempt: Attempt, timeout: float = 20) -> ReportStageFinished:
         """The stage's end, once it is said."""
@@ -255,7 +260,7 @@ class Scheduler:
             signed = msgspec.msgpack.decode(message.data, type=Signed)
             heartbeat = msgspec.msgpack.decode(verify(public_key(IDENTITY), "presence", signed), type=Heartbeat)
             self.heartbeats.append(heartbeat)
-            self._fresh = {credit.nonce: credit for credit in heartbeat.credits}
+            self._fresh = {credit.nonce: credit for credit in heartbeat.availability.credits}
             self._heard()
             if self.silent:
                 continue
@@ -312,6 +317,10 @@ async def a_worker(
     means: Means | None = None,
     cache_bytes: int = 1 << 30,
     tags: tuple[str, ...] = (),
+    now: Callable[[], float] = time.time,
+    mode: Mode = "push",
+    condition: Callable[[], Condition] = Condition,
+    containers: Executor | None = None,
 ) -> AsyncIterator[Running]:
     """A worker in this process; nothing of it is left afterwards. Its trees are copied unless `means` says otherwise."""
     work = folder / "work"
@@ -320,17 +329,18 @@ async def a_worker(
     orphans.start()
     chosen = first_that_works(sandbox, folder, interpreter_folders(path))
     box = PrivateKey.generate()
-    offers = Offers(sandbox=chosen.name, tags=tags)
-    session = Session(name, secrets.token_hex(8), bytes(box.public_key), slots, offers, lambda: secrets.token_urlsafe(12))
+    offers = Offers(sandbox=chosen.name, tags=tags, images=RUNNABLE if containers else ())
+    session = Session(name, secrets.token_hex(8), bytes(box.public_key), slots, offers, lambda: secrets.token_urlsafe(12), About(mode=mode))
     outbox = Outbox(name, session.boot, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
     if not chosen.wraps:
         orphans.adopt()
     pool = FolderPool(work, session.boot)
     cache = Cache(folder / "cache", cache_bytes)
     cache.open()
-    artifacts = Artifacts(cache, patience)
-    tools = Tools(name, chosen, Commands(chosen), orphans, pool, outbox, artifacts, cache, means or Means(None, False), path, grace, log_limit)
-    worker = Worker(bus, session, tools, IDENTITY, public_key(SERVER), box, Metrics(CollectorRegistry()))
+    artifacts = Artifacts(cache, IDENTITY, now, patience)
+    executors = Executors(ProcessExecutor(chosen, orphans, path), containers)
+    tools = Tools(name, executors, orphans, pool, outbox, artifacts, cache, means or Means(None, False), grace, log_limit)
+    worker = Worker(bus, session, tools, IDENTITY, public_key(SERVER), box, Metrics(CollectorRegistry()), condition=condition)
     task = asyncio.ensure_future(worker.run())
     try:
         yield Running(worker, outbox, tools, folder)
@@ -370,13 +380,11 @@ def environment(folder: Path, url: str, sandbox: Choice, **more: str) -> dict[st
     names = {field.name for field in msgspec.structs.fields(Settings)}
     settings = {
         "nats_url": url,
-        "nats_user": "w1",
-        "nats_password": "secret",
         "worker_name": "w1",
         "worker_key": IDENTITY,
         "server_public_key": public_key(SERVER),
         "worker_dir": str(folder),
-        "worker_slots": "2",
+        "worker_build_limit": "2",
         "worker_sandbox": sandbox,
         "worker_path": PATH,
         **more,

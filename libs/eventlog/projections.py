@@ -207,7 +207,11 @@ class StoredProjection:
         for each in facts:
             for row in project(each, get):
                 if isinstance(row, Gone):
-                    changed[(row.row, row.key)] = None
+                    place = (row.row, row.key)
+                    if before.get(place, row) is None:
+                        changed.pop(place, None)  # it came and went within the batch: nothing was stored
+                    else:
+                        changed[place] = None
                 else:
                     changed[(type(row), getattr(row, key_of[type(row)]))] = row
         return changed

@@ -75,6 +75,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     metavar="TIME",
     help="Interrupt the task after this long: 90s, 10m, 1h30m.",
 )
+@click.option("--image", metavar="IMAGE", help="Run it in this image, whatever the task file says: host:5000/team/img:tag@sha256:…")
+@click.option("-p", "--privileged", is_flag=True, help="With all rights on the worker, in a container: where team and worker allow it.")
 @click.option("--keep", type=Keep(), default=0, metavar="TIME", help="Keep its outputs so long: 12h, 7d, forever; else as the team's policy says.")
 @click.option("--name", default="", help="A name for the build.")
 @click.option("-b", "--detach", is_flag=True, help="Do not wait: print the build's number only.")
@@ -117,6 +119,8 @@ def _request(
     files: Sequence[Path],
     tags: Sequence[str],
     timeout: int | None,
+    image: str | None,
+    privileged: bool,
     name: str,
     keep: int | Literal["forever"],
     earlier: str | None,
@@ -133,7 +137,7 @@ def _request(
     known("-o", list(wanted), [output.name for output in task.outputs], "output", task_file)
     check_folders(wanted)
     chosen = choose_inputs(task, inputs, dict(mapping), earlier or "", task_file, terminal, include_ignored=include_ignored, include_git=include_git)
-    plan = plan_of(task, arguments=arguments, tags=tags, timeout=timeout)
+    plan = plan_of(task, arguments=arguments, tags=tags, timeout=timeout, image=image, privileged=privileged)
     return Request(plan=plan, name=name, inputs=chosen, outputs=wanted, keep=keep)
 
 

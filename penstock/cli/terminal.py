@@ -27,6 +27,7 @@ class Terminal:
         self._err: BinaryIO = sys.stderr.buffer
         self._fancy = sys.stderr.isatty() and environ.get("TERM", "") not in ("", "dumb")
         self._colour = self._fancy and not environ.get("NO_COLOR")
+        self._redraws = sys.stdout.isatty() and environ.get("TERM", "") not in ("", "dumb")
         self._colour_out = sys.stdout.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "") not in ("", "dumb")
         self._shared = log_to_stderr or _same_file(sys.stdout.fileno(), sys.stderr.fileno())
         self._open = {"stdout": False, "stderr": False}  # whether the last line that was written there lacks its end
@@ -42,6 +43,15 @@ class Terminal:
         with contextlib.suppress(OSError):
             self._err.write((click.style(text, fg=colour) if colour and self._colour else text).encode("utf-8", "replace") + b"\n")
             self._err.flush()
+
+    @property
+    def can_redraw(self) -> bool:
+        """Whether stdout is a terminal on which what was shown can be shown anew in its place."""
+        return self._redraws
+
+    def clear(self) -> None:
+        """Begin anew at the top."""
+        self.write(b"\x1b[H\x1b[2J\x1b[3J")
 
     def end_line(self) -> None:
         """End what a task left unended where our lines and bars go."""

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from penstock.client.errors import Unavailable as Unavailable
     from penstock.client.errors import Unreadable as Unreadable
     from penstock.client.errors import Unwritable as Unwritable
+    from penstock.client.fleet import BuildPreparation as BuildPreparation
+    from penstock.client.fleet import Candidate as Candidate
+    from penstock.client.fleet import Holder as Holder
+    from penstock.client.fleet import Preparation as Preparation
+    from penstock.client.fleet import RunningBuild as RunningBuild
+    from penstock.client.fleet import Waiting as Waiting
+    from penstock.client.fleet import Worker as Worker
     from penstock.client.model import Artifact as Artifact
     from penstock.client.model import Build as Build
     from penstock.client.model import BuildEnded as BuildEnded
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     from penstock.client.model import Policy as Policy
     from penstock.client.model import Problem as Problem
     from penstock.client.model import Progress as Progress
+    from penstock.client.model import Secret as Secret
     from penstock.client.model import Stage as Stage
     from penstock.client.model import Step as Step
     from penstock.client.model import Transfer as Transfer
@@ -64,6 +72,7 @@ _NAMES = {
         "Unreadable",
         "Unwritable",
     ],
+    "fleet": ["BuildPreparation", "Candidate", "Holder", "Preparation", "Registration", "RunningBuild", "Waiting", "Worker"],
     "model": [
         "Artifact",
         "Build",
@@ -77,6 +86,7 @@ _NAMES = {
         "Policy",
         "Problem",
         "Progress",
+        "Secret",
         "Stage",
         "Step",
         "Transfer",

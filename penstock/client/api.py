@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from io import BytesIO
 from pathlib import Path
@@ -13,8 +13,9 @@ from urllib.parse import quote, urlencode
 import aiohttp
 import msgspec
 
-from penstock.client.errors import Damaged, NotThere, Unavailable
+from penstock.client.errors import Damaged, NotFound, NotThere, Unavailable
 from penstock.client.events import build_events
+from penstock.client.fleet import BuildPreparation, Registration, Worker, WorkerPage
 from penstock.client.http import DIRECT_CONNECT_SECONDS, Http
 from penstock.client.model import (
     Artifact,
@@ -29,6 +30,8 @@ from penstock.client.model import (
     PendingUpload,
     Policy,
     Progress,
+    Secret,
+    SecretPage,
     Transfer,
     TreeEntry,
     TreePage,
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from penstock.client.tree import Entry
 
 CHUNK = 256 * 1024
-P = TypeVar("P", ArtifactPage, TreePage)
+P = TypeVar("P", ArtifactPage, SecretPage, TreePage, WorkerPage)
 
 
 class Client:
@@ -101,10 +104,19 @@ class Client:
         if isinstance(source, bytes):
             data = source
             key = secrets.token_hex(16)
-            return await self._http.repeated(lambda: self._upload_tar(BytesIO(data), params, key), self.patience_upload)
+            return await self._http.repeated(lambda: self._upload_whole(data, params, key), self.patience_upload)
         from penstock.client.upload import upload_folder
 
         return await upload_folder(self._http, self._base, source, params, progress, self.patience_upload)
+
+    async def _upload_whole(self, data: bytes, params: Mapping[str, str], key: str) -> Artifact:
+        """A server that has just started again may still be tidying up what the last try left."""
+        try:
+            return await self._upload_tar(BytesIO(data), params, key)
+        except NotFound as error:
+            if error.problem is not None and error.problem.type.endswith(":upload-unknown"):
+                raise Unavailable(str(error)) from error
+            raise
 
     async def _upload_tar(self, data: BytesIO | AsyncIterable[bytes], params: Mapping[str, str], key: str = "") -> Artifact:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)  # the answer comes when all is stored
@@ -218,9 +230,16 @@ class Client:
         """How long the team's artifacts are kept, and how much it may store."""
         return await self._http.get(f"{self._base}/policy", Policy)
 
-    async def set_policy(self, *, input_seconds: int | None = None, output_seconds: int | None = None, quota_bytes: int | None = None) -> Policy:
-        """Change what is given of the policy; an owner may. The policy as it is then."""
-        changes = {"input_seconds": input_seconds, "output_seconds": output_seconds, "quota_bytes": quota_bytes}
+    async def set_policy(
+        self,
+        *,
+        input_seconds: int | None = None,
+        output_seconds: int | None = None,
+        quota_bytes: int | None = None,
+        privileged: bool | None = None,
+    ) -> Policy:
+        """Change what is given of the policy; an owner may (`privileged`: an owner of the first team). The policy as it is then."""
+        changes = {"input_seconds": input_seconds, "output_seconds": output_seconds, "quota_bytes": quota_bytes, "privileged": privileged}
         policy = msgspec.structs.replace(await self.policy(), **{key: value for key, value in changes.items() if value is not None})
         return await self._http.send("PUT", f"{self._base}/policy", Policy, policy)
 
@@ -233,6 +252,25 @@ class Client:
 
     def _at(self, artifact: Artifact | str) -> str:
         return f"{self._base}/user-artifacts/{quote(artifact if isinstance(artifact, str) else artifact.id, safe='')}"
+
+    # --- secrets
+
+    async def set_secret(self, name: str, value: str) -> Secret:
+        """Set a secret of the team, or replace it; an owner may. `((name))` in plans stands for it. Nothing gives the value back."""
+        return await self._http.send("PUT", self._secret(name), Secret, {"value": value})
+
+    async def secrets(self) -> AsyncIterator[Secret]:
+        """The team's secrets, by name, without their values."""
+        async for page in self._pages(f"{self._base}/secrets", SecretPage, {}):
+            for secret in page.items:
+                yield secret
+
+    async def remove_secret(self, name: str) -> None:
+        """Remove it, and every value that it had. Raises NotFound."""
+        await self._http.delete(self._secret(name))
+
+    def _secret(self, name: str) -> str:
+        return f"{self._base}/secrets/{quote(name, safe='')}"
 
     # --- builds
 
@@ -310,6 +348,35 @@ class Client:
         async with self._http.open("GET", f"{self._of(build)}/log", params=params, headers={"Accept": "text/plain"}) as response:
             async for piece in response.content.iter_chunked(CHUNK):
                 yield piece
+
+    async def preparation(self, build: str | int) -> BuildPreparation:
+        """Why the build waits and what is ahead of it, or why it is where it is."""
+        return await self._http.get(f"{self._of(build)}/preparation", BuildPreparation)
+
+    # --- workers
+
+    async def workers(self) -> AsyncIterator[Worker]:
+        """All workers, by name."""
+        async for page in self._pages("/api/v1/workers", WorkerPage, {}):
+            for worker in page.items:
+                yield worker
+
+    async def worker(self, name: str) -> Worker:
+        """One worker. Raises NotFound."""
+        return await self._http.get(f"/api/v1/workers/{quote(name, safe='')}", Worker)
+
+    async def registration(self, *, minutes: int = 10, tags: Sequence[str] = (), description: str = "") -> Registration:
+        """A new token that registers one worker, which then has these tags; owners of the first team may."""
+        body = {"minutes": minutes, "tags": list(tags), "description": description}
+        return await self._http.send("POST", "/api/v1/workers/tokens", Registration, body)
+
+    async def change_worker(self, name: str, verb: Literal["drain", "resume", "revoke"], reason: str = "") -> None:
+        """drain: it gets nothing new; resume: it does again; revoke: nothing of it counts any more. Raises NotFound, Conflict."""
+        await self._http.tell("PUT", f"/api/v1/workers/{quote(name, safe='')}/{verb}", {"reason": reason})
+
+    async def remove_worker(self, name: str) -> None:
+        """Forget one that is revoked or lost. Raises NotFound, Conflict."""
+        await self._http.delete(f"/api/v1/workers/{quote(name, safe='')}")
 
     def _of(self, build: str | int) -> str:
         return f"{self._base}/builds/{quote(str(build), safe='')}"

@@ -88,9 +88,14 @@ class Http:
 
     async def delete(self, path: str) -> None:
         """DELETE, repeated while the server is away."""
+        await self.tell("DELETE", path)
+
+    async def tell(self, method: str, path: str, body: object = None) -> None:
+        """A call that may be repeated and has no answer, with a JSON body."""
+        sent: dict[str, Any] = {} if body is None else {"data": msgspec.json.encode(body), "headers": {"Content-Type": "application/json"}}
 
         async def once() -> None:
-            async with self.open("DELETE", path):
+            async with self.open(method, path, **sent):
                 pass
 
         await self.repeated(once)

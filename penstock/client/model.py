@@ -80,12 +80,30 @@ class Usage(_Answer, frozen=True, kw_only=True):
     quota_bytes: int | None = None
 
 
+class Secret(_Answer, frozen=True, kw_only=True):
+    """A secret that the team has; its value is shown to nobody. `version` counts how often it was set."""
+
+    name: str
+    version: int = 0
+    set_at: datetime | None = None
+    set_by: str = ""
+
+
+class SecretPage(_Answer, frozen=True, kw_only=True):
+    """Secrets by name; `next` leads to the following page."""
+
+    items: list[Secret]
+    next: str | None = None
+
+
 class Policy(_Answer, frozen=True, kw_only=True):
-    """How long a team's artifacts are kept by default, in seconds, and how much it may store (0: as much as there is room)."""
+    """How long a team's artifacts are kept by default, in seconds, and how much it may store (0: as much as there is room). `privileged`: whether its
+    steps may be."""
 
     input_seconds: int = 0
     output_seconds: int = 0
     quota_bytes: int = 0
+    privileged: bool = False
 
 
 class Direct(_Answer, frozen=True, kw_only=True):

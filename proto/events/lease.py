@@ -14,7 +14,8 @@ class Candidate(Value, frozen=True, kw_only=True):
 
 class StageLeased(Event, frozen=True, kw_only=True):
     """The scheduler's leader, having placed the attempt: `worker` may run it on `credit` until it stops renewing.
-    `term` names the leadership, `boot` the worker's life, `why` up to five candidates, `refused` counts of workers by reason."""
+    `term` names the leadership, `boot` the worker's life, `why` up to five candidates, `refused` counts of workers by reason; `secrets` the versions
+    of those that the worker is given, by name."""
 
     stage: str
     attempt: int
@@ -25,6 +26,7 @@ class StageLeased(Event, frozen=True, kw_only=True):
     lease_seconds: float = 15.0
     why: list[Candidate] = []
     refused: dict[str, int] = {}
+    secrets: dict[str, int] = {}
 
 
 class LeaseExpired(Event, frozen=True, kw_only=True):

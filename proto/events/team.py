@@ -24,11 +24,13 @@ class TokenIssued(Event, frozen=True, kw_only=True):
 
 class TeamPolicySet(Event, frozen=True, kw_only=True):
     """The gateway, when an owner asks: from now on the team's uploads are kept `input_seconds`, what its builds make `output_seconds`, and all that
-    it stores takes at most `quota_bytes` (0: no limit). What was sealed before keeps its time."""
+    it stores takes at most `quota_bytes` (0: no limit). What was sealed before keeps its time. `privileged`: its steps may be, on
+    workers that allow it."""
 
     input_seconds: int
     output_seconds: int
     quota_bytes: int
+    privileged: bool = False
 
 
 DEFAULT_POLICY = TeamPolicySet(input_seconds=12 * 3600, output_seconds=30 * 86400, quota_bytes=0)

@@ -1,7 +1,7 @@
 """`worker-<worker>-<boot>`: one life of a worker. Owned by the scheduler."""
 
 from proto.events.base import Event
-from proto.messages import Offers
+from proto.messages import About, Offers
 
 
 class WorkerBooted(Event, frozen=True, kw_only=True):
@@ -11,6 +11,7 @@ class WorkerBooted(Event, frozen=True, kw_only=True):
     boot: str
     slots: int
     offers: Offers
+    about: About = About()
     term: int = 0
 
 

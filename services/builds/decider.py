@@ -243,6 +243,7 @@ def _reported(command: RecordReports, build: Build, number: int, body: ReportBod
                     step=body.step,
                     worker=command.worker,
                     sandbox=body.sandbox,
+                    image=body.image,
                     timeout=timeout,
                     report=number,
                 )

@@ -42,8 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     database_url: str
     nats_url: str
-    nats_user: str
-    nats_password: str
+    nats_seed: str
     instance: str = ""
 
 
@@ -54,7 +53,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     """Build the service and start its parts: command loop, reactions, reports, timers, and the relay."""
     settings = decode(Settings, environ)
     log = await service.enter(open_postgres_log(settings.database_url))
-    bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "builds"))
+    bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "builds"))
     await _ensured(bus)
     decider = BuildDecider()
     commands: CommandLoop[Command, State] = CommandLoop(log, decider, new_id, creates=_creates)

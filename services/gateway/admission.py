@@ -1,8 +1,14 @@
-"""What a plan needs beyond its own rules: that every input a step must have will be there. Pure."""
+"""What a plan needs beyond its own rules: that every input a step must have will be there, and that its steps may have the rights they want. Pure."""
 
 from collections.abc import Collection
 
 from proto.plan import Plan
+
+
+def privileged_step(plan: Plan) -> str | None:
+    """The path of the first step that wants to be privileged."""
+    steps = ((i, j, step) for i, stage in enumerate(plan.stages) for j, step in enumerate(stage.steps))
+    return next((f"plan.stages[{i}].steps[{j}].privileged" for i, j, step in steps if step.privileged), None)
 
 
 def missing_input(plan: Plan, given: Collection[str]) -> tuple[str, str] | None:

@@ -1,4 +1,5 @@
-"""What people see, folded from the log: teams, tokens, builds (numbered densely within their team, in log order), artifacts. Pure."""
+"""What people see, folded from the log: teams, tokens, builds (numbered densely within their team, in log order), artifacts, workers, names
+of secrets. Pure."""
 
 from collections.abc import Iterable
 from datetime import datetime
@@ -7,7 +8,7 @@ from typing import Any, Literal, assert_never
 import msgspec
 from msgspec.structs import replace
 
-from libs.eventlog.projections import Get, Projection, Table
+from libs.eventlog.projections import Get, Gone, Projection, Table
 from proto.api import ArtifactKind, BuildStage, BuildStatus, Positions, Step, TreeRef
 from proto.envelope import Fact
 from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
@@ -22,14 +23,32 @@ from proto.events.build import (
     StepProgressed,
     StepStarted,
 )
+from proto.events.fleet import (
+    RegistrationTokenIssued,
+    RegistrationTokenUsed,
+    WorkerDeleted,
+    WorkerDrained,
+    WorkerRegistered,
+    WorkerResumed,
+    WorkerRevoked,
+)
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
+from proto.events.secret import SecretRemoved, SecretSet
 from proto.events.team import DEFAULT_POLICY, Role, TeamCreated, TeamPolicySet, TokenIssued
+from proto.events.worker import WorkerBooted, WorkerLost
+from services.gateway.workers import LeaseRow, WorkerRow, lease_keys, leases_after, of_worker, worker_after
 
 CODE_VERSION = "4"
 """Raised when a row's meaning changes: the tables are then rebuilt from the log."""
 
-CATEGORIES = frozenset({"team", "request", "build", "lease", "artifact"})
+CATEGORIES = frozenset({"team", "request", "build", "lease", "artifact", "fleet", "worker", "secret"})
+
+_OF_BUILD = frozenset(
+    {BuildCreated, StageQueued, StageDeferred, StageLeased, LeaseExpired, StepStarted, StepProgressed, StepFinished, StageInterrupted, StageFinished}
+    | {BuildFinished}
+)
+"""What is about the build that its stream names: most of all events, and so asked for first."""
 
 StageEvent = StageQueued | StageDeferred | StageLeased | StepStarted | StepProgressed | StepFinished | StageInterrupted | StageFinished
 
@@ -43,6 +62,7 @@ class TeamRow(msgspec.Struct, frozen=True, kw_only=True):
     input_seconds: int = DEFAULT_POLICY.input_seconds
     output_seconds: int = DEFAULT_POLICY.output_seconds
     quota_bytes: int = DEFAULT_POLICY.quota_bytes
+    privileged: bool = DEFAULT_POLICY.privileged
 
 
 class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,11 +128,25 @@ class ArtifactRow(msgspec.Struct, frozen=True, kw_only=True):
     position: int
 
 
+class SecretRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A secret that a team has; `id` is `team/name`."""
+
+    id: str
+    team: str
+    name: str
+    version: int
+    set_at: datetime
+    set_by: str
+
+
 TABLES = (
     Table(TeamRow, "teams", "name"),
     Table(TokenRow, "tokens", "sha256"),
     Table(BuildRow, "builds", "id"),
     Table(ArtifactRow, "artifacts", "id"),
+    Table(WorkerRow, "workers", "name"),
+    Table(LeaseRow, "leases", "key"),
+    Table(SecretRow, "secrets", "id"),
 )
 
 
@@ -136,6 +170,10 @@ def attempt_key(stage: str, attempt: int) -> str:
 
 def keys(fact: Fact) -> Iterable[tuple[type[Any], str]]:
     """The rows that `project` asks for."""
+    if type(fact.event) in _OF_BUILD:
+        yield BuildRow, fact.subject_id
+        yield from lease_keys(fact)
+        return
     match fact.event:
         case TeamCreated():
             yield TeamRow, fact.event.name
@@ -151,15 +189,25 @@ def keys(fact: Fact) -> Iterable[tuple[type[Any], str]]:
                 yield BuildRow, fact.event.build
         case ArtifactLifetimeChanged() | ArtifactExpired() | ArtifactDeleted():
             yield ArtifactRow, fact.event.artifact
-        case TokenIssued() | BuildAbortRequested():
+        case WorkerRegistered() | WorkerBooted() | WorkerLost():
+            yield WorkerRow, fact.event.worker
+        case WorkerDrained() | WorkerResumed() | WorkerRevoked() | WorkerDeleted():
+            yield WorkerRow, of_worker(fact)
+        case TokenIssued() | BuildAbortRequested() | RegistrationTokenIssued() | RegistrationTokenUsed() | SecretSet() | SecretRemoved():
             pass
         case _:
-            yield BuildRow, fact.subject_id
+            raise TypeError(f"{type(fact.event).__name__} is not projected")
 
 
 def project(fact: Fact, get: Get) -> Iterable[Any]:
     """The rows that the fact makes or changes, given the rows as they are."""
     event = fact.event
+    if type(event) in _OF_BUILD:
+        build = get(BuildRow, fact.subject_id)
+        if build is not None and fact.position > build.position:
+            yield change(build, fact)
+            yield from leases_after(fact, build.number, build.stages, get)
+        return
     match event:
         case TeamCreated():
             if get(TeamRow, event.name) is None:
@@ -168,7 +216,13 @@ def project(fact: Fact, get: Get) -> Iterable[Any]:
             yield TokenRow(sha256=event.sha256, token_id=event.token_id, team=fact.team, role=event.role, description=event.description)
         case TeamPolicySet():
             team = get(TeamRow, fact.team) or TeamRow(name=fact.team, created_at=fact.recorded_at)
-            yield replace(team, input_seconds=event.input_seconds, output_seconds=event.output_seconds, quota_bytes=event.quota_bytes)
+            yield replace(
+                team,
+                input_seconds=event.input_seconds,
+                output_seconds=event.output_seconds,
+                quota_bytes=event.quota_bytes,
+                privileged=event.privileged,
+            )
         case BuildRequested():
             team = get(TeamRow, fact.team) or TeamRow(name=fact.team, created_at=fact.recorded_at)
             if get(BuildRow, event.build) is None:
@@ -182,12 +236,25 @@ def project(fact: Fact, get: Get) -> Iterable[Any]:
             artifact = get(ArtifactRow, event.artifact)
             if artifact is not None:
                 yield _living(artifact, event)
-        case BuildAbortRequested():
+        case WorkerRegistered() | WorkerBooted() | WorkerLost():
+            if worker := worker_after(get(WorkerRow, event.worker), fact):
+                yield worker
+        case WorkerDrained() | WorkerResumed() | WorkerRevoked() | WorkerDeleted():
+            if worker := worker_after(get(WorkerRow, of_worker(fact)), fact):
+                yield worker
+        case SecretSet():
+            id_ = f"{fact.team}/{event.name}"
+            yield SecretRow(id=id_, team=fact.team, name=event.name, version=event.version, set_at=fact.recorded_at, set_by=event.by)
+        case SecretRemoved():
+            yield Gone(SecretRow, f"{fact.team}/{event.name}")
+        case BuildAbortRequested() | RegistrationTokenIssued() | RegistrationTokenUsed():
             pass
-        case _:
-            build = get(BuildRow, event.build if isinstance(event, LogArchived) else fact.subject_id)
+        case LogArchived():
+            build = get(BuildRow, event.build)
             if build is not None and fact.position > build.position:
                 yield change(build, fact)
+        case _:
+            raise TypeError(f"{type(event).__name__} is not projected")
 
 
 def _requested(fact: Fact, event: BuildRequested, number: int) -> BuildRow:

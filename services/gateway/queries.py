@@ -1,6 +1,7 @@
 """SQL over the gateway's read models. Every call raises LogUnavailable when the database cannot answer within a few seconds."""
 
 import asyncio
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 import asyncpg
@@ -8,11 +9,12 @@ import msgspec
 
 from libs.eventlog.log import LogUnavailable
 from libs.eventlog.postgres import unavailable
-from services.gateway.projection import ArtifactRow, BuildRow, TeamRow, TokenRow
+from services.gateway.projection import ArtifactRow, BuildRow, SecretRow, TeamRow, TokenRow
+from services.gateway.workers import LeaseRow, WorkerRow
 
 R = TypeVar("R", bound=msgspec.Struct)
 
-_BY_KEY = "SELECT key, row_to_json(t) FROM (SELECT {key} AS key, * FROM {table} WHERE {key} = ANY ($1)) t"
+_BY_KEY = "SELECT t.{key}, row_to_json(t) FROM {table} t WHERE t.{key} = ANY ($1)"
 _BUILD_BY_NUMBER = "SELECT row_to_json(b) FROM builds b WHERE team = $1 AND number = $2"
 _BUILDS = """
     SELECT row_to_json(b) FROM builds b
@@ -24,6 +26,11 @@ _ARTIFACTS = """
     WHERE team = $1 AND gone = '' AND ($2::bigint IS NULL OR position < $2){wanted}
     ORDER BY position DESC LIMIT $3
 """
+
+
+_WORKERS = "SELECT row_to_json(w) FROM workers w WHERE name > $1 AND standing <> 'deleted' ORDER BY name LIMIT $2"
+_SECRETS = "SELECT row_to_json(s) FROM secrets s WHERE team = $1 AND name > $2 ORDER BY name LIMIT $3"
+_LEASES = "SELECT row_to_json(l) FROM leases l WHERE worker = ANY ($1) ORDER BY since, key"
 
 
 class Lookup(Generic[R]):
@@ -87,6 +94,8 @@ class Queries:
         self.artifact = Lookup(pool, ArtifactRow, "artifacts", "id").get
         self.token = Lookup(pool, TokenRow, "tokens", "sha256").get
         self.team = Lookup(pool, TeamRow, "teams", "name").get
+        self.secret = Lookup(pool, SecretRow, "secrets", "id").get
+        self.worker = Lookup(pool, WorkerRow, "workers", "name").get
 
     async def position(self) -> int:
         """Up to where in the log the rows are what it says."""
@@ -114,6 +123,18 @@ class Queries:
         if "build" in wanted:
             conditions += " AND build <> ''"  # so that the index of what builds made serves
         return await self._rows(ArtifactRow, _ARTIFACTS.format(wanted=conditions), team, before, limit, *wanted.values())
+
+    async def secrets(self, team: str, limit: int, after: str) -> list[SecretRow]:
+        """The team's, by name, from the first one after `after`."""
+        return await self._rows(SecretRow, _SECRETS, team, after, limit)
+
+    async def workers(self, limit: int, after: str) -> list[WorkerRow]:
+        """Those that were not deleted, by name, from the first one after `after`."""
+        return await self._rows(WorkerRow, _WORKERS, after, limit)
+
+    async def leases(self, workers: Collection[str]) -> list[LeaseRow]:
+        """What these workers have, oldest first."""
+        return await self._rows(LeaseRow, _LEASES, list(workers))
 
     async def _rows(self, row: type[R], query: str, *arguments: object) -> list[R]:
         records = await _fetch(self._pool, query, *arguments)

@@ -4,7 +4,8 @@ CREATE TABLE teams (
     created_at timestamptz NOT NULL,
     input_seconds bigint NOT NULL,
     output_seconds bigint NOT NULL,
-    quota_bytes bigint NOT NULL
+    quota_bytes bigint NOT NULL,
+    privileged boolean NOT NULL
 );
 
 CREATE TABLE tokens (
@@ -60,3 +61,45 @@ CREATE TABLE artifacts (
 CREATE INDEX artifacts_by_age ON artifacts (team, position DESC) WHERE gone = '';
 CREATE INDEX artifacts_by_name ON artifacts (team, name, position DESC) WHERE gone = '';
 CREATE INDEX artifacts_by_build ON artifacts (build, position DESC) WHERE gone = '' AND build <> '';
+
+CREATE TABLE workers (
+    name text PRIMARY KEY,
+    key text NOT NULL,
+    tags jsonb NOT NULL,
+    standing text NOT NULL,
+    reason text NOT NULL,
+    life text NOT NULL,
+    lost text NOT NULL,
+    boot text NOT NULL,
+    slots bigint NOT NULL,
+    offers jsonb NOT NULL,
+    about jsonb NOT NULL,
+    registered_at timestamptz,
+    changed_at timestamptz NOT NULL,
+    build_started_at timestamptz,
+    build_finished_at timestamptz
+);
+
+CREATE TABLE leases (
+    key text PRIMARY KEY,
+    build text NOT NULL,
+    number bigint NOT NULL,
+    team text NOT NULL,
+    stage text NOT NULL,
+    attempt bigint NOT NULL,
+    worker text NOT NULL,
+    since timestamptz NOT NULL
+);
+
+CREATE INDEX leases_by_worker ON leases (worker);
+
+CREATE TABLE secrets (
+    id text PRIMARY KEY,
+    team text NOT NULL,
+    name text NOT NULL,
+    version bigint NOT NULL,
+    set_at timestamptz NOT NULL,
+    set_by text NOT NULL
+);
+
+CREATE INDEX secrets_by_name ON secrets (team, name);

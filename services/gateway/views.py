@@ -2,9 +2,9 @@
 
 from datetime import UTC, datetime
 
-from proto.api import Artifact, Build, Policy
+from proto.api import Artifact, Build, Policy, Secret
 from proto.events.team import DEFAULT_POLICY
-from services.gateway.projection import ArtifactRow, BuildRow, TeamRow
+from services.gateway.projection import ArtifactRow, BuildRow, SecretRow, TeamRow
 
 
 def build_view(row: BuildRow, public_url: str) -> Build:
@@ -48,4 +48,10 @@ def artifact_view(row: ArtifactRow) -> Artifact:
 
 def policy_view(row: TeamRow | None) -> Policy:
     policy = row or DEFAULT_POLICY
-    return Policy(input_seconds=policy.input_seconds, output_seconds=policy.output_seconds, quota_bytes=policy.quota_bytes)
+    return Policy(
+        input_seconds=policy.input_seconds, output_seconds=policy.output_seconds, quota_bytes=policy.quota_bytes, privileged=policy.privileged
+    )
+
+
+def secret_view(row: SecretRow) -> Secret:
+    return Secret(name=row.name, version=row.version, set_at=row.set_at, set_by=row.set_by)

@@ -8,15 +8,19 @@ from msgspec.structs import replace
 from proto.envelope import Fact
 from proto.events.artifact import LogArchived
 from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageInterrupted, StageQueued, StepFinished, StepProgressed, StepStarted
+from proto.events.fleet import WorkerDeleted, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
+from proto.events.secret import SecretRemoved, SecretSet
 from proto.events.worker import WorkerBooted, WorkerLost
 from proto.messages import ArchivedLog, Attempt
 from proto.plan import Stage
+from services.scheduler.kept import Kept, Secret
 from services.scheduler.queue import Queue, Queued
+from services.scheduler.roster import Member, Roster
 from services.scheduler.spooled import archive_of
 
-CATEGORIES = frozenset({"build", "lease", "worker", "artifact"})
-CODE_VERSION = "1"
+CATEGORIES = frozenset({"build", "lease", "worker", "fleet", "artifact", "secret"})
+CODE_VERSION = "3"
 REMEMBERED = 10_000
 """How many archived logs, and plans of builds, are remembered; the log knows the others."""
 
@@ -40,10 +44,13 @@ class _Snapshot(msgspec.Struct, kw_only=True):
     queued: list[Queued]
     leases: list[Lease]
     boots: dict[str, str]
+    members: dict[str, Member]
+    secrets: dict[str, dict[str, Secret]]
 
 
 class Board:
-    """Fold facts with `apply`; read `queue`, `leases`, `held` (the same by worker), `boots`; drain `news` for what a worker should hear of early.
+    """Fold facts with `apply`; read `queue`, `leases`, `held` (the same by worker), `boots`, `roster`, `secrets`.
+    Drain `news` for what a worker should hear of early.
     `now` is the log's own clock (unix seconds): when the latest fact was recorded."""
 
     def __init__(self) -> None:
@@ -53,6 +60,8 @@ class Board:
         self.leases: dict[Attempt, Lease] = {}
         self.held: dict[str, dict[Attempt, Lease]] = {}
         self.boots: dict[str, str] = {}
+        self.roster = Roster()
+        self.secrets = Kept()
         self.archived: OrderedDict[Attempt, ArchivedLog] = OrderedDict()
         self.plans: OrderedDict[str, dict[str, Stage]] = OrderedDict()
         self.news: deque[tuple[str, Attempt]] = deque(maxlen=REMEMBERED)
@@ -122,6 +131,7 @@ class Board:
                 self._forget(Attempt(build, event.stage, event.attempt))
             case BuildFinished():
                 self.plans.pop(build, None)
+                self.secrets.over.append(build)
             case WorkerBooted() as event:
                 self.boots[event.worker] = event.boot
             case WorkerLost() as event:
@@ -132,6 +142,10 @@ class Board:
                 self.archived[log.attempt] = log
                 while len(self.archived) > REMEMBERED:
                     self.archived.popitem(last=False)
+            case WorkerRegistered() | WorkerDrained() | WorkerResumed() | WorkerRevoked() | WorkerDeleted():
+                self.roster.apply(build, fact.event)
+            case SecretSet() | SecretRemoved() as event:
+                self.secrets.apply(fact.team, event)
             case _:
                 pass
 
@@ -152,7 +166,14 @@ class Board:
     def snapshot(self) -> bytes:
         """All that `restore` needs, at `position`."""
         queued = sorted(self.queue.all(), key=lambda q: q.position)
-        return msgspec.msgpack.encode(_Snapshot(queued=queued, leases=list(self.leases.values()), boots=self.boots))
+        stored = _Snapshot(
+            queued=queued,
+            leases=list(self.leases.values()),
+            boots=self.boots,
+            members=self.roster.members,
+            secrets=self.secrets.of_team,
+        )
+        return msgspec.msgpack.encode(stored)
 
     @classmethod
     def restore(cls, position: int, data: bytes) -> "Board":
@@ -161,6 +182,8 @@ class Board:
         board = cls()
         board.position = position
         board.boots = stored.boots
+        board.roster = Roster(stored.members)
+        board.secrets = Kept(stored.secrets)
         for queued in stored.queued:
             board.queue.add(queued)
             board.now = max(board.now, queued.queued_at)

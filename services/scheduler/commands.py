@@ -1,9 +1,11 @@
 """What may be asked of leases and workers."""
 
+import hashlib
+
 import msgspec
 
 from proto.events.lease import Candidate
-from proto.messages import Offers
+from proto.messages import About, Offers
 
 
 class _OnLease(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +24,7 @@ class LeaseStage(_OnLease, frozen=True, kw_only=True):
     lease_seconds: float
     why: list[Candidate]
     refused: dict[str, int]
+    secrets: dict[str, int] = {}
 
 
 class ExpireLease(_OnLease, frozen=True, kw_only=True):
@@ -49,6 +52,7 @@ class BootWorker(_OnWorker, frozen=True, kw_only=True):
 
     slots: int
     offers: Offers
+    about: About = About()
 
 
 class LoseWorker(_OnWorker, frozen=True, kw_only=True):
@@ -57,6 +61,28 @@ class LoseWorker(_OnWorker, frozen=True, kw_only=True):
     reason: str
 
 
+class _OnSecret(msgspec.Struct, frozen=True, kw_only=True):
+    team: str
+    name: str
+    by: str
+
+
+class SetSecret(_OnSecret, frozen=True, kw_only=True):
+    """Its value is stored as `entry`."""
+
+    entry: str
+
+
+class RemoveSecret(_OnSecret, frozen=True, kw_only=True):
+    """The team shall have it no more."""
+
+
 LeaseCommand = LeaseStage | ExpireLease | DeferStage
 WorkerCommand = BootWorker | LoseWorker
-Command = LeaseCommand | WorkerCommand
+SecretCommand = SetSecret | RemoveSecret
+Command = LeaseCommand | WorkerCommand | SecretCommand
+
+
+def secret_stream(team: str, name: str) -> str:
+    """A stream's name must be fit for a subject of NATS, and a secret's need not be."""
+    return "secret-" + hashlib.sha256(f"{team}\0{name}".encode()).hexdigest()[:32]

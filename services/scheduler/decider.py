@@ -1,4 +1,4 @@
-"""The scheduler's aggregates: the leases of a build, and a worker's life. Pure."""
+"""The scheduler's aggregates: the leases of a build, a worker's life, and a secret's versions. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, assert_never
@@ -8,8 +8,19 @@ import msgspec
 from libs.runtime.decisions import Refused
 from proto.events.base import Event
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
+from proto.events.secret import SecretRemoved, SecretSet
 from proto.events.worker import WorkerBooted, WorkerLost
-from services.scheduler.commands import BootWorker, Command, DeferStage, ExpireLease, LeaseStage, LoseWorker
+from services.scheduler.commands import (
+    BootWorker,
+    Command,
+    DeferStage,
+    ExpireLease,
+    LeaseStage,
+    LoseWorker,
+    RemoveSecret,
+    SetSecret,
+    secret_stream,
+)
 
 
 class StageLease(msgspec.Struct, frozen=True):
@@ -20,16 +31,25 @@ class StageLease(msgspec.Struct, frozen=True):
     expired: bool = False
 
 
+class SecretState(msgspec.Struct, frozen=True):
+    """A secret's latest version (0: there was none), and under what it is or was stored."""
+
+    version: int = 0
+    entry: str = ""
+    there: bool = False
+
+
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """One stream: `lease-<build>` fills `leases` and `deferred` (by stage), `worker-<worker>-<boot>` fills `life`."""
+    """One stream: `lease-<build>` fills `leases` and `deferred` (by stage), `worker-<worker>-<boot>` fills `life`, `secret-…` fills `secret`."""
 
     leases: Mapping[str, StageLease] = {}
     deferred: Mapping[str, tuple[int, str]] = {}
     life: Literal["unknown", "up", "lost"] = "unknown"
+    secret: SecretState = SecretState()
 
 
 class SchedulerDecider:
-    """Streams `lease-<build>` and `worker-<worker>-<boot>`."""
+    """Streams `lease-<build>`, `worker-<worker>-<boot>` and `secret-<hash>`."""
 
     initial = State()
 
@@ -39,6 +59,8 @@ class SchedulerDecider:
                 return f"lease-{command.build}"
             case BootWorker() | LoseWorker():
                 return f"worker-{command.worker}-{command.boot}"
+            case SetSecret() | RemoveSecret():
+                return secret_stream(command.team, command.name)
             case _:
                 assert_never(command)
 
@@ -59,6 +81,7 @@ class SchedulerDecider:
                         lease_seconds=command.lease_seconds,
                         why=command.why,
                         refused=command.refused,
+                        secrets=command.secrets,
                     )
                 ]
             case ExpireLease():
@@ -78,11 +101,26 @@ class SchedulerDecider:
             case BootWorker():
                 if state.life == "up":
                     return []
-                return [WorkerBooted(worker=command.worker, boot=command.boot, slots=command.slots, offers=command.offers, term=command.term)]
+                return [
+                    WorkerBooted(
+                        worker=command.worker,
+                        boot=command.boot,
+                        slots=command.slots,
+                        offers=command.offers,
+                        about=command.about,
+                        term=command.term,
+                    )
+                ]
             case LoseWorker():
                 if state.life != "up":
                     return []
                 return [WorkerLost(worker=command.worker, boot=command.boot, reason=command.reason, term=command.term)]
+            case SetSecret():
+                return [SecretSet(name=command.name, version=state.secret.version + 1, entry=command.entry, by=command.by)]
+            case RemoveSecret():
+                if not state.secret.there:
+                    return []
+                return [SecretRemoved(name=command.name, version=state.secret.version, by=command.by)]
             case _:
                 assert_never(command)
 
@@ -100,5 +138,9 @@ class SchedulerDecider:
                 return msgspec.structs.replace(state, life="up")
             case WorkerLost():
                 return msgspec.structs.replace(state, life="lost")
+            case SecretSet():
+                return msgspec.structs.replace(state, secret=SecretState(event.version, event.entry, True))
+            case SecretRemoved():
+                return msgspec.structs.replace(state, secret=msgspec.structs.replace(state.secret, there=False))
             case _:
-                raise ValueError(f"{type(event).__name__} on a lease's or worker's stream")
+                raise ValueError(f"{type(event).__name__} on a lease's, worker's or secret's stream")

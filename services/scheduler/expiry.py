@@ -26,7 +26,9 @@ def ends(names: Iterable[str], board: Board, fleet: Fleet, grants: Grants, *, no
         worker, boot = fleet.get(name), board.boots.get(name)
         heard = listening_since if worker is None else max(worker.heard, listening_since)
         lost, evidence = "", ""
-        if worker is not None and worker.heartbeat.goodbye:
+        if barred := board.roster.barred(name):
+            lost, evidence = "revoked", f"worker {name} {barred}"
+        elif worker is not None and worker.heartbeat.goodbye:
             lost, evidence = "drained", f"worker {name} has left"
         elif now - heard > lease_seconds:
             lost, evidence = "silent", f"worker {name} was silent for {lease_seconds:g} s"
@@ -34,7 +36,7 @@ def ends(names: Iterable[str], board: Board, fleet: Fleet, grants: Grants, *, no
             given = grants.since(lease.attempt, now)
             if boot is not None and boot != lease.boot:
                 found.leases.append((lease, f"worker {name} has restarted"))
-            elif lost and (worker is not None or now - given > lease_seconds):
+            elif barred or (lost and (worker is not None or now - given > lease_seconds)):
                 found.leases.append((lease, evidence))
         if lost and (worker is not None or boot is not None):
             found.workers.append((name, lost))

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import msgspec
 
 from proto.messages import Attempt, Credit, Heartbeat
-from services.scheduler.pool import Pool, WorkerView
+from services.scheduler.pool import DRAINING, IN_TROUBLE, Pool, WorkerView
 
 
 class Worker(msgspec.Struct, kw_only=True):
     """One worker in its present boot. `used` are nonces that a lease has quoted and the worker may not know to be used yet; `cached` what it said
-    last of the trees it has."""
+    last of the trees it has; `drained`: it is to get nothing, whether it knows or not."""
 
     name: str
     heartbeat: Heartbeat
@@ -19,6 +19,7 @@ class Worker(msgspec.Struct, kw_only=True):
     credits: dict[str, Credit] = {}
     used: set[str] = msgspec.field(default_factory=set)
     cached: tuple[str, ...] = ()
+    drained: bool = False
 
     def view(self) -> WorkerView:
         """As placement sees it."""
@@ -27,10 +28,10 @@ class Worker(msgspec.Struct, kw_only=True):
             worker=self.name,
             boot=self.heartbeat.boot,
             slots=self.heartbeat.slots,
-            offers=self.heartbeat.offers,
+            offers=self.heartbeat.availability.offers,
             credits=credits,
-            busy=max(0, self.heartbeat.slots - len(credits)),
-            draining=self.heartbeat.draining or self.heartbeat.goodbye,
+            busy=min(self.heartbeat.slots, self.heartbeat.busy + len(self.used)),
+            closed=DRAINING if self.drained or self.heartbeat.draining or self.heartbeat.goodbye else IN_TROUBLE if self.heartbeat.trouble else "",
             cached=self.cached,
         )
 
@@ -63,11 +64,11 @@ class Fleet:
         elif heartbeat.number <= worker.heartbeat.number:
             return None
         worker.heartbeat, worker.heard = heartbeat, now
-        offered = {credit.nonce: credit for credit in heartbeat.credits} if trusted else {}
+        offered = {credit.nonce: credit for credit in heartbeat.availability.credits} if trusted else {}
         worker.used &= offered.keys()
         worker.credits = {nonce: credit for nonce, credit in offered.items() if nonce not in worker.used}
-        if heartbeat.cached is not None:
-            worker.cached = tuple(map(sys.intern, heartbeat.cached))
+        if (cached := heartbeat.availability.cached) is not None:
+            worker.cached = tuple(map(sys.intern, cached))
         self.pool.put(worker.view())
         return worker
 
@@ -76,6 +77,13 @@ class Fleet:
         worker = self._workers.get(name)
         if worker is not None and worker.credits.pop(credit.nonce, None) is not None:
             worker.used.add(credit.nonce)
+            self.pool.put(worker.view())
+
+    def drain(self, name: str, draining: bool) -> None:
+        """Known at once, rather than when the worker says it."""
+        worker = self._workers.get(name)
+        if worker is not None and worker.drained != draining:
+            worker.drained = draining
             self.pool.put(worker.view())
 
     def remove(self, name: str) -> None:

@@ -14,19 +14,22 @@ from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
 from proto.catalogue import UnknownEvent
-from proto.messages import Attempt, Control, Credit, Held
+from proto.messages import Attempt, Control, Credit, Held, StagesWait
 from services.scheduler.board import Board, Lease
 from services.scheduler.commands import BootWorker, Command, DeferStage, ExpireLease, LeaseStage, LoseWorker
 from services.scheduler.decider import State
 from services.scheduler.expiry import ends
 from services.scheduler.fleet import Worker, unlisted
 from services.scheduler.grants import Grants
+from services.scheduler.kept import Kept
 from services.scheduler.packages import Packer
 from services.scheduler.placement import Assignment, explain, place
 from services.scheduler.presence import Presence
 from services.scheduler.queue import Queued
 from services.scheduler.reader import Reader, Snapshots
 from services.scheduler.spooled import forgettable
+from services.scheduler.vault import Vault
+from services.scheduler.waiting import waits
 
 logger = structlog.get_logger()
 
@@ -40,11 +43,15 @@ WARM_UP = 2.5
 """Seconds of leading before "no worker" means anything."""
 BATCH = 5_000
 """Attempts told at once why they wait."""
+RECENT = 3.0
+"""Seconds within which a worker was heard that is told of a new leader."""
 LOOK_AROUND = 0.5
 """Seconds between two looks for workers that are silent."""
 PRUNE_EVERY = 60.0
-URGENT = frozenset({"build"})
-"""What must be read at once: attempts to place, and their ends. What became of leases and workers is mostly our own doing."""
+CUT_SECONDS, CUT_EVERY = 10.0, 1.0
+"""How long, and how often, the connections of one that was expelled are looked for: another instance may admit it until it has read as much."""
+URGENT = frozenset({"build", "fleet"})
+"""What must be read at once: attempts to place, and their ends; who may be a worker. What became of leases and workers is mostly our own doing."""
 LINGER = 0.1
 
 
@@ -56,7 +63,7 @@ class Leading(Protocol):
 
 
 class Scheduler:
-    """`worker_keys` maps each worker's name to its public key; `clock` is monotonic seconds, `now` unix seconds."""
+    """`cut(worker, key)` ends the connections of a worker; `clock` is monotonic seconds, `now` unix seconds."""
 
     def __init__(
         self,
@@ -67,7 +74,8 @@ class Scheduler:
         leadership: Leading,
         snapshots: Snapshots,
         packer: Packer,
-        worker_keys: Mapping[str, str],
+        vault: Vault,
+        cut: Callable[[str, str], None],
         lease_seconds: float,
         clock: Callable[[], float],
         now: Callable[[], float],
@@ -78,11 +86,15 @@ class Scheduler:
         self._leadership = leadership
         self._reader = Reader(log, snapshots, clock)
         self._packer = packer
+        self._vault = vault
         self._lease_seconds = lease_seconds
         self._clock = clock
         self._now = now
-        self._presence = Presence(worker_keys, clock)
+        self._presence = Presence(lambda: self._board.roster, clock)
         self._fleet = self._presence.fleet
+        self._cut = cut
+        self._expelled: dict[tuple[str, str], tuple[float, float]] = {}
+        """(worker, key): until when it is looked for, and when next."""
         self._grants = Grants()
         self.problem: str | None = "has not read the log yet"
         self._bell = asyncio.Event()
@@ -97,6 +109,16 @@ class Scheduler:
     @property
     def _board(self) -> Board:
         return self._reader.board
+
+    @property
+    def kept(self) -> Kept:
+        """Which secrets there are, as far as this instance has read."""
+        return self._board.secrets
+
+    def key_of(self, worker: str) -> str | None:
+        """The public key of one that may work here, as far as this instance has read."""
+        member = self._board.roster.get(worker)
+        return member.key if member else None
 
     # --- what wakes the loop ---------------------------------------------------------------------------------------------------------
 
@@ -125,6 +147,12 @@ class Scheduler:
         """Take note of one heartbeat."""
         if self._presence.hear(subject, data):
             self._bell.set()
+
+    def waits(self, attempts: Sequence[Attempt]) -> StagesWait:
+        """Why these wait, as of the last turn. Every instance knows, leading or not. Raises LogUnavailable while this one does not."""
+        if self.problem is not None:
+            raise LogUnavailable(self.problem)
+        return waits(attempts, self._board, self._fleet.pool)
 
     async def run(self) -> None:
         """Turn for ever."""
@@ -160,10 +188,15 @@ class Scheduler:
         if term is None:
             self._term = None
             self._board.news.clear()
+            self._board.roster.news.clear()
+            self._presence.forget_silent(self._lease_seconds)
             return
         if term != self._term:  # another may have led since
             self._term = term
             self._led_since = self._listening_since = now
+            heard = self._presence.recent(RECENT) | heard  # told at once whom to quote, rather than at their next heartbeat
+            self._board.roster.news.extend((name, member.key) for name, member in self._board.roster.members.items() if member.barred)
+        self._enforce(now)
         await self._boot(heard, term)
         for name, heartbeat in strangers.items():
             await self._send_control(name, Control(boot=heartbeat.boot, number=heartbeat.number, challenge=b"", lease_seconds=self._lease_seconds))
@@ -175,6 +208,22 @@ class Scheduler:
         await self._explain(term, now)
         await self._expire(heard, term, now)
         await self._reader.save()
+
+    def _enforce(self, now: float) -> None:
+        """Let nobody work who may not: `_expire` ends the leases, and the connections are cut."""
+        roster = self._board.roster
+        while roster.news:
+            name, key = roster.news.popleft()
+            self._fleet.drain(name, roster.draining(name))
+            if key and self.key_of(name) != key:
+                self._expelled[name, key] = now + CUT_SECONDS, now
+                self._looked_around = float("-inf")
+        for (name, key), (until, due) in list(self._expelled.items()):
+            if now >= until or self.key_of(name) == key:
+                del self._expelled[name, key]
+            elif now >= due:
+                self._expelled[name, key] = until, now + CUT_EVERY
+                self._cut(name, key)
 
     async def _do(self, commands: Sequence[tuple[Command, Cause]]) -> list[bool]:
         """Execute commands together; whether each was accepted. What another instance decided first is no error."""
@@ -192,7 +241,14 @@ class Scheduler:
             heartbeat = worker.heartbeat
             if heartbeat.goodbye or self._board.boots.get(worker.name) == heartbeat.boot:
                 continue
-            boot = BootWorker(worker=worker.name, boot=heartbeat.boot, slots=heartbeat.slots, offers=heartbeat.offers, term=term)
+            boot = BootWorker(
+                worker=worker.name,
+                boot=heartbeat.boot,
+                slots=heartbeat.slots,
+                offers=heartbeat.availability.offers,
+                about=heartbeat.about,
+                term=term,
+            )
             commands.append((boot, self._own_cause(heartbeat.boot)))
         if commands:
             await self._do(commands)
@@ -214,6 +270,7 @@ class Scheduler:
             lease_seconds=self._lease_seconds,
             held=held,
             archived=await forgettable(self._log, heartbeat.logs, self._board.archived, self._board.leases),
+            drain=self._board.roster.draining(worker.name),
         )
         await self._send_control(worker.name, control)
 
@@ -278,13 +335,17 @@ class Scheduler:
 
     async def _grant(self, assignments: Sequence[Assignment], term: int, now: float) -> None:
         """All that is leased is noted before anything is sent: what cannot be made or sent now is sent by `_chase`."""
-        leasing = asyncio.ensure_future(self._do([(self._lease(a, term), self._cause(a.queued)) for a in assignments]))
+        stages = [await self._reader.stage(a.queued.attempt) for a in assignments]
+        wanted = [self._board.secrets.wanted(a.queued.team, a.queued.attempt.build, stage) for a, stage in zip(assignments, stages, strict=True)]
+        leases = [(self._lease(a, term, w.versions), self._cause(a.queued)) for a, w in zip(assignments, wanted, strict=True)]
+        leasing = asyncio.ensure_future(self._do(leases))
         packages: list[bytes] = []
         try:
-            for a in assignments:
+            for a, stage, w in zip(assignments, stages, wanted, strict=True):
                 # Sealed while the leases are being recorded (which gets on at each of these), sent only when they are.
                 await asyncio.sleep(0)
-                packages.append(await self._package(a.queued, a.worker, a.boot, a.credit))
+                given = await self._vault.given(w)
+                packages.append(self._packer.package(a.queued, stage, given, a.worker, self.key_of(a.worker) or "", a.boot, a.credit))
         finally:
             accepted = await leasing
             for assignment, ok in zip(assignments, accepted, strict=True):
@@ -298,12 +359,15 @@ class Scheduler:
     async def _send_package(self, worker: str, package: bytes) -> None:
         """One that the bus does not carry never arrives: its lease expires, and builds gives the stage up in the end."""
         try:
-            await self._bus.send(f"packages.{worker}", package)
+            await self._bus.send(f"execute_build_package.{worker}", package)
         except TooLarge as error:
             logger.error("a package is too large for the bus", worker=worker, why=str(error))
 
     async def _package(self, queued: Queued, worker: str, boot: str, credit: Credit) -> bytes:
-        return self._packer.package(queued, await self._reader.stage(queued.attempt), worker, boot, credit)
+        """Made again; with the secrets as they are now."""
+        stage = await self._reader.stage(queued.attempt)
+        given = await self._vault.given(self._board.secrets.wanted(queued.team, queued.attempt.build, stage))
+        return self._packer.package(queued, stage, given, worker, self.key_of(worker) or "", boot, credit)
 
     async def _expire(self, heard: Mapping[str, Worker], term: int, now: float) -> None:
         """End the leases of workers that are lost: of those just heard by their own word, of the others by their silence, which can wait a little."""
@@ -325,7 +389,7 @@ class Scheduler:
             self._pruned_at = now
             self._grants.forget_all_but(self._board.leases)
 
-    def _lease(self, assignment: Assignment, term: int) -> LeaseStage:
+    def _lease(self, assignment: Assignment, term: int, secrets: dict[str, int]) -> LeaseStage:
         attempt = assignment.queued.attempt
         return LeaseStage(
             build=attempt.build,
@@ -338,6 +402,7 @@ class Scheduler:
             lease_seconds=self._lease_seconds,
             why=assignment.why,
             refused=assignment.refused,
+            secrets=secrets,
         )
 
     def _expiry(self, lease: Lease, evidence: str, term: int) -> tuple[Command, Cause]:

@@ -5,8 +5,7 @@ A decision costs the logarithm of the groups that compete for the free workers, 
 nor classes that nobody can take matter to it."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from heapq import heappop, heappush
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ import msgspec
 from proto.events.base import ArtifactRef
 from proto.events.lease import Candidate
 from proto.messages import TREE_HINT, Attempt, Credit
-from services.scheduler.pool import Pool, WorkerView, bits
-from services.scheduler.queue import Line, Queue, Queued, Rank, rank
+from services.scheduler.contest import Contest
+from services.scheduler.pool import DRAINING, IN_TROUBLE, Pool, WorkerView, bits
+from services.scheduler.queue import Queue, Queued
 
 CANDIDATES = 5
 """How many of the best workers a lease records."""
@@ -58,7 +58,7 @@ def place(queue: Queue, pool: Pool, now: float, limit: int = LIMIT) -> list[Assi
     What waits and who is there stays as it is: that follows from the events. Only which classes are worth a look is noted."""
     queue.wake(pool.freed())
     draft = _Draft(pool)
-    contest = _Contest(queue, now)
+    contest = Contest(queue, now)
     for line in list(islice(queue.awake, LOOKS)):
         standing = pool.standing(line.needs)
         if standing.able & draft.free:
@@ -117,76 +117,6 @@ def explain(queue: Queue, pool: Pool, before: float, limit: int) -> list[Deferra
         if line.unsaid:
             queue.unexplained[line] = None
     return deferrals
-
-
-class _Contest:
-    """Who is next, over all classes that compete, while leases are handed out that the queue does not know of yet.
-
-    Such leases only ever put a group back, so a rank that was right once is the best that the group can have now: what comes up is ranked again, and
-    goes back where it belongs if that has changed."""
-
-    def __init__(self, queue: Queue, now: float) -> None:
-        self._queue = queue
-        self._now = now
-        self._heap: list[tuple[Rank, int, Line, int]] = []
-        """Rank, number of the entry, class, and which of the class's order it is (-1: it came back)."""
-        self._entries = 0
-        self._left: set[Line] = set()
-        self._more: dict[str, int] = {}
-        self._going: dict[tuple[Line, str], tuple[Iterator[Queued], Queued | None]] = {}
-
-    def enter(self, line: Line) -> None:
-        """The class competes: with its first group, and with each other one once those before it have come up."""
-        self._push(self._queue.ranked(line)[0], line, 0)
-
-    def leave(self, line: Line) -> None:
-        """The class's workers are all taken."""
-        self._left.add(line)
-
-    def following(self) -> tuple[Line, Queued] | None:
-        """The next one, and its class. It is out of the contest until it is leased."""
-        while self._heap:
-            told, _, line, nth = heappop(self._heap)
-            if line in self._left:
-                continue
-            if 0 <= nth < len(line.order) - 1:
-                self._push(line.order[nth + 1], line, nth + 1)
-            queued, true = self._now_of(line, told[2])
-            if queued is not None and true <= told:
-                return line, queued
-            if queued is not None:
-                self._push(true, line, -1)
-        return None
-
-    def lease(self, line: Line, queued: Queued) -> None:
-        """It got a lease: its group goes on with the next oldest."""
-        group = line, queued.team
-        self._more[queued.team] = self._more.get(queued.team, 0) + 1
-        if group not in self._going:
-            members = iter(line.groups[queued.team].members.values())
-            self._going[group] = members, next(members)
-        members, _ = self._going[group]
-        self._going[group] = members, next(members, None)
-        following, true = self._now_of(line, queued.team)
-        if following is not None:
-            self._push(true, line, -1)
-
-    def _now_of(self, line: Line, team: str) -> tuple[Queued | None, Rank]:
-        """A group's oldest that was not leased yet, and its rank."""
-        going = self._going.get((line, team))
-        if going is None:
-            oldest, since = line.groups[team].oldest, line.groups[team].since
-        elif going[1] is None:
-            return None, (0.0, 0, team)
-        else:
-            oldest = going[1]
-            since = max(oldest.queued_at, self._now)
-        running = self._queue.running.get(team, 0) + self._more.get(team, 0)
-        return oldest, (rank(running, since), oldest.position, team)
-
-    def _push(self, told: Rank, line: Line, nth: int) -> None:
-        self._entries += 1
-        heappush(self._heap, (told, self._entries, line, nth))
 
 
 class _Draft:
@@ -285,6 +215,5 @@ def _bounded(counts: Mapping[str, int]) -> dict[str, int]:
 def _reason(refused: Mapping[str, int]) -> str:
     if not refused:
         return "no worker is connected"
-    if set(refused) == {"draining"}:
-        return "every worker is draining"
-    return "no worker offers " + " or ".join(sorted(why for why in refused if why != "draining"))
+    lacking = sorted(refused.keys() - {DRAINING, IN_TROUBLE})
+    return "no worker offers " + " or ".join(lacking) if lacking else "every worker is " + " or ".join(sorted(refused))

@@ -14,13 +14,15 @@ LEVELS = 32
 """Loads are told apart this finely: exactly, up to so many slots."""
 REMEMBERED = 2000
 """Sets of needs whose standing is remembered."""
+DRAINING, IN_TROUBLE = "draining", "in trouble"
+"""Why a worker may take nothing, whatever it offers."""
 FEW = 16
 """Up to so many holders of a tree are listed one by one, which is smaller than a set of bits."""
 
 
 class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker as placement sees it: `credits` are offers that were not used yet, `busy` its slots in use, `cached` the trees it has (see
-    Heartbeat)."""
+    """A worker as placement sees it: `credits` are offers that were not used yet, `busy` its slots in use, `closed` why it may take nothing ("" if it
+    may), `cached` the trees it has (see Availability)."""
 
     worker: str
     boot: str
@@ -28,7 +30,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     offers: Offers
     credits: Sequence[Credit]
     busy: int = 0
-    draining: bool = False
+    closed: str = ""
     cached: tuple[str, ...] = ()
 
     def load(self, more: int = 0) -> float:
@@ -37,13 +39,13 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
 
     def level(self, more: int = 0) -> int | None:
         """Which level of load it is free at; None when it is not free."""
-        if self.draining or len(self.credits) <= more:
+        if self.closed or len(self.credits) <= more:
             return None
         return max(0, min(LEVELS - 1, int(self.load(more) * LEVELS)))
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
-    """`able` are those that offer all that is needed and do not drain, free or not; `refused` counts the others by the first reason; `rarest` is the
+    """`able` are those that offer all that is needed and may take work, free or not; `refused` counts the others by the first reason; `rarest` is the
     need that the fewest offer: whoever comes to be able offers that."""
 
     able: int
@@ -52,7 +54,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pool:
-    """Workers by what matters to placement. `takers` are those that do not drain; `levels` those that are free, by load. `generation` is another
+    """Workers by what matters to placement. `takers` are those that may take work; `levels` those that are free, by load. `generation` is another
     object whenever somebody came, went, drained or changed what it offers."""
 
     def __init__(self, views: Iterable[WorkerView] = ()) -> None:
@@ -63,7 +65,7 @@ class Pool:
         self._holding = _Holders()
         self._freed: dict[str, None] = {}
         self._standings: dict[tuple[str, ...], Standing] = {}
-        self._everyone = 0
+        self._closed: dict[str, int] = {}
         self.takers = 0
         self.levels = [0] * LEVELS
         self.generation = object()
@@ -79,7 +81,7 @@ class Pool:
                 self._views.append(None)
         old = self._views[bit]
         mark = 1 << bit
-        able_anew = old is None or old.offers != view.offers or old.draining != view.draining
+        able_anew = old is None or old.offers != view.offers or old.closed != view.closed
         if able_anew:
             self._disable(bit)
             self._enable(mark, view)
@@ -111,8 +113,9 @@ class Pool:
 
     def _enable(self, mark: int, view: WorkerView) -> None:
         self._new_generation()
-        self._everyone |= mark
-        if not view.draining:
+        if view.closed:
+            self._closed[view.closed] = self._closed.get(view.closed, 0) | mark
+        else:
             self.takers |= mark
         for word in offered(view.offers):
             self._offering[word] = self._offering.get(word, 0) | mark
@@ -123,8 +126,9 @@ class Pool:
             return
         self._new_generation()
         others = ~(1 << bit)
-        self._everyone &= others
         self.takers &= others
+        if view.closed:
+            self._closed[view.closed] &= others
         for word in set(offered(view.offers)):
             left = self._offering[word] & others
             if left:
@@ -154,7 +158,7 @@ class Pool:
         return known
 
     def _standing(self, needs: Sequence[str]) -> "Standing":
-        able, refused = self.takers, {"draining": (self._everyone ^ self.takers).bit_count()}
+        able, refused = self.takers, {word: workers.bit_count() for word, workers in self._closed.items()}
         rarest, fewest = "", len(self._views) + 1
         for word in needs:
             offering = self._offering.get(word, 0)

@@ -1,14 +1,16 @@
 """The workers as this instance hears them: heartbeats that are signed, and who waits for an answer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from libs.tokens import BadSignature, verify
 from proto.messages import Heartbeat, Signed
 from services.scheduler.challenges import Challenges
 from services.scheduler.fleet import Fleet, Worker
+from services.scheduler.roster import Roster
 
 logger = structlog.get_logger()
 
@@ -19,8 +21,8 @@ _HEARTBEAT = msgspec.msgpack.Decoder(Heartbeat)
 class Presence:
     """`heard` are the workers whose heartbeat nobody has answered yet, `strangers` those whose boot another has followed."""
 
-    def __init__(self, worker_keys: Mapping[str, str], clock: Callable[[], float]) -> None:
-        self._worker_keys = worker_keys
+    def __init__(self, roster: Callable[[], Roster], clock: Callable[[], float]) -> None:
+        self._roster = roster
         self._clock = clock
         self.fleet = Fleet()
         self.challenges = Challenges(clock())
@@ -30,17 +32,21 @@ class Presence:
     def hear(self, subject: str, data: bytes) -> bool:
         """Take note of one heartbeat, `presence.<worker>`; whether it wants an answer. One that its worker did not sign is nobody's."""
         name = subject.partition(".")[2]
-        key = self._worker_keys.get(name)
-        if key is None:
+        member = self._roster().get(name)
+        if member is None:
             logger.warning("a heartbeat of an unknown worker", worker=name)
             return False
         try:
-            heartbeat = _HEARTBEAT.decode(verify(key, "presence", _SIGNED.decode(data)))
+            heartbeat = _HEARTBEAT.decode(verify(member.key, "presence", _SIGNED.decode(data)))
         except (BadSignature, msgspec.MsgspecError) as error:
             logger.warning("a heartbeat that is not its worker's", worker=name, exc_info=error)
             return False
-        trusted = self.challenges.knows(heartbeat.challenge)
+        if member.tags:
+            offers = replace(heartbeat.availability.offers, tags=member.tags)
+            heartbeat = replace(heartbeat, availability=replace(heartbeat.availability, offers=offers))
+        trusted = self.challenges.knows(heartbeat.availability.challenge)
         worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock())
+        self.fleet.drain(name, member.draining)
         if worker is not None:
             self.heard[name] = worker
             return True
@@ -49,6 +55,17 @@ class Presence:
             return False
         self.strangers[name] = heartbeat
         return True
+
+    def recent(self, seconds: float) -> dict[str, Worker]:
+        """Who was heard of within so many seconds."""
+        since = self._clock() - seconds
+        return {worker.name: worker for worker in self.fleet if worker.heard >= since}
+
+    def forget_silent(self, seconds: float) -> None:
+        """Whom nobody has heard of for so long is not there; whoever leads does this for itself, with evidence."""
+        since = self._clock() - seconds
+        for worker in [worker for worker in self.fleet if worker.heard < since]:
+            self.fleet.remove(worker.name)
 
     def take_heard(self) -> dict[str, Worker]:
         heard, self.heard = self.heard, {}

@@ -106,6 +106,14 @@ class Queue:
         found = self._line_of.get(attempt)
         return found[1].members[attempt] if found else None
 
+    def line(self, attempt: Attempt) -> Line:
+        """The class of one that waits."""
+        return self._line_of[attempt][0]
+
+    def team(self, attempt: Attempt) -> str:
+        """Whose one that waits is."""
+        return self._line_of[attempt][1].members[attempt].team
+
     def add(self, queued: Queued) -> None:
         """Add one that is younger than all others, or replace it in its place."""
         found = self._line_of.get(queued.attempt)

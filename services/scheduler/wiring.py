@@ -2,11 +2,14 @@
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import msgspec
 from aiohttp import web
 
+from libs.bus.accounts import callout_seeds
+from libs.bus.callout import keeping_the_door
 from libs.bus.jetstream import connect_jetstream
 from libs.eventlog.leadership import Leadership
 from libs.eventlog.postgres import open_postgres_log
@@ -14,27 +17,36 @@ from libs.eventlog.snapshots import Snapshots
 from libs.runtime.commands import CommandLoop
 from libs.runtime.ids import new_id
 from libs.runtime.service import Service
-from libs.runtime.settings import decode
+from libs.runtime.settings import BadSettings, decode
 from services.scheduler.commands import BootWorker, Command, LeaseStage
 from services.scheduler.decider import SchedulerDecider, State
+from services.scheduler.keys import BadKeys, Keyring
 from services.scheduler.leader import Scheduler
 from services.scheduler.packages import Packer
+from services.scheduler.questions import answer_why
+from services.scheduler.secrets import Secrets
+from services.scheduler.vault import Vault
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """`server_key`: the seed it signs with. `worker_keys`: `name=public key`, comma-separated. `artifacts_url`: where workers reach the
-    artifacts service. `lease_seconds`: how long a worker may be silent before its work is given to another. `instance` is for whoever sees
-    to it that no two processes run under one name at a time: a successor of that name then leads at once, rather than after its
-    predecessor's term."""
+    """`server_key`: the seed it signs with. `callout_seed`: what the keys are made of by which schedulers admit workers to the bus, each for
+    `worker_login_seconds`. `artifacts_url`: where workers reach the artifacts service. `sealing_key` opens what gateways seal for schedulers.
+    `secret_keys` are the master keys under which secrets are kept, or `secret_keys_file` is the file that holds them (`id:key,…`, the first
+    encrypts; looked at again when it changes). `lease_seconds`: how long a worker may be silent before its work is given to another. `instance`
+    is for whoever sees to it that no two processes run under one name at a time: a successor of that name then leads at once, rather than after
+    its predecessor's term."""
 
     database_url: str
     nats_url: str
-    nats_user: str
-    nats_password: str
+    nats_seed: str
     server_key: str
-    worker_keys: str
+    callout_seed: str
     artifacts_url: str
+    sealing_key: str
+    secret_keys: str = ""
+    secret_keys_file: Path | None = None
     lease_seconds: float = 15.0
+    worker_login_seconds: float = 600.0
     instance: str = ""
 
 
@@ -46,9 +58,19 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     """Build the scheduler and start its parts."""
     settings = decode(Settings, environ)
     log = await service.enter(open_postgres_log(settings.database_url))
-    bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_user, settings.nats_password, "scheduler"))
+    bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "scheduler"))
     commands: CommandLoop[Command, State] = CommandLoop(log, SchedulerDecider(), new_id, creates=_creates)
     leadership = Leadership(log.pool, "placement", settings.instance or new_id())
+    door = await service.enter(
+        keeping_the_door(
+            settings.nats_url,
+            callout_seeds(settings.callout_seed),
+            lambda worker: scheduler.key_of(worker),
+            settings.worker_login_seconds,
+        )
+    )
+    keys = master_keys(settings)
+    vault = Vault(log.pool, keys())
     scheduler = Scheduler(
         log=log,
         bus=bus,
@@ -56,17 +78,55 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
         leadership=leadership,
         snapshots=Snapshots(log.pool),
         packer=Packer(settings.server_key, settings.artifacts_url, settings.lease_seconds, time.time),
-        worker_keys=dict(pair.split("=", 1) for pair in settings.worker_keys.split(",") if pair),
+        vault=vault,
+        cut=door.cut,
         lease_seconds=settings.lease_seconds,
         clock=time.monotonic,
         now=time.time,
     )
+    secrets = Secrets(
+        log=log,
+        bus=bus,
+        commands=commands,
+        vault=vault,
+        sealing_key=settings.sealing_key,
+        keys=keys,
+        kept=lambda: scheduler.kept,
+        leads=lambda: leadership.term is not None,
+        ids=new_id,
+        clock=time.monotonic,
+    )
+    service.depends("secrets", lambda: secrets.problem)
     service.depends("database", lambda: scheduler.problem)
-    service.depends("nats", lambda: None if bus.connected else "is not connected")
+    service.depends("nats", lambda: None if bus.connected and door.connected else "is not connected")
     service.on_drain(leadership.resign)  # once it campaigns no more
     service.spawn("leadership", leadership.run())
     service.spawn("commands", commands.run())
     service.spawn("watch-log", scheduler.watch_log())
     service.spawn("listen", scheduler.listen())
     service.spawn("scheduler", scheduler.run())
+    service.spawn("secrets", secrets.serve())
+    service.spawn("secrets-tidy", secrets.tidy())
+    service.spawn("why", answer_why(bus, scheduler))
     return None
+
+
+def master_keys(settings: Settings) -> Callable[[], Keyring]:
+    """The master keys as they are now: the same object until they change. Raises BadSettings at once when there are none."""
+    file = settings.secret_keys_file
+    if (file is None) == (not settings.secret_keys):
+        raise BadSettings("PENSTOCK_SECRET_KEYS or PENSTOCK_SECRET_KEYS_FILE: one of them must give the master keys")
+    known: tuple[str, Keyring] | None = None
+
+    def keys() -> Keyring:
+        nonlocal known
+        text = settings.secret_keys if file is None else file.read_text(encoding="utf-8")
+        if known is None or known[0] != text:
+            known = text, Keyring(text)
+        return known[1]
+
+    try:
+        keys()
+    except (BadKeys, OSError) as error:
+        raise BadSettings(f"PENSTOCK_SECRET_KEYS{'' if file is None else '_FILE'}: {error}") from None
+    return keys

@@ -3,6 +3,7 @@
 One function for each thing that can happen; each answers with what is to be done about it. Invariants:
 
 * a credit is honoured once, in this boot only, and only while it is under `CREDIT_SECONDS` old;
+* in push mode every free slot has one, renewed by itself; in pull mode there is one at a time, and only while work is wanted;
 * what it has cached is said until somebody answered, and again to whoever may not have heard it (a challenge names them);
 * an attempt is never run past two thirds of its lease counted from the *sending* of the last heartbeat that was answered, so the worker
   kills its own work before the owner gives it to another.
@@ -12,7 +13,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from proto.messages import ArchivedLog, Attempt, Control, Credit, Heartbeat, Offers, Package, Running
+from proto.messages import MAX_SHORT, About, ArchivedLog, Attempt, Availability, Control, Credit, Heartbeat, Offers, Package, Running
+from services.worker.condition import FINE, Condition
 
 CREDIT_SECONDS = 10.0
 REPLACE_SECONDS = 4.0
@@ -71,10 +73,12 @@ Action = Interrupt | Kill | Recorded | Forget | ForgetLog
 
 
 class _Slot:
-    """The newest credit of a free slot and the one it replaced."""
+    """The newest credit of a free slot and the one it replaced; whether the last heartbeat offered it. One that was withdrawn is honoured, since a
+    lease may be quoting it, but never offered again."""
 
     def __init__(self) -> None:
         self.nonces: list[tuple[str, float]] = []
+        self.offered = False
 
 
 class _Lease:
@@ -86,12 +90,15 @@ class _Lease:
 
 
 class Session:
-    """One boot of a worker."""
+    """One boot of a worker. `challenge` is the scheduler's last one; `draining`: it finishes what it has, and offers nothing; `leaving`: it takes
+    nothing either."""
 
-    def __init__(self, worker: str, boot: str, key: bytes, slots: int, offers: Offers, nonces: Callable[[], str]) -> None:
+    def __init__(self, worker: str, boot: str, key: bytes, slots: int, offers: Offers, nonces: Callable[[], str], about: About) -> None:
         self.worker = worker
         self.boot = boot
         self.draining = False
+        self.leaving = False
+        self._about = about
         self._key = key
         self._slots = slots
         self._offers = offers
@@ -99,7 +106,7 @@ class Session:
         self._free = [_Slot() for _ in range(slots)]
         self._leases: dict[Attempt, _Lease] = {}
         self._reported: dict[Attempt, int] = {}
-        self._challenge = b""
+        self.challenge = b""
         self._number = 0
         self._answered = 0
         self._answered_at = float("-inf")
@@ -114,32 +121,55 @@ class Session:
         """Attempts that run."""
         return list(self._leases)
 
-    def on_heartbeat_due(self, now: float, logs: list[Attempt], cached: tuple[str, ...] = (), goodbye: bool = False) -> Heartbeat:
+    @property
+    def pulls(self) -> bool:
+        """Whether each credit is asked for: what uses one is a reason to beat at once."""
+        return self._about.mode == "pull"
+
+    def on_heartbeat_due(
+        self, now: float, logs: list[Attempt], cached: tuple[str, ...] = (), goodbye: bool = False, condition: Condition = FINE
+    ) -> Heartbeat:
         """Renew what is old among the credits and say how things are. Every running attempt is listed, and every one with unrecorded reports."""
-        credits: list[Credit] = []
-        for slot in () if self.draining else self._free:
-            if not slot.nonces or now - slot.nonces[-1][1] >= REPLACE_SECONDS:
-                slot.nonces = [*slot.nonces[-1:], (self._nonces(), now)]
-            credits.append(Credit(slot.nonces[-1][0], self._key))
+        credits = self._credits(now, condition)
         self._number += 1
         self._sent[self._number] = (now, frozenset(self._reported))
         if len(self._sent) > REMEMBERED_HEARTBEATS:
             del self._sent[next(iter(self._sent))]
-        if cached != self._cached or self._challenge != self._cached_told[0]:
-            self._cached, self._cached_told, self._cached_heard = cached, (self._challenge, self._number), False
+        if cached != self._cached or self.challenge != self._cached_told[0]:
+            self._cached, self._cached_told, self._cached_heard = cached, (self.challenge, self._number), False
         return Heartbeat(
             boot=self.boot,
             number=self._number,
-            challenge=self._challenge,
             slots=self._slots,
-            offers=self._offers,
-            credits=credits,
+            availability=Availability(
+                challenge=self.challenge,
+                offers=self._offers,
+                credits=credits,
+                cached=None if self._cached_heard else cached,
+            ),
             running=[Running(attempt, reported) for attempt, reported in self._reported.items()],
             logs=logs,
-            draining=self.draining,
+            draining=self.draining or self.leaving,
             goodbye=goodbye,
-            cached=None if self._cached_heard else cached,
+            busy=self._slots - len(self._free),
+            trouble=condition.trouble[:MAX_SHORT],
+            about=self._about,
+            cache_used=condition.cache_used,
+            cache_limit=condition.cache_limit,
         )
+
+    def _credits(self, now: float, condition: Condition) -> list[Credit]:
+        closed = self.draining or self.leaving or condition.trouble or (self.pulls and not condition.wants)
+        most = 0 if closed else 1 if self.pulls else self._slots
+        credits: list[Credit] = []
+        for number, slot in enumerate(self._free):
+            offered, slot.offered = slot.offered, number < most
+            if not slot.offered:
+                continue
+            if not offered or now - slot.nonces[-1][1] >= REPLACE_SECONDS:
+                slot.nonces = [*slot.nonces[-1:], (self._nonces(), now)]
+            credits.append(Credit(slot.nonces[-1][0], self._key))
+        return credits
 
     def on_package(self, package: Package, now: float) -> Start | Refuse | None:
         """Take the slot of the credit that the package quotes. None: we have the attempt already."""
@@ -149,8 +179,8 @@ class Session:
             return Refuse("another worker's")
         if package.boot != self.boot:
             return Refuse("another boot's")
-        if self.draining:
-            return Refuse("draining")
+        if self.leaving:
+            return Refuse("leaving")
         for slot in self._free:
             for nonce, offered in slot.nonces:
                 if nonce == package.credit:
@@ -167,7 +197,7 @@ class Session:
         if control.boot != self.boot:
             return []
         if control.number >= self._answered and control.challenge:
-            self._challenge = control.challenge
+            self.challenge = control.challenge
         actions: list[Action] = [ForgetLog(log) for log in control.archived]
         held = {}
         for word in control.held:
@@ -185,6 +215,8 @@ class Session:
         sent = self._sent.get(control.number)
         if control.number and sent is not None:
             at, listed = sent
+            if control.number > self._answered:
+                self.draining = control.drain
             self._answered = max(self._answered, control.number)
             self._answered_at = max(self._answered_at, at)
             self._cached_heard |= control.number >= self._cached_told[1]

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from libs.bus.bus import Bus, BusUnavailable, Message
 from libs.tokens import BadSignature, sign, verify
 from proto.messages import Attempt, Control, Package, Signed
+from services.worker.condition import Condition
 from services.worker.session import HEARTBEAT_SECONDS, Action, Forget, ForgetLog, Interrupt, Kill, Recorded, Refuse, Session, Start
 from services.worker.stage import StageRun, Stop, Tools
 
@@ -38,7 +39,8 @@ class Metrics:
 
 
 class Worker:
-    """One boot. `identity` is the Ed25519 seed to sign with, `server` the public key of the scheduler, `box` this boot's key to unseal with."""
+    """One boot. `identity` is the Ed25519 seed to sign with, `server` the public key of the scheduler, `box` this boot's key to unseal with,
+    `condition` how its machine is."""
 
     def __init__(
         self,
@@ -50,8 +52,10 @@ class Worker:
         box: PrivateKey,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        condition: Callable[[], Condition] = Condition,
     ) -> None:
         self._bus = bus
+        self._condition = condition
         self._session = session
         self._tools = tools
         self._outbox = tools.outbox
@@ -62,7 +66,7 @@ class Worker:
         self._clock = clock
         self._runs: dict[Attempt, tuple[StageRun, asyncio.Task[None]]] = {}
         self._news = asyncio.Event()
-        self._challenged = False
+        self._quoted = b""
         self._left = False
         self._told: tuple[str, ...] = ()
 
@@ -71,7 +75,7 @@ class Worker:
         name = self._session.worker
         for attempt, reported in self._outbox.replay().items():
             self._session.on_replayed(attempt, reported)
-        async with self._bus.listen(f"packages.{name}") as packages, self._bus.listen(f"control.{name}") as controls:
+        async with self._bus.listen(f"execute_build_package.{name}") as packages, self._bus.listen(f"control.{name}") as controls:
             await self._bus.wait_connected()
             self._outbox.on_time()
             await asyncio.sleep(0)
@@ -84,7 +88,7 @@ class Worker:
 
     async def drain(self) -> None:
         """Stop the steps, see that what has ended is said, and say goodbye: the owner may give the rest to others at once."""
-        self._session.draining = True
+        self._session.leaving = True
         await self._heartbeat()
         for attempt, (run, _) in self._runs.items():
             self._outbox.forget(attempt)
@@ -116,7 +120,7 @@ class Worker:
             self._runs[attempt][0].stop(Stop("errored", f"worker's disk is full: {error.strerror}", at_once=True))
 
     async def _hear_packages(self, messages: AsyncIterator[Message]) -> None:
-        context = f"packages.{self._session.worker}"
+        context = f"execute_build_package.{self._session.worker}"
         async for message in messages:
             try:
                 package = _decode_package(self._box.decrypt(verify(self._server, context, _decode_signed(message.data))))
@@ -126,6 +130,8 @@ class Worker:
             match self._session.on_package(package, self._clock()):
                 case Start():
                     self._start(package)
+                    if self._session.pulls:
+                        self._news.set()  # the next credit, if it is wanted
                 case Refuse(reason):
                     self._refuse("package", reason)
                 case None:
@@ -141,9 +147,8 @@ class Worker:
                 continue
             for action in self._session.on_control(control):
                 self._do(action)
-            if not self._challenged and control.boot == self._session.boot and control.challenge:
-                # Credits count only with a challenge: the first one is quoted at once.
-                self._challenged = True
+            if self._session.challenge != self._quoted:
+                # Credits count only with the challenge of whoever leads: a new one is quoted at once.
                 self._news.set()
 
     async def _beat(self) -> None:
@@ -168,7 +173,8 @@ class Worker:
 
     async def _heartbeat(self, goodbye: bool = False) -> None:
         self._told = self._tools.cache.hints()
-        heartbeat = self._session.on_heartbeat_due(self._clock(), self._outbox.logs, self._told, goodbye)
+        heartbeat = self._session.on_heartbeat_due(self._clock(), self._outbox.logs, self._told, goodbye, self._condition())
+        self._quoted = heartbeat.availability.challenge
         signed = sign(self._identity, "presence", _encode(heartbeat))
         try:
             await self._bus.send(f"presence.{self._session.worker}", _encode(signed))

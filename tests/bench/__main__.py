@@ -10,11 +10,14 @@ from collections.abc import Iterable
 import msgspec
 
 from tests.bench.artifacts import artifacts
+from tests.bench.docker import docker
 from tests.bench.figures import Figure, at_least, at_most, table
 from tests.bench.latency import latency
 from tests.bench.lines import lines
+from tests.bench.masking import masking
 from tests.bench.placement import placement
 from tests.bench.profile import profile
+from tests.bench.recovery import recovery
 from tests.bench.rest import idle, starts
 from tests.bench.spawns import spawn_rates
 from tests.bench.storage import storage
@@ -22,7 +25,22 @@ from tests.bench.system import system
 from tests.bench.throughput import throughput
 from tests.bench.trees import trees
 
-PARTS = ("spawns", "storage", "placement", "trees", "idle", "starts", "latency", "lines", "artifacts", "throughput", "sandbox")
+PARTS = (
+    "spawns",
+    "storage",
+    "placement",
+    "trees",
+    "masking",
+    "docker",
+    "idle",
+    "starts",
+    "latency",
+    "lines",
+    "artifacts",
+    "throughput",
+    "recovery",
+    "sandbox",
+)
 CLIENTS = 16
 
 
@@ -38,6 +56,8 @@ class Size(msgspec.Struct, frozen=True):
     latency: int = 100
     lines: int = 1_000_000
     single_lines: int = 100
+    masked_megabytes: int = 50
+    containers: int = 30
     builds: int = 1000
     fleets: tuple[int, ...] = (1000, 10_000)
     queues: tuple[int, ...] = (0, 1000, 100_000)
@@ -45,6 +65,7 @@ class Size(msgspec.Struct, frozen=True):
     files: int = 5000
     profiled: int = 3000
     large: int = 1 << 30
+    kills: int = 3
 
 
 SMOKE = Size(
@@ -57,6 +78,8 @@ SMOKE = Size(
     latency=10,
     lines=100_000,
     single_lines=20,
+    masked_megabytes=5,
+    containers=3,
     builds=100,
     fleets=(100,),
     queues=(0, 10, 1000),
@@ -64,6 +87,7 @@ SMOKE = Size(
     files=200,
     profiled=300,
     large=64 << 20,
+    kills=1,
 )
 
 
@@ -113,7 +137,11 @@ def measure(parts: set[str], size: Size, slots: int, profiling: bool, figures: C
         figures.add(placement(size.fleets, size.queues, size.decisions))
     if "trees" in parts:
         figures.add(trees(size.files))
-    if profiling or parts & {"idle", "starts", "latency", "lines", "artifacts", "throughput"}:
+    if "masking" in parts:
+        figures.add(masking(size.masked_megabytes))
+    if "docker" in parts:
+        figures.add(docker(size.containers))
+    if profiling or parts & {"idle", "starts", "latency", "lines", "artifacts", "throughput", "recovery"}:
         plain(parts, size, slots, profiling, figures)
     if "sandbox" in parts:
         with system("auto", slots) as running:
@@ -138,6 +166,8 @@ def plain(parts: set[str], size: Size, slots: int, profiling: bool, figures: Col
             figures.add(asyncio.run(artifacts(running, size.large)))
         if "throughput" in parts:
             figures.add(throughput(running, f"no sandbox, {slots} slots, {CLIENTS} clients", size.builds, CLIENTS, at_least(400)))
+        if "recovery" in parts:
+            figures.add(asyncio.run(recovery(running, size.kills)))
         if profiling:
             print(profile(running, size.profiled, CLIENTS), flush=True)
 

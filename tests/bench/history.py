@@ -18,7 +18,7 @@ def history(builds: int, group: int) -> Iterator[list[Write]]:
     """Calls of `append`, `group` builds side by side: each goes as far as one service takes it at a time."""
     for first in range(0, builds, group):
         names = [f"{number:032x}" for number in range(first, min(first + group, builds))]
-        yield [_write("request", name, 0, [BuildRequested(build=name, plan=PLAN, body_sha256="0" * 64)]) for name in names]
+        yield [_write("request", name, 0, [BuildRequested(build=name, plan=PLAN, body_mac="0" * 64)]) for name in names]
         queued = StageQueued(stage="main", attempt=1, requirements=Requirements())
         yield [_write("build", name, 0, [BuildCreated(plan=PLAN), queued]) for name in names]
         why = [Candidate(worker="local", load=0.5)]

@@ -10,6 +10,7 @@ from tests.bench.system import System
 from tests.bench.work import task
 
 PAUSE = 0.05
+SHARES = (0.5, 0.95, 0.99)
 
 
 async def latency(system: System, label: str, builds: int, p50: Goal | None, p95: Goal | None) -> list[Figure]:
@@ -25,6 +26,7 @@ async def latency(system: System, label: str, builds: int, p50: Goal | None, p95
         ended.append(await connection.json("POST", path, task("date", "+%s%N"), {"Prefer": "wait=60"}))
         answered.append(time.time())
     stamps = [await _stamp(connection, f"{path}/{build['id']}/log") for build in ended]
+    leased = [await _leased(connection, f"{path}/{build['id']}/preparation") for build in ended]
     connection.close()
     assert all(build["status"] == "succeeded" for build in ended), ended
     taken = {
@@ -38,10 +40,18 @@ async def latency(system: System, label: str, builds: int, p50: Goal | None, p95
         # The first ones warm up.
         delays = [(at - began) * 1000 for began, at in zip(sent, times, strict=True)][3:]
         goals = {0.5: p50, 0.95: p95} if times is stamps else {}
-        figures += [
-            Figure(f"submit → {name}, {label}, p{share * 100:.0f}", percentile(delays, share), "ms", goals.get(share)) for share in (0.5, 0.95, 0.99)
-        ]
-    return figures
+        figures += [Figure(f"submit → {name}, {label}, p{share * 100:.0f}", percentile(delays, share), "ms", goals.get(share)) for share in SHARES]
+    spawned = [(at - began) * 1000 for began, at in zip(leased, stamps, strict=True)][3:]
+    return [
+        *figures,
+        *(Figure(f"lease recorded → the child's clock, {label}, p{share * 100:.0f}", percentile(spawned, share), "ms") for share in SHARES),
+    ]
+
+
+async def _leased(connection: Connection, path: str) -> float:
+    """When the only stage was given to its worker."""
+    (stage,) = (await connection.json("GET", path))["stages"]
+    return _seconds(stage["leased_at"])
 
 
 async def _stamp(connection: Connection, path: str) -> float:

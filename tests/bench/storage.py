@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from libs.bus.accounts import server_config
+from libs.bus.accounts import callout_keys, server_config
 from libs.bus.jetstream import connect_jetstream
 from libs.embedded.nats import EmbeddedNats
 from libs.embedded.postgres import EmbeddedPostgres
@@ -19,12 +19,14 @@ from libs.eventlog.postgres import PostgresLog, open_pool, open_postgres_log
 from libs.eventlog.projections import StoredProjection
 from libs.runtime.relay import Relay
 from libs.runtime.service import collect_seldom
+from libs.tokens import new_seed, public_key
 from proto.catalogue import SERVICES
 from proto.topology import CONSUMERS, STREAMS
 from services.gateway import projection as gateway
 from tests.bench.figures import Figure, at_least
 from tests.bench.history import EVENTS_A_BUILD, history
 
+SEEDS = {service: new_seed() for service in SERVICES}
 PASSWORDS = {service: f"{service}-secret" for service in SERVICES}
 SINGLE = b'{"stage":"main","attempt":1,"step":"task","worker":"local","sandbox":"none","timeout":86400,"report":1}'
 
@@ -57,8 +59,9 @@ def _dsn(postgres: EmbeddedPostgres, service: str) -> str:
 
 def _nats(folder: Path) -> EmbeddedNats:
     config, listening = folder / "nats.conf", folder / "listening"
-    services = dict.fromkeys(SERVICES, "secret")
-    config.write_text(server_config(port=-1, store_dir=folder / "nats", services=services, workers={}, ports_file_dir=listening))
+    services = {service: public_key(seed) for service, seed in SEEDS.items()}
+    callout = callout_keys(new_seed())
+    config.write_text(server_config(port=-1, store_dir=folder / "nats", services=services, callout=callout, ports_file_dir=listening))
     return EmbeddedNats(config, listening, folder / "nats.log")
 
 
@@ -95,7 +98,7 @@ async def _projected(postgres: EmbeddedPostgres, builds: int) -> list[Figure]:
 
 
 async def _relayed(postgres: EmbeddedPostgres, nats: EmbeddedNats, events: int) -> list[Figure]:
-    async with open_postgres_log(_dsn(postgres, "builds")) as log, connect_jetstream(nats.url, "builds", "secret", "builds") as bus:
+    async with open_postgres_log(_dsn(postgres, "builds")) as log, connect_jetstream(nats.url, SEEDS["builds"], "builds") as bus:
         await bus.ensure(STREAMS, CONSUMERS)
         office = Leadership(log.pool, "relay", "bench")
         await office.campaign()

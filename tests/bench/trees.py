@@ -22,7 +22,7 @@ from services.worker.placing import Means, means_here
 from services.worker.workspace import Workspace
 from tests.bench.figures import Figure, Goal, at_least
 from tests.bench.files import edit, timed, write_tree
-from tests.worker_controls import step
+from tests.worker_controls import IDENTITY, step
 from tests.worker_shop import TOKEN, Shop, a_shop
 
 BYTES_EACH = 20_000
@@ -134,7 +134,7 @@ class _Bench:
             token=TOKEN,
             artifacts_url=self._shop.url,
         )
-        artifacts, folders = Artifacts(self._cache), self._pool.take()
+        artifacts, folders = Artifacts(self._cache, IDENTITY, time.time), self._pool.take()
         workspace = Workspace(folders, package, artifacts, self._cache, self._means)
         try:
             yield workspace, folders.workspace

@@ -26,7 +26,7 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
         from libs.bus.jetstream import connect_jetstream
 
         server: NatsServer = request.getfixturevalue("fresh_nats")
-        async with connect_jetstream(server.url, server.user, server.password, "test") as connected:
+        async with connect_jetstream(server.url, server.seed, "test") as connected:
             await connected.ensure([WORK], [])
             yield connected
 
@@ -250,3 +250,17 @@ async def test_ensuring_again_changes_what_is_different_and_keeps_the_rest(bus: 
     await publish(bus, "work.a", "two")
     async with bus.consume(ALL._replace(ack_wait=20.0)) as batches:
         assert texts(await take(batches, 1)) == ["two"]
+
+
+async def test_a_question_is_answered_by_whoever_answers_there_and_fails_where_nobody_does(bus: Bus) -> None:
+    async def answer(subject: str, data: bytes) -> bytes:
+        return f"{subject} {data.decode()}".encode()
+
+    with pytest.raises(BusUnavailable):
+        await bus.ask("questions.main", b"early")
+    async with bus.answering("questions.*", "all", answer), bus.answering("questions.*", "all", answer):
+        assert await asyncio.gather(*[bus.ask("questions.main", b"%d" % n) for n in range(9)]) == [b"questions.main %d" % n for n in range(9)]
+        with pytest.raises(TooLarge):
+            await bus.ask("questions.main", bytes(MAX_PAYLOAD + 1))
+    with pytest.raises(BusUnavailable):
+        await bus.ask("questions.main", b"late")

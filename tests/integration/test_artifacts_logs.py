@@ -20,7 +20,7 @@ from proto.topology import CONSUMERS, STREAMS
 from services.artifacts import late_logs
 from tests.artifacts_fixture import Api, serving
 from tests.controls import eventually, write
-from tests.nats_fixture import PASSWORD, NatsServer
+from tests.nats_fixture import SEEDS, NatsServer
 from tests.postgres_fixture import Database
 
 
@@ -38,7 +38,7 @@ async def builds_log(database: Database) -> AsyncIterator[PostgresLog]:
 
 @pytest.fixture
 async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
-    async with connect_jetstream(nats_server.url, "builds", PASSWORD, "test") as bus:
+    async with connect_jetstream(nats_server.url, SEEDS["builds"], "test") as bus:
         await bus.ensure(STREAMS, CONSUMERS)
         yield bus
 

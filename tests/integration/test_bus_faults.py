@@ -20,7 +20,7 @@ ALL = Consumer("test-all", "WORK", ("work.>",), batch=64, ack_wait=2.0)
 
 @asynccontextmanager
 async def connected(server: NatsServer) -> AsyncIterator[JetStreamBus]:
-    async with connect_jetstream(server.url, server.user, server.password, "test") as bus:
+    async with connect_jetstream(server.url, server.seed, "test") as bus:
         await bus.ensure([WORK], [ALL])
         yield bus
 
@@ -279,7 +279,7 @@ async def test_a_message_without_headers_on_a_foreign_subject_is_handed_over_as_
 
 async def test_it_starts_before_the_server_does(fresh_nats: NatsServer) -> None:
     fresh_nats.kill()
-    async with connect_jetstream(fresh_nats.url, fresh_nats.user, fresh_nats.password, "early", patience=0.1) as bus:
+    async with connect_jetstream(fresh_nats.url, fresh_nats.seed, "early", patience=0.1) as bus:
         assert not bus.connected
         follower = Follower(bus)
         async with background(follower.consume), bus.listen("presence.*") as heard:

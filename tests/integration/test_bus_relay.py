@@ -21,7 +21,7 @@ from proto.envelope import CloudEvent, decode_cloud_event
 from proto.events.team import TeamCreated
 from proto.topology import STREAMS
 from tests.controls import eventually, write
-from tests.nats_fixture import NatsServer
+from tests.nats_fixture import SEEDS, NatsServer
 from tests.postgres_fixture import Database
 
 EVENTS = next(stream for stream in STREAMS if stream.name == "EVENTS")
@@ -110,7 +110,7 @@ async def memory() -> Outbox:
 
 @pytest.fixture
 async def outbox(fresh_nats: NatsServer) -> AsyncIterator[Outbox]:
-    async with connect_jetstream(fresh_nats.url, fresh_nats.user, fresh_nats.password, "relay") as bus:
+    async with connect_jetstream(fresh_nats.url, fresh_nats.seed, "relay") as bus:
         await bus.ensure([EVENTS], [])
         yield Outbox(bus)
 
@@ -320,7 +320,7 @@ async def test_it_works_on_the_real_log_with_a_real_office(database: Database, f
     async with AsyncExitStack() as stack:
         log = await stack.enter_async_context(open_postgres_log(database.url("builds")))
         gateway = await stack.enter_async_context(open_postgres_log(database.url("gateway")))
-        bus = await stack.enter_async_context(connect_jetstream(fresh_nats.url, "builds", fresh_nats.password, "relay"))
+        bus = await stack.enter_async_context(connect_jetstream(fresh_nats.url, SEEDS["builds"], "relay"))
         await bus.ensure([EVENTS], [])
         office = Leadership(log.pool, "relay", "me")
         relay = Relay(log, bus, RelayCheckpoints(log.pool), office)

@@ -154,7 +154,7 @@ async def test_another_teams_things_are_as_if_absent(gateway: Gateway) -> None:
     routes = [(method.upper(), path.removeprefix("/api/v1")) for path, methods in described.items() for method in methods if "{team}" in path]
     assert len(routes) > 15
     for method, path in routes:
-        await _absent(gateway, method, path.format(team="main", build=1, artifact=artifact), other, path in ANY_TEAM and "team")
+        await _absent(gateway, method, path.format(team="main", build=1, artifact=artifact, secret="s"), other, path in ANY_TEAM and "team")
         if "{build}" in path:
             await _absent(gateway, method, path.format(team="other", build=build["id"]), other, "build")
             await _absent(gateway, method, path.format(team="other", build=2), other, "build")
@@ -196,7 +196,7 @@ async def test_roles_are_kept(gateway: Gateway) -> None:
     await gateway.json("POST", "/teams/main/tokens", 404, token=owner, json={"role": "viewer"})
     await gateway.json("PUT", "/teams/third", 404, token=owner)
     await gateway.json("PUT", "/teams/No.Good", 422)
-    policy = {"input_seconds": 60, "output_seconds": 61, "quota_bytes": 0}
+    policy = {"input_seconds": 60, "output_seconds": 61, "quota_bytes": 0, "privileged": False}
     for token in (viewer, member):
         await gateway.json("PUT", "/teams/other/policy", 403, token=token, json=policy)
     assert await gateway.json("PUT", "/teams/other/policy", 200, token=owner, json=policy) == policy
@@ -205,6 +205,23 @@ async def test_roles_are_kept(gateway: Gateway) -> None:
     for wrong in ({**policy, "input_seconds": 0}, {**policy, "quota_bytes": -1}, {"input_seconds": 5}, {**policy, "more": 1}):
         await gateway.json("PUT", "/teams/other/policy", 422, token=owner, json=wrong)
     assert (await gateway.json("GET", "/info", 200, token=viewer))["role"] == "viewer"
+
+
+async def test_privileged_steps_are_for_teams_that_the_first_team_lets(gateway: Gateway) -> None:
+    owner = await gateway.token("other", "owner")
+    step = {"step": "run", "name": "run", "config": {"run": {"path": "true"}, "image": "busybox"}, "privileged": True}
+    plan = {"stages": [{"name": "main", "steps": [step]}]}
+    policy = {"input_seconds": 60, "output_seconds": 61, "quota_bytes": 0}
+    refused = await gateway.submit(team="other", token=owner, plan=plan, status=422)
+    assert refused["path"] == "plan.stages[0].steps[0].privileged"
+    await gateway.json("PUT", "/teams/other/policy", 403, token=owner, json={**policy, "privileged": True})
+    await gateway.json("PUT", "/teams/main/policy", 404, token=owner, json=policy)
+    await gateway.json("PUT", "/teams/other/policy", 200, json={**policy, "privileged": True})
+    await gateway.submit(team="other", token=owner, plan=plan)
+    # Its own owner may keep it, and give it up.
+    await gateway.json("PUT", "/teams/other/policy", 200, token=owner, json={**policy, "privileged": True})
+    await gateway.json("PUT", "/teams/other/policy", 200, token=owner, json=policy)
+    await gateway.submit(team="other", token=owner, plan=plan, status=422)
 
 
 async def test_the_same_key_and_body_are_the_same_build(gateway: Gateway) -> None:

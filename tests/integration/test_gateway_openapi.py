@@ -8,7 +8,9 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import CHECKS
 
-from tests.gateway_fixture import TOKEN, Gateway, running_gateway
+from libs.tokens import new_seed
+from tests.gateway_fixture import SEALING_KEY, TOKEN, Gateway, running_gateway
+from tests.secrets_fixture import keeping_secrets
 
 DESCRIBED = (
     "not_a_server_error",
@@ -28,7 +30,8 @@ def as_bytes(_: Any, value: Any) -> bytes:
 
 @pytest.mark.parametrize("role", ["owner", "viewer"])
 async def test_the_api_is_what_its_description_says(database, nats_server, role: str) -> None:
-    async with running_gateway(database, nats_server.url) as gateway:
+    keys = f"k1:{new_seed()}"
+    async with keeping_secrets(database, nats_server.url, SEALING_KEY, keys), running_gateway(database, nats_server.url) as gateway:
         token = TOKEN if role == "owner" else await gateway.token("main", role)
         described = await gateway.json("GET", "/openapi.json", 200)
         await gateway.submit()
@@ -36,7 +39,7 @@ async def test_the_api_is_what_its_description_says(database, nats_server, role:
             for method in operations:
                 if path not in ENDLESS:
                     artifact = (await gateway.json("POST", "/teams/main/user-artifacts", 201, data=b"x"))["id"]
-                    names = {"team": "main", "build": "1", "artifact": artifact}
+                    names = {"team": "main", "build": "1", "artifact": artifact, "secret": "s", "worker": "w1"}
                     await asyncio.to_thread(_ask, gateway, described, path, method, names, token)
 
 

@@ -11,16 +11,19 @@ import msgspec
 from libs.bus.memory import MemoryBus
 from libs.eventlog.memory import MemoryLog
 from libs.runtime.commands import CommandLoop
-from libs.tokens import public_key
+from libs.tokens import new_seed, public_key
 from proto.catalogue import decode
 from proto.events.build import BuildCreated, StageFinished, StageQueued
+from proto.events.fleet import WorkerRegistered
 from proto.events.lease import StageLeased
 from proto.messages import TREE_HINT, Reports, ReportStageFinished
 from proto.plan import Plan, Requirements, Stage, TaskInput
 from proto.topology import CONSUMERS, STREAMS
 from services.scheduler.decider import SchedulerDecider
+from services.scheduler.keys import Keyring
 from services.scheduler.leader import Scheduler
 from services.scheduler.packages import Packer
+from services.scheduler.vault import Vault
 from tests.controls import counter, eventually, write
 from tests.worker_controls import IDENTITY, SERVER, a_worker, sh
 from tests.worker_shop import Shop, a_shop
@@ -97,6 +100,7 @@ class World:
 async def a_world(folder: Path) -> AsyncIterator[World]:
     log, bus = MemoryLog(), MemoryBus()
     await bus.ensure(STREAMS, CONSUMERS)
+    await log.append([write(f"fleet-worker-{name}", WorkerRegistered(worker=name, key=public_key(IDENTITY))) for name in NAMES])
     commands = CommandLoop(log, SchedulerDecider(), counter())
     async with a_shop(folder) as shop, AsyncExitStack() as stack:
         shop.token = None
@@ -106,8 +110,9 @@ async def a_world(folder: Path) -> AsyncIterator[World]:
             commands=commands,
             leadership=Leading(),
             snapshots=NoSnapshots(),
+            vault=Vault(None, Keyring(f"k1:{new_seed()}")),
             packer=Packer(SERVER, shop.url, LEASE, time.time),
-            worker_keys=dict.fromkeys(NAMES, public_key(IDENTITY)),
+            cut=lambda *_: None,
             lease_seconds=LEASE,
             clock=time.monotonic,
             now=time.time,

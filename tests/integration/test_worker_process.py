@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from libs.bus.jetstream import connect_jetstream
+from libs.tokens import public_key
 from proto.plan import TaskInput
 from services.worker.executors.sandboxes import Choice
 from tests.controls import eventually
-from tests.nats_fixture import NatsServer, fresh_nats, nats_server
-from tests.worker_controls import Scheduler, a_scheduler, alive, environment, sandboxes_here, sh, step
+from tests.nats_fixture import SEEDS, NatsServer, admitting, fresh_nats, nats_server
+from tests.worker_controls import IDENTITY, Scheduler, a_scheduler, alive, environment, sandboxes_here, sh, step
 from tests.worker_shop import TOKEN, a_shop
 
 __all__ = ["fresh_nats", "nats_server"]
@@ -25,7 +26,11 @@ in_each_sandbox = pytest.mark.parametrize("sandbox", sandboxes_here())
 
 @pytest.fixture
 async def scheduler(fresh_nats: NatsServer) -> AsyncIterator[Scheduler]:
-    async with connect_jetstream(fresh_nats.url, "scheduler", "secret", "test") as bus, a_scheduler(bus) as found:
+    async with (
+        admitting(fresh_nats, {"w1": public_key(IDENTITY)}),
+        connect_jetstream(fresh_nats.url, SEEDS["scheduler"], "test") as bus,
+        a_scheduler(bus) as found,
+    ):
         yield found
 
 
@@ -95,8 +100,7 @@ async def test_a_restarted_worker_says_again_what_was_not_recorded_before_it_ann
     fresh_nats.wipe()
     fresh_nats.start()
     with a_process(tmp_path / "w", fresh_nats):
-        await eventually(lambda: scheduler.heartbeats[-1].boot != first_life)
-        first = scheduler.heartbeats[heard]
+        first = await eventually(lambda: next((beat for beat in scheduler.heartbeats[heard:] if beat.boot != first_life), None))
         assert [(r.attempt, r.reported) for r in first.running] == [(attempt, 3)]
         assert first.logs == [attempt]
         assert (await scheduler.finished(attempt)).status == "succeeded"
@@ -171,7 +175,8 @@ async def test_a_killed_worker_leaves_no_mount_and_a_later_life_removes_its_fold
     src = [TaskInput(name="src")]
     async with (
         a_shop(tmp_path) as shop,
-        connect_jetstream(fresh_nats.url, "scheduler", "secret", "test") as bus,
+        admitting(fresh_nats, {"w1": public_key(IDENTITY)}),
+        connect_jetstream(fresh_nats.url, SEEDS["scheduler"], "test") as bus,
         a_scheduler(bus, artifacts_url=shop.url) as scheduler,
     ):
         refs = shop.refs("src")

@@ -268,7 +268,7 @@ async def test_an_attempt_that_is_not_ours_any_more_is_killed_silently(tmp_path:
         await scheduler.started(attempt)
         scheduler.lost.add(attempt)
         await eventually(lambda: not alive(marker))
-        await eventually(lambda: len(scheduler.heartbeats[-1].credits) == 2 and not scheduler.heartbeats[-1].running)
+        await eventually(lambda: len(scheduler.heartbeats[-1].availability.credits) == 2 and not scheduler.heartbeats[-1].running)
         assert len(scheduler.reports[attempt]) == 1
 
 
@@ -305,9 +305,9 @@ async def test_forged_packages_and_control_change_nothing(tmp_path: Path) -> Non
         for forged in (
             b"junk",
             msgspec.msgpack.encode(Signed(package.body, b"x" * 64)),
-            msgspec.msgpack.encode(sign(forger, "packages.w1", package.body)),
+            msgspec.msgpack.encode(sign(forger, "execute_build_package.w1", package.body)),
         ):
-            await scheduler.bus.send("packages.w1", forged)
+            await scheduler.bus.send("execute_build_package.w1", forged)
             await scheduler.bus.send("control.w1", forged)
         real = await scheduler.send(step("true"))
         await scheduler.finished(real)
@@ -320,5 +320,5 @@ async def test_a_drained_worker_stops_its_steps_and_says_goodbye(tmp_path: Path)
         await seen(scheduler, attempt, "ready")
         await asyncio.wait_for(running.worker.drain(), 3)
         await eventually(lambda: scheduler.heartbeats[-1].goodbye)
-        assert scheduler.heartbeats[-1].credits == []
+        assert scheduler.heartbeats[-1].availability.credits == []
         assert len(scheduler.reports[attempt]) == 1

@@ -136,6 +136,13 @@ def test_a_stale_worker_cannot_finish_a_stage():
     scenario.refuses(reports(STEP_OK, STAGE_OK, first=2), "stale")
 
 
+def test_an_attempt_that_is_taken_up_after_its_lease_changes_nothing():
+    # FAULTS 47, 89
+    scenario = Scenario(BuildDecider()).when(create(plan()), LoseAttempt(build=BUILD, stage="main", attempt=1, evidence="never taken"))
+    scenario.refuses(reports(STARTED), "stale")
+    scenario.when(reports(STARTED, attempt=2, worker="w2", leased_to="w2")).refuses(reports(STARTED, STEP_OK, STAGE_OK), "foreign")
+
+
 def test_a_worker_cannot_report_on_what_was_leased_to_another():
     # FAULTS 48
     Scenario(BuildDecider()).when(create(plan())).refuses(reports(STARTED, worker="w2", leased_to="w1"), "foreign")

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from libs.bus.connection import Login, connect
+from libs.tokens import new_seed
 
 
 async def test_a_connection_ends_that_is_left_just_when_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +21,7 @@ async def test_a_connection_ends_that_is_left_just_when_it_is_refused(monkeypatc
     monkeypatch.setattr("asyncio.open_connection", refused)
 
     async def visit() -> None:
-        async with connect(Login("nats://127.0.0.1:1", "", "", "test"), "_INBOX", patience=0.0):
+        async with connect(Login("nats://127.0.0.1:1", new_seed(), "test"), "_INBOX", patience=0.0):
             await trying.wait()
             refuse.set()
             await leave.wait()

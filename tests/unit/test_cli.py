@@ -42,11 +42,11 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "click" in imported
     assert not imported & {"aiohttp", "asyncio", "msgspec", "rich", "nats", "yaml", "asyncpg", "penstock.client"}
-    for command in ("execute", "watch", "logs", "download", "artifact", "abort", "builds", "login", "up", "down", "completion"):
+    for command in ("execute", "watch", "logs", "download", "artifact", "abort", "why", "builds", "workers", "login", "up", "down", "completion"):
         assert f"  {command} " in result.stdout
 
 
-COMMANDS = ["execute", "watch", "logs", "download", "artifact", "abort", "builds", "login", "targets", "up", "down", "version"]
+COMMANDS = ["execute", "watch", "logs", "download", "artifact", "abort", "why", "builds", "workers", "login", "targets", "up", "down", "version"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -102,6 +102,9 @@ def test_a_task_file_that_is_wrong_is_refused_before_anything_is_sent(here: Path
         ["logs", "1"],
         ["download", "1"],
         ["abort", "1"],
+        ["why", "1"],
+        ["workers"],
+        ["worker", "show", "w1"],
     ],
 )
 def test_a_server_that_is_not_there_is_one_line_that_says_what_to_do(here: Path, arguments: list[str]) -> None:

@@ -282,7 +282,7 @@ async def test_artifacts_are_asked_for_and_changed() -> None:
             case _, "usage":
                 return web.json_response({"stored_bytes": 1, "artifacts": 2, "artifact_bytes": 3, "quota_bytes": None})
             case "GET", "policy":
-                return web.json_response({"input_seconds": 1, "output_seconds": 2, "quota_bytes": 3})
+                return web.json_response({"input_seconds": 1, "output_seconds": 2, "quota_bytes": 3, "privileged": False})
             case "PUT", "policy":
                 return web.json_response(body)
             case "PUT", "builds":
@@ -313,7 +313,7 @@ async def test_artifacts_are_asked_for_and_changed() -> None:
         ("DELETE", "user-artifacts/u1", None),
         ("GET", "usage", None),
         ("GET", "policy", None),
-        ("PUT", "policy", {"input_seconds": 1, "output_seconds": 9, "quota_bytes": 3}),
+        ("PUT", "policy", {"input_seconds": 1, "output_seconds": 9, "quota_bytes": 3, "privileged": False}),
     ]
 
 

@@ -26,8 +26,8 @@ def stage(name="main", steps=(), needs=()):
 
 PLAN = Plan(stages=[stage()])
 SRC = ArtifactRef(id="a", digest="d", size=1, files=1)
-WISH = RequestBuild(request="r1", build="b1", plan=PLAN, inputs={"src": SRC}, name="n", body_sha256="one")
-REQUESTED = BuildRequested(build="b1", plan=PLAN, inputs={"src": SRC}, name="n", body_sha256="one")
+WISH = RequestBuild(request="r1", build="b1", plan=PLAN, inputs={"src": SRC}, name="n", body_mac="one")
+REQUESTED = BuildRequested(build="b1", plan=PLAN, inputs={"src": SRC}, name="n", body_mac="one")
 
 
 def test_a_wish_is_recorded() -> None:
@@ -43,7 +43,7 @@ def test_the_same_wish_again_is_the_same_build() -> None:
 
 def test_another_wish_under_the_same_key_is_refused() -> None:
     """FAULTS 12"""
-    Scenario(RequestDecider(), REQUESTED).refuses(msgspec.structs.replace(WISH, body_sha256="two"), "conflict")
+    Scenario(RequestDecider(), REQUESTED).refuses(msgspec.structs.replace(WISH, body_mac="two"), "conflict")
 
 
 def test_how_long_outputs_are_kept_is_recorded() -> None:
@@ -53,10 +53,10 @@ def test_how_long_outputs_are_kept_is_recorded() -> None:
 
 def test_a_wish_that_was_recorded_is_recalled_and_another_is_not() -> None:
     """FAULTS 12"""
-    recall = RecallBuild(request="r1", body_sha256="one")
+    recall = RecallBuild(request="r1", body_mac="one")
     scenario = Scenario(RequestDecider(), REQUESTED).when(recall).then()
     assert scenario.state.build == "b1"
-    Scenario(RequestDecider(), REQUESTED).refuses(msgspec.structs.replace(recall, body_sha256="two"), "conflict")
+    Scenario(RequestDecider(), REQUESTED).refuses(msgspec.structs.replace(recall, body_mac="two"), "conflict")
     Scenario(RequestDecider()).refuses(recall, "missing")
 
 

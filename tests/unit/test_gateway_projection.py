@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
+from libs.eventlog.projections import Gone
 from proto.api import Positions
 from proto.envelope import Fact
 from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
@@ -21,12 +22,16 @@ from proto.events.build import (
     StepProgressed,
     StepStarted,
 )
+from proto.events.fleet import WorkerDeleted, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
 from proto.events.team import DEFAULT_POLICY, TeamCreated, TeamPolicySet, TokenIssued
+from proto.events.worker import WorkerBooted, WorkerLost
+from proto.messages import About, Offers
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from services.gateway.projection import TABLES, ArtifactRow, AttemptLog, BuildRow, TeamRow, TokenRow, keys, project
 from services.gateway.views import artifact_view, build_view, policy_view
+from services.gateway.workers import LeaseRow, WorkerRow
 
 START = datetime(2026, 11, 22, tzinfo=UTC)
 KEYS = {table.row: table.key for table in TABLES}
@@ -67,7 +72,10 @@ class Rows:
                     return self.rows.get((row, key))
 
                 for row in list(project(fact, get)):  # type: ignore[arg-type]
-                    self.rows[(type(row), getattr(row, KEYS[type(row)]))] = row
+                    if isinstance(row, Gone):
+                        self.rows.pop((row.row, row.key), None)
+                    else:
+                        self.rows[(type(row), getattr(row, KEYS[type(row)]))] = row
         return self
 
     def build(self, build: str = "b1") -> BuildRow:
@@ -274,3 +282,64 @@ def test_a_history_read_in_any_batches_gives_the_same_rows() -> None:
     for event in history:
         one_by_one.given(event)
     assert at_once.rows == one_by_one.rows
+
+
+REGISTERED = ("fleet-worker-w1", WorkerRegistered(worker="w1", key="k", tags=("gpu",), token_id="t1"))
+BOOTED = ("worker-w1-x", WorkerBooted(worker="w1", boot="x", slots=2, offers=Offers(tags=("own",)), about=About(version="1", mode="pull")))
+
+
+def worker(rows: Rows) -> WorkerRow:
+    row = rows.rows[(WorkerRow, "w1")]
+    assert isinstance(row, WorkerRow)
+    return row
+
+
+def leases(rows: Rows) -> list[str]:
+    return [row.worker for row in rows.rows.values() if isinstance(row, LeaseRow)]
+
+
+def test_a_worker_is_registered_boots_drains_and_is_lost(rows):
+    rows.given(REGISTERED)
+    assert (worker(rows).standing, worker(rows).life, worker(rows).tags) == ("registered", "", ["gpu"])
+    rows.given(BOOTED)
+    assert (worker(rows).life, worker(rows).slots, worker(rows).about.mode) == ("up", 2, "pull")
+    rows.given(("fleet-worker-w1", WorkerDrained(reason="a new disk")))
+    assert (worker(rows).standing, worker(rows).reason) == ("drained", "a new disk")
+    rows.given(("fleet-worker-w1", WorkerResumed()), ("worker-w1-old", WorkerLost(worker="w1", boot="old", reason="silent")))
+    assert (worker(rows).standing, worker(rows).life) == ("registered", "up"), "an earlier life ended"
+    rows.given(("worker-w1-x", WorkerLost(worker="w1", boot="x", reason="silent")))
+    assert (worker(rows).life, worker(rows).lost) == ("lost", "silent")
+    rows.given(("fleet-worker-w1", WorkerRevoked(reason="stolen")), ("fleet-worker-w1", WorkerDeleted()))
+    assert worker(rows).standing == "deleted"
+    rows.given(("fleet-worker-w1", WorkerRegistered(worker="w1", key="other")))
+    assert (worker(rows).standing, worker(rows).life, worker(rows).key) == ("registered", "", "other"), "another worker of the same name"
+
+
+def test_a_lease_is_its_workers_until_its_attempt_is_over(rows):
+    leased = ("lease-b1", StageLeased(stage="main", attempt=1, worker="w1", boot="x", credit="c"))
+    rows.given(BOOTED, ("request-k", REQUESTED), ("build-b1", StageQueued(stage="main", attempt=1, requirements=Requirements())), leased)
+    assert leases(rows) == ["w1"] and worker(rows).build_started_at is not None and worker(rows).build_finished_at is None
+    rows.given(("build-b1", StageFinished(stage="main", attempt=1, status="succeeded", worker="w1")))
+    assert leases(rows) == [] and worker(rows).build_finished_at is not None
+
+
+def test_a_lease_that_expires_is_nobodys_and_the_next_attempts_is_anothers(rows):
+    queued = [("build-b1", StageQueued(stage="main", attempt=n, requirements=Requirements())) for n in (1, 2)]
+    leased = [("lease-b1", StageLeased(stage="main", attempt=n, worker=f"w{n}", boot="x", credit="c")) for n in (1, 2)]
+    rows.given(("request-k", REQUESTED), queued[0], leased[0], ("lease-b1", LeaseExpired(stage="main", attempt=1, worker="w1", evidence="silent")))
+    assert leases(rows) == []
+    rows.given(queued[1], leased[0])
+    assert leases(rows) == [], "it is not the current attempt"
+    rows.given(leased[1])
+    assert leases(rows) == ["w2"]
+
+
+def test_a_lease_that_comes_after_the_end_of_its_attempt_is_none(rows):
+    """It was aborted while the scheduler placed it: nothing would ever end such a lease."""
+    rows.given(
+        ("request-k", REQUESTED),
+        ("build-b1", StageQueued(stage="main", attempt=1, requirements=Requirements())),
+        ("build-b1", StageFinished(stage="main", attempt=1, status="aborted")),
+        ("lease-b1", StageLeased(stage="main", attempt=1, worker="w1", boot="x", credit="c")),
+    )
+    assert leases(rows) == []

@@ -11,7 +11,7 @@ from proto.events.artifact import LogArchived, LogGap
 from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageInterrupted, StageQueued, StepStarted
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.worker import WorkerBooted, WorkerLost
-from proto.messages import ArchivedLog, Attempt, Credit, Heartbeat, Offers, Running
+from proto.messages import ArchivedLog, Attempt, Availability, Credit, Heartbeat, Offers, Running
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from services.scheduler.board import Board
 from services.scheduler.fleet import Fleet, unlisted
@@ -133,14 +133,13 @@ def test_a_board_restored_anywhere_and_folded_on_is_the_board_that_never_stopped
     assert restored.held == live.held
 
 
-def heartbeat(number, boot="x", credits=("n1",), running=(), challenge=b"c"):
+def heartbeat(number, boot="x", credits=("n1",), running=(), challenge=b"c", cached=None):
     return Heartbeat(
         boot=boot,
         number=number,
-        challenge=challenge,
         slots=2,
-        offers=Offers(),
-        credits=[Credit(nonce, b"k") for nonce in credits],
+        availability=Availability(challenge=challenge, offers=Offers(), credits=[Credit(nonce, b"k") for nonce in credits], cached=cached),
+        busy=2 - len(credits),
         running=[Running(attempt, 0) for attempt in running],
     )
 
@@ -197,10 +196,10 @@ def test_the_pool_follows_heartbeats_uses_and_farewells():
 
 def test_what_a_worker_has_cached_stands_until_it_says_otherwise_or_boots_anew():
     fleet = Fleet()
-    fleet.on_heartbeat("w1", msgspec.structs.replace(heartbeat(1), cached=("t1", "t2")), True, 0.0)
+    fleet.on_heartbeat("w1", heartbeat(1, cached=("t1", "t2")), True, 0.0)
     fleet.on_heartbeat("w1", heartbeat(2), True, 1.0)
     assert fleet.pool.holders("t1") == 1
-    fleet.on_heartbeat("w1", msgspec.structs.replace(heartbeat(3), cached=("t2",)), True, 2.0)
+    fleet.on_heartbeat("w1", heartbeat(3, cached=("t2",)), True, 2.0)
     assert (fleet.pool.holders("t1"), fleet.pool.holders("t2")) == (0, 1)
     fleet.on_heartbeat("w1", heartbeat(1, boot="y"), True, 3.0)
     assert fleet.pool.holders("t2") == 0

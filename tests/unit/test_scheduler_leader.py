@@ -15,14 +15,18 @@ from libs.tokens import BuildToken, new_seed, public_key, read_token, sign, veri
 from proto.catalogue import decode
 from proto.events.artifact import LogArchived, LogGap
 from proto.events.build import BuildCreated, LogExtent, StageFinished, StageInterrupted, StageQueued, StepStarted
+from proto.events.fleet import WorkerDeleted, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.worker import WorkerBooted, WorkerLost
-from proto.messages import ArchivedLog, Attempt, Control, Credit, Heartbeat, Held, Offers, Package, Running, Signed
+from proto.messages import ArchivedLog, Attempt, Availability, Control, Credit, Heartbeat, Held, Offers, Package, Running, Signed
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from proto.topology import MAX_PAYLOAD
+from services.scheduler.board import Board
 from services.scheduler.decider import SchedulerDecider
+from services.scheduler.keys import Keyring
 from services.scheduler.leader import Scheduler
 from services.scheduler.packages import Packer
+from services.scheduler.vault import Vault
 from tests.controls import counter, write
 
 SERVER = new_seed()
@@ -56,6 +60,7 @@ class World:
         self.challenge = b""
         self.packages: list[Package] = []
         self.controls: list[Control] = []
+        self.cuts: list[tuple[str, str]] = []
         self.scheduler = self.another()
 
     def another(self):
@@ -65,8 +70,9 @@ class World:
             commands=self.commands,
             leadership=self.office,
             snapshots=NoSnapshots(),
+            vault=Vault(None, Keyring(f"k1:{new_seed()}")),
             packer=Packer(SERVER, "http://artifacts", LEASE, lambda: NOW),
-            worker_keys={"w1": public_key(IDENTITY)},
+            cut=lambda worker, key: self.cuts.append((worker, key)),
             lease_seconds=LEASE,
             clock=lambda: self.now,
             now=lambda: NOW + self.now,
@@ -77,10 +83,12 @@ class World:
         heartbeat = Heartbeat(
             boot=boot,
             number=self.number,
-            challenge=self.challenge if challenge is None else challenge,
             slots=2,
-            offers=Offers(),
-            credits=[Credit(f"{boot}-{self.number}-{i}", bytes(self.box.public_key)) for i in range(free)],
+            availability=Availability(
+                challenge=self.challenge if challenge is None else challenge,
+                offers=Offers(),
+                credits=[Credit(f"{boot}-{self.number}-{i}", bytes(self.box.public_key)) for i in range(free)],
+            ),
             running=[Running(attempt, 0) for attempt in running],
             logs=list(logs),
             goodbye=goodbye,
@@ -128,6 +136,8 @@ async def world():
         one = World(log, bus, commands)
         one.packages, one.controls = packages, controls
         packages.box = one.box
+        await one.happened("fleet-worker-w1", WorkerRegistered(worker="w1", key=public_key(IDENTITY)))
+        await one.scheduler.turn()
         yield one
 
 
@@ -162,7 +172,7 @@ async def listening(bus):
     def told(body):
         controls.append(msgspec.msgpack.decode(body, type=Control))
 
-    async with running(hear("packages.w1", opened)), running(hear("control.w1", told)):
+    async with running(hear("execute_build_package.w1", opened)), running(hear("control.w1", told)):
         await asyncio.sleep(0)
         yield packages, controls
 
@@ -269,6 +279,46 @@ async def test_a_takeover_grants_each_lease_a_whole_term(world):
     assert not await world.events(LeaseExpired)
     await world.turn(3)
     assert len(await world.events(LeaseExpired)) == 1
+
+
+async def standby(world):
+    """Another instance, which hears and reads and does not lead."""
+    world.office.term = None
+    world.scheduler = world.another()
+    await world.turn()
+    world.controls.clear()
+
+
+async def test_a_new_leader_says_at_once_whose_challenge_to_quote(world):
+    """Rather than at the next heartbeat: credits count only then."""
+    await standby(world)
+    world.beat()
+    await world.turn()
+    assert world.controls == []
+    world.office.term = 2
+    await world.turn()
+    [told] = world.controls
+    assert told.challenge not in (b"", b"c0") and told.number == world.number
+
+
+async def test_a_new_leader_does_not_take_those_for_living_whom_nobody_hears(world):
+    await standby(world)
+    world.beat(boot="dead")
+    await world.turn(10)
+    world.office.term = 2
+    await world.turn()
+    assert world.controls == [] and not [event for event in await world.events(WorkerBooted) if event.boot == "dead"]
+
+
+async def test_every_instance_says_why_an_attempt_waits_and_forgets_who_is_silent(world):
+    await standby(world)
+    await world.queue()
+    world.beat()
+    await world.turn()
+    asked = world.scheduler.waits([A1])
+    assert [(one.able, [holder.worker for holder in one.holders]) for one in asked.stages] == [(1, ["w1"])]
+    await world.turn(LEASE + 1)
+    assert [one.able for one in world.scheduler.waits([A1]).stages] == [0]
 
 
 async def test_a_worker_that_restarted_has_lost_its_leases_at_once(world):
@@ -385,3 +435,77 @@ async def test_a_worker_is_told_what_the_archive_of_a_log_holds(world):
         await world.turn()
         assert world.controls[-1].archived == [ArchivedLog("x1", "main", 1, 5, [(2, 3)])], remembered
         world.scheduler._board.archived.clear()
+
+
+async def test_a_revoked_worker_is_cut_off_its_leases_end_at_once_and_nothing_it_says_counts(world):
+    await world.introduced()
+    await world.queue()
+    await world.turn()
+    await world.happened("fleet-worker-w1", WorkerRevoked(reason="stolen"))
+    await world.turn()
+    [expired] = await world.events(LeaseExpired)
+    assert expired.evidence == "worker w1 was revoked: stolen"
+    assert [event.reason for event in await world.events(WorkerLost)] == ["revoked"]
+    assert world.cuts == [("w1", public_key(IDENTITY))]
+    heard = len(world.controls)
+    world.beat()
+    await world.queue("x2")
+    await world.turn(15)
+    assert len(world.controls) == heard and len(world.packages) == 1
+    assert 9 <= len(world.cuts) <= 12, "whoever another instance let in meanwhile is cut off too, but not for ever"
+
+
+async def test_another_worker_of_a_revoked_ones_name_is_another(world):
+    await world.introduced()
+    other = new_seed()
+    await world.happened("fleet-worker-w1", WorkerRevoked(), WorkerDeleted(), WorkerRegistered(worker="w1", key=public_key(other)))
+    await world.turn()
+    world.beat(boot="b2")
+    await world.turn()
+    assert [event.boot for event in await world.events(WorkerBooted)] == ["b1"]
+    world.beat(boot="b2", seed=other)
+    await world.turn()
+    assert [event.boot for event in await world.events(WorkerBooted)] == ["b1", "b2"]
+    assert set(world.cuts) == {("w1", public_key(IDENTITY))}
+
+
+async def test_a_new_leader_cuts_off_whom_its_predecessor_may_not_have_reached(world):
+    await world.happened("fleet-worker-w1", WorkerRevoked())
+    world.office.term = None
+    await world.turn()
+    assert world.cuts == []
+    world.office.term = 2
+    await world.turn()
+    assert world.cuts == [("w1", public_key(IDENTITY))]
+
+
+async def test_a_drained_worker_gets_nothing_new_before_it_knows_and_something_when_it_is_resumed(world):
+    await world.introduced()
+    await world.happened("fleet-worker-w1", WorkerDrained(reason="a disk"))
+    await world.queue()
+    await world.turn()
+    assert not world.packages
+    world.beat()
+    await world.turn()
+    assert world.controls[-1].drain and not world.packages
+    await world.happened("fleet-worker-w1", WorkerResumed())
+    await world.turn()
+    world.beat()
+    await world.turn()
+    assert not world.controls[-1].drain and len(world.packages) == 1
+
+
+async def test_the_tags_that_a_worker_was_registered_with_are_all_that_it_has(world):
+    await world.happened("fleet-worker-w1", WorkerRevoked(), WorkerDeleted(), WorkerRegistered(worker="w1", key=public_key(IDENTITY), tags=("gpu",)))
+    await world.turn()
+    await world.introduced()
+    assert [event.offers.tags for event in await world.events(WorkerBooted)] == [("gpu",)]
+
+
+async def test_who_may_work_survives_in_the_snapshot(world):
+    await world.happened("fleet-worker-w2", WorkerRegistered(worker="w2", key="k2", tags=("gpu",)), WorkerDrained())
+    await world.happened("fleet-worker-w3", WorkerRegistered(worker="w3", key="k3"), WorkerRevoked())
+    await world.turn()
+    board = world.scheduler._board
+    assert Board.restore(board.position, board.snapshot()).roster.members == board.roster.members
+    assert (world.scheduler.key_of("w2"), world.scheduler.key_of("w3"), world.scheduler.key_of("w4")) == ("k2", None, None)

@@ -42,7 +42,7 @@ def queue_of(*items, running=None):
     return queue
 
 
-def worker(name, free=1, slots=4, cached=(), draining=False, **offers):
+def worker(name, free=1, slots=4, cached=(), closed="", **offers):
     credits = [Credit(f"{name}-{i}", b"") for i in range(free)]
     return WorkerView(
         worker=name,
@@ -51,7 +51,7 @@ def worker(name, free=1, slots=4, cached=(), draining=False, **offers):
         offers=Offers(**offers),
         credits=credits,
         busy=slots - free,
-        draining=draining,
+        closed=closed,
         cached=tuple(digest[:TREE_HINT] for digest in cached),
     )
 
@@ -96,7 +96,7 @@ def test_a_worker_that_lacks_a_requirement_is_not_chosen_for_what_it_has_cached(
 
 
 def test_a_lease_says_which_workers_were_not_candidates_and_why():
-    fleet = (worker("w1"), worker("w2", free=0), worker("w3", draining=True), worker("w4", platform="darwin"))
+    fleet = (worker("w1"), worker("w2", free=0), worker("w3", closed="draining"), worker("w4", platform="darwin"))
     [assignment] = place(queue_of(queued(1)), Pool(fleet), 0.0)
     assert assignment.refused == {"busy": 1, "draining": 1, "platform linux": 1}
 
@@ -141,8 +141,8 @@ def test_a_requirement_that_nobody_offers_is_said_in_words():
     wants = {
         "no worker offers image_resource of type registry-image": Requirements(image="registry-image"),
         "no worker offers rootfs_uri": Requirements(image="rootfs"),
-        "no worker offers run.user": Requirements(user=True),
-        "no worker offers container_limits": Requirements(limits=True),
+        "no worker offers run.user without an image": Requirements(user=True),
+        "no worker offers container_limits without an image": Requirements(limits=True),
         "no worker offers platform darwin": Requirements(platform="darwin"),
         "no worker offers tag gpu": Requirements(tags=("gpu",)),
     }
@@ -164,7 +164,9 @@ def reasons(queue, fleet, before=LATER, limit=100):
 
 def test_an_empty_fleet_is_said():
     assert reasons(queue_of(queued(1)), Pool()) == [("b1", "no worker is connected")]
-    assert reasons(queue_of(queued(1)), Pool([worker("w", draining=True)])) == [("b1", "every worker is draining")]
+    assert reasons(queue_of(queued(1)), Pool([worker("w", closed="draining")])) == [("b1", "every worker is draining")]
+    closed = Pool([worker("v", closed="in trouble"), worker("w", closed="draining")])
+    assert reasons(queue_of(queued(1)), closed) == [("b1", "every worker is draining or in trouble")]
 
 
 def test_a_reason_is_said_once_and_again_when_it_is_another():
@@ -220,13 +222,14 @@ one_worker = st.builds(
     platform=platforms,
     tags=tags,
     user=st.booleans(),
-    draining=st.booleans(),
+    closed=st.sampled_from(["", "draining", "in trouble"]),
 )
 workers = st.lists(one_worker, max_size=8, unique_by=lambda w: w.worker)
+running_counts = st.dictionaries(teams, st.integers(0, 4))
 
 
 def fits(needs, view):
-    return not view.draining and set(wanted(needs)) <= set(offered(view.offers))
+    return not view.closed and set(wanted(needs)) <= set(offered(view.offers))
 
 
 def missing(item, view):
@@ -234,7 +237,7 @@ def missing(item, view):
 
 
 @settings(max_examples=300, deadline=None)
-@given(waiting, workers, st.dictionaries(teams, st.integers(0, 4)))
+@given(waiting, workers, running_counts)
 def test_each_decision_is_the_one_that_looking_at_everything_would_make(wanting, fleet, running):
     """Never over capacity or against a requirement; the group that has least; the worker that lacks least, then does least; and nobody left over."""
     now = 300.0

@@ -1,7 +1,11 @@
 """The worker's decisions: credits, packages, control, leases. No clock but the numbers given here."""
 
-from proto.messages import ArchivedLog, Attempt, Control, Held, Offers, Package
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proto.messages import About, ArchivedLog, Attempt, Control, Held, Mode, Offers, Package
 from proto.plan import Run, RunStep, Stage, TaskConfig
+from services.worker.condition import FINE, Condition
 from services.worker.session import Action, Forget, ForgetLog, Interrupt, Kill, Recorded, Refuse, Session, Start
 from tests.controls import counter
 
@@ -9,8 +13,8 @@ A, B = Attempt("b1", "main", 1), Attempt("b2", "main", 1)
 STAGE = Stage(name="main", steps=[RunStep(name="step", config=TaskConfig(run=Run(path="true")))])
 
 
-def session(slots: int = 1) -> Session:
-    return Session("w1", "boot1", b"key", slots, Offers(), counter("nonce"))
+def session(slots: int = 1, mode: Mode = "push") -> Session:
+    return Session("w1", "boot1", b"key", slots, Offers(), counter("nonce"), About(mode=mode))
 
 
 def package(credit: str, attempt: Attempt = A, worker: str = "w1", boot: str = "boot1") -> Package:
@@ -28,12 +32,14 @@ def package(credit: str, attempt: Attempt = A, worker: str = "w1", boot: str = "
     )
 
 
-def answer(number: int, *held: Held, boot: str = "boot1", archived: list[ArchivedLog] | None = None, challenge: bytes = b"c") -> Control:
-    return Control(boot=boot, number=number, challenge=challenge, lease_seconds=15.0, held=list(held), archived=archived or [])
+def answer(
+    number: int, *held: Held, boot: str = "boot1", archived: list[ArchivedLog] | None = None, challenge: bytes = b"c", drain: bool = False
+) -> Control:
+    return Control(boot=boot, number=number, challenge=challenge, lease_seconds=15.0, held=list(held), archived=archived or [], drain=drain)
 
 
-def beat(worker: Session, now: float) -> list[str]:
-    return [credit.nonce for credit in worker.on_heartbeat_due(now, []).credits]
+def beat(worker: Session, now: float, condition: Condition = FINE) -> list[str]:
+    return [credit.nonce for credit in worker.on_heartbeat_due(now, [], condition=condition).availability.credits]
 
 
 def with_running(now: float = 0.0) -> Session:
@@ -90,12 +96,101 @@ def test_packages_for_others_are_refused() -> None:
     assert worker.on_package(package(credit, boot="boot0"), 0) == Refuse("another boot's")
 
 
-def test_a_draining_worker_offers_and_takes_nothing() -> None:
+def test_a_leaving_worker_offers_and_takes_nothing() -> None:
     worker = session()
     (credit,) = beat(worker, 0)
-    worker.draining = True
-    assert beat(worker, 1) == []
-    assert worker.on_package(package(credit), 1) == Refuse("draining")
+    worker.leaving = True
+    heartbeat = worker.on_heartbeat_due(1, [])
+    assert (heartbeat.availability.credits, heartbeat.draining) == ([], True)
+    assert worker.on_package(package(credit), 1) == Refuse("leaving")
+
+
+def test_a_drained_worker_offers_nothing_and_finishes_what_it_was_given() -> None:
+    worker = session(slots=2)
+    first, second = beat(worker, 0)
+    worker.on_package(package(first, A), 0.1)
+    worker.on_control(answer(1, drain=True))
+    heartbeat = worker.on_heartbeat_due(1, [])
+    assert (heartbeat.availability.credits, heartbeat.draining, heartbeat.busy) == ([], True, 1)
+    assert worker.on_package(package(second, B), 1.1) == Start(package(second, B)), "its lease was on the way"
+    assert worker.on_control(answer(2, Held(A, 0))) == [Recorded(A, 0)]
+    assert worker.on_attempt_ended(A)
+    assert len(beat(worker, 2)) == 1, "resumed"
+
+
+def test_only_the_latest_answer_drains() -> None:
+    worker = session()
+    for now in range(3):
+        beat(worker, now)
+    worker.on_control(answer(3, drain=True))
+    worker.on_control(answer(2))
+    worker.on_control(answer(0))
+    assert beat(worker, 3) == []
+
+
+def test_a_worker_in_trouble_says_so_and_offers_nothing_until_it_is_over() -> None:
+    worker = session()
+    (credit,) = beat(worker, 0)
+    heartbeat = worker.on_heartbeat_due(1, [], condition=Condition(trouble="disk full"))
+    assert (heartbeat.availability.credits, heartbeat.trouble) == ([], "disk full")
+    (fresh,) = beat(worker, 2)
+    assert fresh != credit, "a lease may quote the old one: it is not offered again"
+
+
+def test_pull_offers_one_credit_at_a_time_and_only_while_work_is_wanted() -> None:
+    worker = session(slots=3, mode="pull")
+    (first,) = beat(worker, 0)
+    assert beat(worker, 1) == [first]
+    worker.on_package(package(first, A), 1.1)
+    (second,) = beat(worker, 1.2)
+    worker.on_package(package(second, B), 1.3)
+    sated = Condition(wants=False)
+    assert beat(worker, 1.4, sated) == []
+    (third,) = beat(worker, 1.5)
+    assert len({first, second, third}) == 3
+    worker.on_package(package(third, Attempt("b3", "main", 1)), 1.6)
+    assert beat(worker, 1.7) == [], "every slot is in use"
+
+
+def test_a_credit_that_was_withdrawn_is_honoured_but_not_offered_again() -> None:
+    worker = session(mode="pull")
+    (credit,) = beat(worker, 0)
+    assert beat(worker, 1, Condition(wants=False)) == []
+    (fresh,) = beat(worker, 2)
+    assert fresh != credit
+    assert worker.on_package(package(credit), 3) == Start(package(credit))
+    assert worker.on_package(package(fresh, B), 3) == Refuse("no such credit")
+
+
+def test_push_offers_whatever_the_load() -> None:
+    assert len(beat(session(slots=2), 0, Condition(wants=False))) == 2
+
+
+@given(
+    st.sampled_from(["push", "pull"]),
+    st.integers(1, 4),
+    st.lists(st.tuples(st.sampled_from(["beat", "sated", "trouble", "take", "take again", "end"]), st.integers(0, 12)), max_size=60),
+)
+def test_never_more_runs_than_there_are_slots_and_no_credit_is_good_twice(mode: Mode, slots: int, moves: list[tuple[str, int]]) -> None:
+    """Whatever the scheduler does with the credits that it has seen."""
+    worker, seen, taken, running, now = session(slots, mode), [], set(), [], 0.0
+    conditions = {"beat": Condition(), "sated": Condition(wants=False), "trouble": Condition(trouble="t")}
+    for number, (move, pick) in enumerate(moves):
+        now += 0.7
+        if move in conditions:
+            offered = beat(worker, now, conditions[move])
+            assert not taken.intersection(offered)
+            assert len(offered) <= (slots - len(running) if mode == "push" else 1)
+            seen += offered
+        elif move == "end" and running:
+            worker.on_attempt_ended(running.pop(pick % len(running)))
+        elif move.startswith("take") and seen:
+            credit, attempt = seen[-1 - pick % len(seen)], Attempt(f"b{number}", "main", 1)
+            if isinstance(worker.on_package(package(credit, attempt), now), Start):
+                assert credit not in taken
+                taken.add(credit)
+                running.append(attempt)
+            assert len(running) <= slots
 
 
 def test_an_attempt_that_the_answer_does_not_hold_is_killed_and_forgotten() -> None:
@@ -137,12 +232,12 @@ def test_words_for_another_boot_change_nothing() -> None:
 
 def test_the_last_challenge_is_quoted() -> None:
     worker = session()
-    assert worker.on_heartbeat_due(0, []).challenge == b""
+    assert worker.on_heartbeat_due(0, []).availability.challenge == b""
     worker.on_control(answer(1, challenge=b"one"))
-    assert worker.on_heartbeat_due(1, []).challenge == b"one"
+    assert worker.on_heartbeat_due(1, []).availability.challenge == b"one"
     worker.on_control(answer(2, challenge=b"two"))
     worker.on_control(answer(1, challenge=b"late"))
-    assert worker.on_heartbeat_due(2, []).challenge == b"two"
+    assert worker.on_heartbeat_due(2, []).availability.challenge == b"two"
 
 
 def test_an_ended_attempt_frees_its_slot_and_is_listed_until_its_reports_are_recorded() -> None:
@@ -150,7 +245,7 @@ def test_an_ended_attempt_frees_its_slot_and_is_listed_until_its_reports_are_rec
     worker.on_reported(A, 3)
     assert worker.on_attempt_ended(A)
     heartbeat = worker.on_heartbeat_due(1, [])
-    assert len(heartbeat.credits) == 1
+    assert len(heartbeat.availability.credits) == 1
     assert [(r.attempt, r.reported) for r in heartbeat.running] == [(A, 3)]
     assert worker.on_control(answer(heartbeat.number, Held(A, 2))) == [Recorded(A, 2)]
     assert worker.on_control(answer(0, Held(A, 3))) == [Recorded(A, 3), Forget(A)]
@@ -211,7 +306,7 @@ def test_reports_of_an_earlier_boot_are_listed_until_they_are_of_no_use() -> Non
     worker.on_replayed(B, 4)
     heartbeat = worker.on_heartbeat_due(0, [])
     assert [(r.attempt, r.reported) for r in heartbeat.running] == [(B, 4)]
-    assert len(heartbeat.credits) == 1
+    assert len(heartbeat.availability.credits) == 1
     assert worker.on_control(answer(heartbeat.number)) == [Forget(B)]
 
 
@@ -219,7 +314,7 @@ def test_what_is_cached_is_said_until_it_was_heard_and_again_when_it_is_new_or_s
     worker = session()
 
     def said(*cached: str) -> tuple[str, ...] | None:
-        return worker.on_heartbeat_due(0, [], cached).cached
+        return worker.on_heartbeat_due(0, [], cached).availability.cached
 
     assert [said(), said()] == [(), ()]
     worker.on_control(answer(1))

@@ -35,6 +35,7 @@ async def _usage(client: Client) -> Usage:
 @click.option("--inputs", type=Keep(), metavar="TIME", help="Keep uploads so long: 12h, 7d, forever.")
 @click.option("--outputs", type=Keep(), metavar="TIME", help="Keep builds' outputs so long.")
 @click.option("--quota", type=Size(), metavar="SIZE", help="Store so much at most: 50GB; none: no limit.")
+@click.option("--privileged/--not-privileged", default=None, help="Let steps be privileged, on workers that allow it (owners of the first team).")
 @json_option
 @team_option
 @click.pass_context
@@ -43,25 +44,28 @@ def policy(
     inputs: int | Literal["forever"] | None,
     outputs: int | Literal["forever"] | None,
     quota: int | None,
+    privileged: bool | None,
     as_json: bool,
     team: str | None,
 ) -> None:
     """Print how long the team's artifacts are kept unless they say otherwise, and how much may be stored. The options change it (owners only), for
     what is stored from then on."""
-    found = run(_policy(connect(ctx, team), _seconds(inputs), _seconds(outputs), quota))
+    found = run(_policy(connect(ctx, team), _seconds(inputs), _seconds(outputs), quota, privileged))
     if as_json:
         print_json(found)
         return
     click.echo(f"inputs   {_kept(found.input_seconds)}")
     click.echo(f"outputs  {_kept(found.output_seconds)}")
     click.echo(f"quota    {readable_size(found.quota_bytes) if found.quota_bytes else 'none'}")
+    if found.privileged:
+        click.echo("steps    may be privileged, on workers that allow it")
 
 
-async def _policy(client: Client, inputs: int | None, outputs: int | None, quota: int | None) -> Policy:
+async def _policy(client: Client, inputs: int | None, outputs: int | None, quota: int | None, privileged: bool | None) -> Policy:
     async with client:
-        if inputs is None and outputs is None and quota is None:
+        if inputs is None and outputs is None and quota is None and privileged is None:
             return await client.policy()
-        return await client.set_policy(input_seconds=inputs, output_seconds=outputs, quota_bytes=quota)
+        return await client.set_policy(input_seconds=inputs, output_seconds=outputs, quota_bytes=quota, privileged=privileged)
 
 
 def _seconds(keep: int | Literal["forever"] | None) -> int | None:

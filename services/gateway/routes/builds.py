@@ -1,7 +1,6 @@
 """Builds: submit, look, list, abort."""
 
 import asyncio
-import hashlib
 import re
 from collections.abc import Awaitable, Callable
 from typing import get_args
@@ -16,9 +15,10 @@ from libs.runtime.http import Problem, read_body, strict_json
 from proto.api import ENDED, Build, BuildPage, BuildStatus, ProblemDetails, Submission
 from proto.catalogue import encode
 from proto.events.base import ArtifactRef
-from proto.plan import plan_problem
+from proto.plan import Plan, plan_problem
+from proto.secrets import misplaced, plan_references
 from proto.topology import MAX_EVENT
-from services.gateway.admission import missing_input
+from services.gateway.admission import missing_input, privileged_step
 from services.gateway.auth import Principal
 from services.gateway.commands import AbortBuild, RecallBuild, RequestBuild, RequestCommand, request_name
 from services.gateway.decider import Request, requested
@@ -29,6 +29,8 @@ from services.gateway.queries import Queries
 from services.gateway.references import names_part
 from services.gateway.refusals import absent, invalid
 from services.gateway.routes.endpoint import PAGE, Endpoint, Parameter, answer, page
+from services.gateway.secrecy import is_name, set_apart
+from services.gateway.secrets import SecretKeeper
 
 MAX_BODY = MAX_EVENT + (64 << 10)
 MAX_WAIT = 300
@@ -42,7 +44,7 @@ _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,9})(?:$|[,;\s])")
 
 
 class BuildRoutes:
-    """What is asked of builds. `passed(position, timeout)` waits for the gateway's own read models."""
+    """What is asked of builds. `passed(position, timeout)` waits for the gateway's own read models; `mac` is a keyed digest of a body."""
 
     def __init__(
         self,
@@ -55,6 +57,8 @@ class BuildRoutes:
         feed: LogFeed,
         view: Callable[[BuildRow], Build],
         ids: Callable[[], str],
+        secrets: SecretKeeper,
+        mac: Callable[[bytes], str],
         most_at_once: int,
     ) -> None:
         self._queries = queries
@@ -65,6 +69,8 @@ class BuildRoutes:
         self._feed = feed
         self._view = view
         self._ids = ids
+        self._secrets = secrets
+        self._mac = mac
         self._most_at_once = most_at_once
         self._at_once = 0
 
@@ -143,9 +149,15 @@ class BuildRoutes:
             submission = strict_json(body, Submission)
             if problem := plan_problem(submission.plan):
                 raise invalid(f"plan.{problem[0]}", problem[1])
+            if path := privileged_step(submission.plan):
+                team = await self._queries.team(principal.team)
+                if team is None or not team.privileged:
+                    raise invalid(path, f"the policy of team `{principal.team}` does not let its steps be privileged")
             if missing := missing_input(submission.plan, submission.inputs):
                 raise invalid(*missing)
-            build, position = await self._record(submission, hashlib.sha256(body).hexdigest(), request.headers.get("Idempotency-Key"), principal)
+            if problem := misplaced(submission.plan):
+                raise invalid(f"plan.{problem[0]}", problem[1])
+            build, position = await self._record(submission, self._mac(body), request.headers.get("Idempotency-Key"), principal)
         finally:
             self._at_once -= 1
         row = await self._row(build, position)
@@ -156,40 +168,53 @@ class BuildRoutes:
         headers = {"Location": self._view(row).url} | ({"Preference-Applied": f"wait={wait}"} if wait else {})
         return answer(self._view(row), status=200 if wait and row.status in ENDED else 202, headers=headers)
 
-    async def _record(self, submission: Submission, sha256: str, key: str | None, principal: Principal) -> tuple[str, int]:
+    async def _record(self, submission: Submission, mac: str, key: str | None, principal: Principal) -> tuple[str, int]:
         """(the build, a position after its request). What was recorded under the key before is the answer, even when its inputs are gone since.
         Parts of artifacts are made last, when nothing else can be wrong: a request that is refused, or repeated, makes nothing."""
         request, build = request_name(principal.team, key) if key else self._ids(), self._ids()
         recalled = False
         if key and any(names_part(text) for text in submission.inputs.values()):
             recalled = True
-            if (before := await self._recall(request, sha256, build, principal)) is not None:
+            if (before := await self._recall(request, mac, build, principal)) is not None:
                 return before
         try:
-            found = await self._inputs.find(submission.inputs, f"{request} {sha256}", principal)
+            await self._check_secrets(submission.plan, principal)
+            found = await self._inputs.find(submission.inputs, f"{request} {mac}", principal)
         except Problem:
-            if key is None or recalled or (before := await self._recall(request, sha256, build, principal)) is None:
+            if key is None or recalled or (before := await self._recall(request, mac, build, principal)) is None:
                 raise
+            return before
+        plan, values = set_apart(submission.plan, build)
+        if values and key and not recalled and (before := await self._recall(request, mac, build, principal)) is not None:
             return before
         command = RequestBuild(
             request=request,
             build=build,
-            plan=submission.plan,
+            plan=plan,
             inputs={name: _LARGEST if isinstance(one, Part) else one for name, one in found.items()},
             name=submission.name,
-            body_sha256=sha256,
+            body_mac=mac,
             keep_seconds=-1 if submission.keep == "forever" else submission.keep,
         )
+        if values:
+            _check_size(command)
+            await self._secrets.keep(principal.team, build, values)
         if parts := {name: one for name, one in found.items() if isinstance(one, Part)}:
             _check_size(command)
             made = {name: await self._inputs.make(part, principal) for name, part in parts.items()}
             command = msgspec.structs.replace(command, inputs=command.inputs | made)
         return await self._execute(command, build, principal)
 
-    async def _recall(self, request: str, sha256: str, build: str, principal: Principal) -> tuple[str, int] | None:
+    async def _check_secrets(self, plan: Plan, principal: Principal) -> None:
+        """Whether the team has what the plan refers to. Raises Problem 422 naming the place."""
+        for path, name in plan_references(plan):
+            if not is_name(name) or await self._queries.secret(f"{principal.team}/{name}") is None:
+                raise invalid(f"plan.{path}", f"the team has no secret `{name}`: an owner can set it with `penstock secret set {name}`")
+
+    async def _recall(self, request: str, mac: str, build: str, principal: Principal) -> tuple[str, int] | None:
         """What was recorded under the request before, if anything was. Raises Refused when it came with another body."""
         try:
-            return await self._execute(RecallBuild(request=request, body_sha256=sha256), build, principal)
+            return await self._execute(RecallBuild(request=request, body_mac=mac), build, principal)
         except Refused as refused:
             if refused.kind == "missing":
                 return None

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from libs.runtime.commands import CommandLoop, Outcome
 from libs.runtime.decisions import Cause
-from libs.runtime.http import read_body, strict_json
+from libs.runtime.http import Problem, read_body, strict_json
 from proto.api import NewToken, Policy, Team, Token
 from services.gateway import decider
 from services.gateway.auth import Principal
@@ -67,8 +67,9 @@ class TeamRoutes:
             Endpoint(
                 method="GET",
                 path="/teams/{team}/policy",
-                summary="How long artifacts are kept, and how many bytes may be stored",
+                summary="How long artifacts are kept, how many bytes may be stored, and whether steps may be privileged",
                 handler=self.policy,
+                any_team=True,
                 answers={200: Policy},
             ),
             Endpoint(
@@ -77,6 +78,7 @@ class TeamRoutes:
                 summary="Set the policy; artifacts that are there already keep their time",
                 handler=self.set_policy,
                 least="owner",
+                any_team=True,
                 body=Policy,
                 answers={200: Policy},
             ),
@@ -101,16 +103,30 @@ class TeamRoutes:
         await self._execute(command, team, principal)
         return answer(Token(id=token_id, token=token, team=team, role=wanted.role, description=wanted.description), status=201)
 
-    async def policy(self, _: web.Request, principal: Principal) -> web.Response:
-        return answer(policy_view(await self._queries.team(principal.team)))
+    async def policy(self, request: web.Request, principal: Principal) -> web.Response:
+        return answer(policy_view(await self._queries.team(self._team(request, principal))))
 
     async def set_policy(self, request: web.Request, principal: Principal) -> web.Response:
+        team = self._team(request, principal)
         policy = strict_json(await read_body(request, MAX_BODY), Policy)
+        if policy.privileged and principal.team != self._first and not policy_view(await self._queries.team(team)).privileged:
+            raise Problem(403, "forbidden", "This token may not do that", "only an owner of the first team may let a team run privileged steps")
         command = SetPolicy(
-            team=principal.team, input_seconds=policy.input_seconds, output_seconds=policy.output_seconds, quota_bytes=policy.quota_bytes
+            team=team,
+            input_seconds=policy.input_seconds,
+            output_seconds=policy.output_seconds,
+            quota_bytes=policy.quota_bytes,
+            privileged=policy.privileged,
         )
-        await self._execute(command, principal.team, principal)
+        await self._execute(command, team, principal)
         return answer(policy)
+
+    def _team(self, request: web.Request, principal: Principal) -> str:
+        """The team that the path names. Raises Problem 404."""
+        team = request.match_info["team"]
+        if team != principal.team and (principal.team != self._first or not principal.may("owner")):
+            raise absent("team", team)
+        return team
 
     async def _execute(self, command: TeamCommand, team: str, principal: Principal) -> Outcome:
         cause = Cause(team=team, correlation_id=self._ids(), causation_id=principal.actor, actor=principal.actor)
