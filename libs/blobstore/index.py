@@ -114,7 +114,8 @@ UPDATE blob b SET damaged = true FROM pack p
 WHERE p.team = $1 AND p.name = $2 AND b.pack = p.id AND NOT b.damaged AND (b.digest = $3 OR b.start + b.size > $4)
 """
 _LOST = """
-UPDATE blob b SET damaged = true FROM pack p WHERE p.team = $1 AND p.name = ANY ($2::text[]) AND b.pack = p.id AND NOT b.damaged
+WITH lost AS (UPDATE pack SET bytes = 0 WHERE team = $1 AND name = ANY ($2::text[]) RETURNING id)
+UPDATE blob b SET damaged = true FROM lost WHERE b.pack = lost.id AND NOT b.damaged
 """
 _SOUND = """
 UPDATE blob b SET damaged = false FROM pack p WHERE p.team = $1 AND p.name = $2 AND b.pack = p.id AND b.damaged AND b.digest = ANY ($3::bytea[])
@@ -266,9 +267,8 @@ class BlobIndex:
             return {row[0] for row in await self.pool.fetch("SELECT name FROM pack WHERE team = $1", team)}
 
     async def lost(self, team: str, packs: Collection[str]) -> None:
-        """Nothing is left of these."""
-        with unavailable():
-            await self.pool.execute(_LOST, team, list(packs))
+        """Nothing is left of these, and what heals them needs their room."""
+        await again(lambda: self.pool.execute(_LOST, team, list(packs)))
 
     async def sound(self, team: str, pack: str, digests: Collection[bytes]) -> None:
         """These blobs of the pack are what they were, after all."""

@@ -1,7 +1,8 @@
 """The blob store: object store, index, and the threads in which blobs are written and read.
 
 A blob is 1 byte to CHUNK, named by its sha256 (32 bytes). Blobs are kept in packs (packs.py), and a pack stays while somebody holds one of its blobs.
-A holder is opaque text ("upload:<id>", "log:<stream>"). To find a blob present, or to store it, is to hold it: there is no moment between."""
+A holder is opaque text ("upload:<id>", "log:<stream>:<digest>"). To find a blob present, or to store it, is to hold it: there is no moment
+between."""
 
 import asyncio
 import hashlib
@@ -215,7 +216,7 @@ class BlobStore:
                 except QuotaExceeded:
                     if not before:
                         raise
-                await before.pop(0)
+                await asyncio.wait([before.pop(0)])
         finally:
             ended.set_result(None)
             under_way.remove(ended)

@@ -124,8 +124,8 @@ class Bus(Protocol):
     async def last(self, stream: str, subject: str) -> Message | None:
         """The last message on a subject (wildcards allowed). Raises BusUnavailable."""
 
-    async def purge(self, stream: str, subject: str) -> None:
-        """Remove everything on a subject (wildcards allowed). Raises BusUnavailable."""
+    async def purge(self, stream: str, subject: str, last: int | None = None) -> None:
+        """Remove everything on a subject (wildcards allowed), or that up to sequence `last`. Raises BusUnavailable."""
 
     async def stream_state(self, stream: str) -> StreamState | None:
         """None when there is no such stream. Raises BusUnavailable."""

@@ -235,12 +235,12 @@ class MemoryBus:
         stored = self._streams[stream].stored.values() if stream in self._streams else ()
         return next((m for m in reversed(list(stored)) if matches(subject, m.subject)), None)
 
-    async def purge(self, stream: str, subject: str) -> None:
+    async def purge(self, stream: str, subject: str, last: int | None = None) -> None:
         self._must_be_connected()
         held = self._streams.get(stream)
         if held is None:
             raise BusUnavailable(f"no stream {stream}")
-        for message in [m for m in held.stored.values() if matches(subject, m.subject)]:
+        for message in [m for m in held.stored.values() if matches(subject, m.subject) and (last is None or m.sequence <= last)]:
             held.remove(message.sequence)
 
     async def stream_state(self, stream: str) -> StreamState | None:

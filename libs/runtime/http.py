@@ -386,7 +386,7 @@ class _PunctualHandler(RequestHandler):
         """What is no HTTP, or fails outside the middleware."""
         if request.writer.output_size > 0:
             raise ConnectionResetError("the answer was cut short")
-        if status >= 500:
+        if status >= 500 and not isinstance(exc, ConnectionError):  # nobody is there any more: no fault of ours
             logger.error("a request failed", exc_info=exc)
         title = "This is not HTTP" if status == 400 else "Something is wrong here"
         answer = problem(status, "malformed" if status == 400 else "internal", title, (message or "").partition("\n")[0])

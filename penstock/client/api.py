@@ -10,13 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
-import aiohttp
 import msgspec
 
-from penstock.client.errors import Damaged, NotFound, NotThere, Unavailable
+from penstock.client.errors import Damaged, NotThere, Unavailable
 from penstock.client.events import build_events
 from penstock.client.fleet import BuildPreparation, Registration, Worker, WorkerPage
-from penstock.client.http import DIRECT_CONNECT_SECONDS, Http
+from penstock.client.http import DIRECT_CONNECT_SECONDS, Http, limits
 from penstock.client.model import (
     Artifact,
     ArtifactKind,
@@ -104,22 +103,13 @@ class Client:
         if isinstance(source, bytes):
             data = source
             key = secrets.token_hex(16)
-            return await self._http.repeated(lambda: self._upload_whole(data, params, key), self.patience_upload)
+            return await self._http.repeated(lambda: self._upload_tar(BytesIO(data), params, key), self.patience_upload)
         from penstock.client.upload import upload_folder
 
         return await upload_folder(self._http, self._base, source, params, progress, self.patience_upload)
 
-    async def _upload_whole(self, data: bytes, params: Mapping[str, str], key: str) -> Artifact:
-        """A server that has just started again may still be tidying up what the last try left."""
-        try:
-            return await self._upload_tar(BytesIO(data), params, key)
-        except NotFound as error:
-            if error.problem is not None and error.problem.type.endswith(":upload-unknown"):
-                raise Unavailable(str(error)) from error
-            raise
-
     async def _upload_tar(self, data: BytesIO | AsyncIterable[bytes], params: Mapping[str, str], key: str = "") -> Artifact:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)  # the answer comes when all is stored
+        timeout = limits(600)  # the answer comes when all is stored
         headers = {"Content-Type": "application/octet-stream", **({"Idempotency-Key": key} if key else {})}
         async with self._http.open("POST", f"{self._base}/user-artifacts", data=data, headers=headers, timeout=timeout, params=params) as response:
             return self._http.decoded(await response.read(), Artifact)
@@ -131,13 +121,22 @@ class Client:
         path, headers = f"{self._base}/user-artifacts", {"Idempotency-Key": secrets.token_hex(16)}
         offered = await self._http.send("POST", f"{path}/direct?{urlencode(params)}", PendingUpload, headers=headers)
         if (at := self._http.direct(offered.direct)) is not None:
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=DIRECT_CONNECT_SECONDS, sock_read=600)
+            timeout = limits(600, DIRECT_CONNECT_SECONDS)
             sent = {"Content-Type": "application/octet-stream"}
+            begun = False
+
+            async def noticed() -> AsyncIterator[bytes]:
+                nonlocal begun
+                begun = True
+                async for piece in data:
+                    yield piece
+
             try:
-                async with self._http.open("POST", path, at=at, data=data, headers=sent, timeout=timeout, expect100=True) as response:
+                async with self._http.open("POST", path, at=at, data=noticed(), headers=sent, timeout=timeout, expect100=True) as response:
                     digest = self._http.decoded(await response.read(), Stored).digest
             except NotThere:
-                pass
+                if begun:  # the rest of it would be taken for all
+                    raise
             else:
                 return await self._http.send("POST", f"{path}?{urlencode({**params, 'tree': digest})}", Artifact, headers=headers)
         return await self._upload_tar(data, params, headers["Idempotency-Key"])
@@ -195,6 +194,8 @@ class Client:
         done = 0
         size = artifact.size if isinstance(artifact, Artifact) else 0
         params = {"format": "tar", **({"path": path} if path else {})}
+        import aiohttp
+
         async with self._http.open("GET", self._at(artifact), params=params) as response:
             try:
                 async for piece in response.content.iter_chunked(CHUNK):

@@ -183,9 +183,9 @@ async def _blobs(
         except ValueError:
             raise Damaged(f"{http.url} sent a chunk that was not asked for: nothing of it is written") from None
         except aiohttp.ClientPayloadError as error:
-            raise Unavailable(f"the connection to {http.url} broke while it sent") from error
+            raise http.broken_off(at, "while it sent") from error
     if not reader.ended:
-        raise Unavailable(f"the connection to {http.url} broke while it sent")
+        raise http.broken_off(at, "while it sent")
     if reader.left:
         raise Unavailable(f"{http.url} left {len(reader.left)} chunks out")
 

@@ -4,10 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-import aiohttp
-
 from penstock.client.errors import PenstockError, StreamBroken, Unavailable, error_for
-from penstock.client.http import CONNECT_SECONDS, Http
+from penstock.client.http import Http, limits
 from penstock.client.model import Build, BuildEnded, BuildEvent, BuildLogged, BuildStatus, LogEntry, LogLine, Problem
 from penstock.client.sse import Message, Parser
 
@@ -50,8 +48,7 @@ async def _messages(http: Http, path: str, last: str) -> AsyncGenerator[Message,
     headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
     if last:
         headers["Last-Event-ID"] = last
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
-    async with http.open("GET", path, headers=headers, timeout=timeout, read_bufsize=2**18) as response:
+    async with http.open("GET", path, headers=headers, timeout=limits(SILENCE_SECONDS), read_bufsize=2**18) as response:
         if response.content_type != "text/event-stream":
             raise PenstockError(f"{http.url} answered with {response.content_type} where an event stream is due")
         parser = Parser(last)

@@ -11,15 +11,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
-import aiohttp
 import msgspec
 import yarl
 
 from penstock.client.errors import NotThere, PenstockError, Unavailable, error_for
 from penstock.client.model import Direct, Problem
+
+if TYPE_CHECKING:
+    import aiohttp  # slow to import: only when a call is made, so that `--help` answers at once
 
 T = TypeVar("T")
 
@@ -52,8 +54,9 @@ class Http:
         headers = {"User-Agent": "penstock", "Accept-Encoding": "identity"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS)
-        self._session = aiohttp.ClientSession(headers=headers, timeout=timeout, raise_for_status=False, auto_decompress=False)
+        import aiohttp
+
+        self._session = aiohttp.ClientSession(headers=headers, timeout=limits(ANSWER_SECONDS), raise_for_status=False, auto_decompress=False)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -73,8 +76,7 @@ class Http:
         """A call that may be repeated, with a JSON body; `wait`: how much longer than usual the answer may take, in seconds."""
         data = None if body is None else msgspec.json.encode(body)
         sent = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS + wait)
-        return await self.repeated(lambda: self._ask(method, path, answer, data=data, headers=sent, timeout=timeout))
+        return await self.repeated(lambda: self._ask(method, path, answer, data=data, headers=sent, timeout=limits(ANSWER_SECONDS + wait)))
 
     def direct(self, offered: Direct | None) -> Direct | None:
         """What is offered, if it is of use: it was not found wanting before, is no less private than the server, and not this machine unless the
@@ -117,12 +119,14 @@ class Http:
     @asynccontextmanager
     async def open(
         self, method: str, path: str, params: Mapping[str, str | bytes | int] | None = None, at: Direct | None = None, **request: Any
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator["aiohttp.ClientResponse"]:
         """One try: the response, its body still to be read. Raises PenstockError for an answer that is a problem, Unavailable when there is none,
         also while the body is read. Bytes in the query go as they are. With `at` it is made there; raises NotThere when that takes us for
-        nobody, or is nobody: it is not offered again by `direct`."""
+        nobody, is nobody, or breaks off: it is not offered again by `direct`."""
         if self._session is None:
             raise RuntimeError("use the client as an async context manager: `async with Client(…) as client:`")
+        import aiohttp
+
         try:
             url = yarl.URL(at.url if at else f"{self.url}{path}?{urlencode(params)}" if params else self.url + path, encoded=True)
             if at:
@@ -142,9 +146,17 @@ class Http:
             if at:
                 self._not_there.add(_origin(at))
                 raise NotThere(f"cannot reach {_origin(at)}") from error
-            raise Unavailable(f"cannot reach {self.url}: is it running? start it with `penstock up`") from error
+            raise Unavailable(f"cannot reach {self.url}: " + _advice(self.url)) from error
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(f"the connection to {self.url} broke ({str(error) or type(error).__name__})") from error
+            raise self.broken_off(at, str(error) or type(error).__name__) from error
+
+    def broken_off(self, at: Direct | None, why: str) -> Unavailable:
+        """What a request ends in that began well: somebody between here and a direct address may let nothing pass, and the server itself is then
+        asked instead."""
+        if at is None:
+            return Unavailable(f"the connection to {self.url} broke ({why})")
+        self._not_there.add(_origin(at))
+        return NotThere(f"the connection to {_origin(at)} broke ({why})")
 
     async def repeated(self, call: Callable[[], Awaitable[T]], patience: float | None = None) -> T:
         """The call's answer, tried again with growing pauses while it raises Unavailable and there is patience."""
@@ -186,6 +198,13 @@ class Waiting:
         self._pause = min(self._pause * 2, 1.0)
 
 
+def limits(answer: float, connect: float = CONNECT_SECONDS) -> "aiohttp.ClientTimeout":
+    """Of one request: seconds to connect in, and seconds without a byte."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=answer)
+
+
 def is_loopback(url: str) -> bool:
     """Whether the server is on this machine, where compressing costs more than it saves."""
     host = yarl.URL(url).host or ""
@@ -195,11 +214,15 @@ def is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
+def _advice(url: str) -> str:
+    return "is it running? start it with `penstock up`" if is_loopback(url) else "is the URL right, and is there a way to it from here?"
+
+
 def _origin(direct: Direct) -> str:
     return str(yarl.URL(direct.url).origin())
 
 
-def _error(response: aiohttp.ClientResponse, body: bytes) -> PenstockError:
+def _error(response: "aiohttp.ClientResponse", body: bytes) -> PenstockError:
     error = error_for(_problem(response, body))
     asked = response.headers.get("Retry-After", "")
     if isinstance(error, Unavailable) and asked.isascii() and asked.isdigit():
@@ -207,7 +230,7 @@ def _error(response: aiohttp.ClientResponse, body: bytes) -> PenstockError:
     return error
 
 
-def _problem(response: aiohttp.ClientResponse, body: bytes) -> Problem:
+def _problem(response: "aiohttp.ClientResponse", body: bytes) -> Problem:
     """What the server says went wrong; made up from the status when the answer is not a problem (a proxy's page)."""
     if response.content_type.endswith("json"):
         try:

@@ -1,14 +1,13 @@
 """How a worker joins: it makes its key, registers once by a token, and keeps both in a file of its own."""
 
 import base64
-import os
-import tempfile
 from pathlib import Path
 
 import msgspec
 from nacl.signing import SigningKey
 
 from penstock.client.http import Http
+from penstock.client.private import write_private
 
 CONTEXT = "penstock-register"
 
@@ -50,16 +49,7 @@ def read_membership(path: Path) -> Membership | None:
 def write_membership(path: Path, membership: Membership) -> None:
     """Replace the file in one step, and for good. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # made with mode 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(membership), indent=2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_private(path, msgspec.json.format(msgspec.json.encode(membership), indent=2) + b"\n")
 
 
 async def join(membership: Membership, token: str, patience: float = 10.0) -> Membership:

@@ -4,14 +4,13 @@ The file is `PENSTOCK_TARGETS`, else `$XDG_CONFIG_HOME/penstock/targets.json`, e
 readable by its owner alone. `PENSTOCK_URL`, `PENSTOCK_TOKEN` and `PENSTOCK_TEAM` override what it says.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from penstock.client.errors import NoTarget
+from penstock.client.private import write_private
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,14 +52,7 @@ def read_targets(path: Path) -> Targets:
 def write_targets(path: Path, targets: Targets) -> None:
     """Replace the file in one step, readable by its owner alone."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".targets-")  # made with mode 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(targets), indent=2) + b"\n")
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_private(path, msgspec.json.format(msgspec.json.encode(targets), indent=2) + b"\n")
 
 
 def find_target(name: str | None, environ: Mapping[str, str]) -> Target:

@@ -1,13 +1,9 @@
 """Sending a folder: what it is like first, then what the server lacks of it, and again what it still lacks, until it has everything."""
 
 import asyncio
-import hashlib
-import os
 import secrets
 import sys
-from array import array
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,16 +11,17 @@ from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
-from aiohttp.abc import AbstractStreamWriter
 
+from penstock.client.bodies import END_FRAME, Body, Stretch, frames
+from penstock.client.chunks import Chunks
 from penstock.client.errors import Changed, NotFound, NotThere, PenstockError, Refused, Unavailable
 from penstock.client.http import CONNECT_SECONDS, DIRECT_CONNECT_SECONDS, Http, is_loopback
-from penstock.client.index import is_known, note_known, stamp_of
+from penstock.client.index import is_known, note_known
 from penstock.client.model import Artifact, Direct, PendingUpload, Progress, Transfer
-from penstock.client.scan import hash_files, opened, read_chunk, save
+from penstock.client.scan import hash_files, save
 from penstock.client.selection import Selection, select
 from penstock.client.threads import Threads
-from penstock.client.tree import CHUNK, DIGEST, ZERO_CHUNK, Entry, manifest_of
+from penstock.client.tree import CHUNK, manifest_of
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdCompressor
@@ -36,19 +33,14 @@ T = TypeVar("T")
 TREE_TYPE = "application/vnd.penstock.tree"
 LED_TREE_TYPE = "application/vnd.penstock.blobs+tree"
 BLOBS_TYPE = "application/vnd.penstock.blobs"
-END_FRAME = bytes(DIGEST + 4)
 AT_ONCE = 2
 """Streams to the server."""
 STREAM = 64 << 20
 """Bytes in one of them."""
 LEAD = 256 << 10
 """Bytes of changed files that are sent with the manifest, without asking whether they are missing."""
-GATHERED = 1 << 20
-"""Bytes that are read before they are handed on; what is longer goes from the file to the connection as it is."""
 DIRECT = 4 << 20
 """Bytes from which on they are sent past the gateway, which costs a request more."""
-STEP = 2 << 20
-"""Bytes of a file that are handed to the connection at once."""
 
 
 async def upload_folder(
@@ -87,6 +79,7 @@ class _Upload:
         self._http = http
         self._path = f"{base}/user-artifacts"
         self._selection = selection
+        self._chunks = Chunks(selection)
         self._params = params
         self._progress = progress
         self._patience = patience
@@ -96,6 +89,7 @@ class _Upload:
         self._packed = not is_loopback(http.url)
         self._total: int | None = None
         self._sent = 0
+        self._led = 0
         self._waiting = http.waiting(patience)
 
     async def run(self) -> Artifact:
@@ -112,7 +106,8 @@ class _Upload:
         await saving
         if not is_known(selection.index, server, tree):
             note_known(selection.index, server, tree)
-        self._tell("sending", self._total or 0, self._total or 0, selection.size - (self._total or 0))
+        sent = self._led if self._total is None else self._total
+        self._tell("sending", sent, sent, selection.size - sent)
         return artifact
 
     def _tell(self, phase: Any, done: int, total: int, skipped: int) -> None:
@@ -159,21 +154,23 @@ class _Upload:
             manifest, kind = chain([await self._threads.run(self._lead, changed)], manifest), LED_TREE_TYPE
         try:
             headers = {**self._headers, "Content-Type": kind}
-            return await self._asked("POST", self._path, self._offered(manifest), headers, Artifact, self._params)
+            answer = await self._asked("POST", self._path, self._offered(manifest), headers, Artifact, self._params)
         except Refused:
             if not changed:
                 raise
             return await self._offer([])  # what was written to without a trace is found when it is asked for
+        self._led += sum(self._selection.entries[n].size for n in changed)
+        return answer
 
     def _lead(self, changed: Sequence[int]) -> bytes:
-        contents = dict(self._chunk(n, 0) for n in changed if self._selection.entries[n].size <= CHUNK)
+        contents = dict(self._chunks.read(n << 32) for n in changed if self._selection.entries[n].size <= CHUNK)
         return b"".join(part for digest, data in contents.items() if data for part in (digest, len(data).to_bytes(4, "big"), data)) + END_FRAME
 
     async def _asked(
         self,
         method: str,
         path: str,
-        body: "AsyncIterator[bytes | _Stretch]",
+        body: AsyncIterator[bytes | Stretch],
         headers: dict[str, str],
         stored: type[T],
         params: Mapping[str, str] | None = None,
@@ -195,11 +192,13 @@ class _Upload:
                     self._waiting.excuse(loop.time() - began)
                     began = loop.time()
 
-                data = _Body(body, moved, fault)
+                data = Body(body, moved, fault)
                 async with self._http.open(method, path, params=params, at=at, data=data, headers=headers, timeout=timeout) as response:
                     answer = await response.read()
                     return self._http.decoded(answer, stored) if response.status == 201 else self._http.decoded(answer, PendingUpload)
         except TimeoutError:
+            if at:
+                raise self._http.broken_off(at, f"nothing has moved for {self._stalled:g} s") from None
             raise Unavailable(f"nothing has moved to {self._http.url} for {self._stalled:g} s") from None
         except PenstockError as error:
             raise fault[0] if fault else error from None
@@ -215,11 +214,10 @@ class _Upload:
 
     async def _send(self, pending: PendingUpload) -> Artifact | None:
         """Send all of it, in a few streams; the artifact, if one of them was the last."""
-        entries = self._selection.entries
         if self._total is None:
-            self._total = pending.missing_bytes
+            self._total = self._led + pending.missing_bytes
         self._sent = self._total - pending.missing_bytes
-        streams = iter(_streams(entries, self._located(pending)))
+        streams = iter(self._chunks.streams(self._chunks.located(pending.missing), STREAM))
         stored: list[Artifact | Stored] = []
 
         direct = pending.direct if pending.missing_bytes >= DIRECT else None
@@ -233,7 +231,7 @@ class _Upload:
                     direct = None
                     answer = await self._put(pending.id, places, None)
                 if isinstance(answer, PendingUpload):
-                    direct = direct and (answer.direct or direct)
+                    direct = answer.direct or direct
                     self._waiting.moved()
                 else:
                     stored.append(answer)
@@ -252,31 +250,10 @@ class _Upload:
         digest = bytes.fromhex(made.digest)
         return await self._http.repeated(lambda: self._name(digest), self._patience)
 
-    def _located(self, pending: PendingUpload) -> "array[int]":
-        """Where the missing chunks are: file << 32 | chunk."""
-        places = array("Q")
-        seen: set[bytes] = set()
-        ranges = iter(sorted(pending.missing))
-        first, last = next(ranges, (1 << 62, 1 << 62))
-        for n, entry in enumerate(self._selection.entries):
-            if entry.target or not entry.digest:
-                continue
-            for chunk in range(len(entry.digest) // DIGEST):
-                digest = entry.digest[chunk * DIGEST : (chunk + 1) * DIGEST] if len(entry.digest) > DIGEST else entry.digest
-                if digest in seen:
-                    continue
-                number = len(seen)
-                seen.add(digest)
-                while number > last:
-                    first, last = next(ranges, (1 << 62, 1 << 62))
-                if number >= first:
-                    places.append(n << 32 | chunk)
-        return places
-
     async def _put(self, upload: str, places: Sequence[int], at: Direct | None) -> Artifact | PendingUpload | Stored:
         headers = {**self._headers, "Content-Type": BLOBS_TYPE}
         if not self._packed:  # a body without chunks of HTTP's own need not be put together again at each step
-            headers["Content-Length"] = str(sum(len(END_FRAME) + _size(self._selection.entries, place) for place in places) + len(END_FRAME))
+            headers["Content-Length"] = str(sum(len(END_FRAME) + self._chunks.size(place) for place in places) + len(END_FRAME))
         try:
             return await self._asked("PUT", f"{self._path}/{upload}/blobs", self._framed(places), headers, Stored if at else Artifact, at=at)
         except NotFound as error:  # it lapsed, or the server has made the artifact of it: to be offered again
@@ -284,162 +261,17 @@ class _Upload:
             raise lapsed from error
         except Refused as error:
             if error.problem and error.problem.status == 422:
-                await self._threads.run(self._verify, places)
+                await self._threads.run(self._chunks.verify, places)
             raise
 
-    async def _framed(self, places: Sequence[int]) -> "AsyncIterator[bytes | _Stretch]":
-        frames = self._frames(places)
-        ahead = self._threads.start(next, frames, None)
+    async def _framed(self, places: Sequence[int]) -> AsyncIterator[bytes | Stretch]:
+        drawn = frames(self._chunks, places, self._packed, self._threads.check)
+        ahead = self._threads.start(next, drawn, None)
         while (ready := await ahead) is not None:
-            ahead = self._threads.start(next, frames, None)
+            ahead = self._threads.start(next, drawn, None)
             pieces, size = ready
             for piece in pieces:
                 yield piece
             if self._total is not None:
                 self._sent += size
                 self._tell("sending", min(self._sent, self._total), self._total, self._selection.size - self._total)
-
-    def _frames(self, places: Sequence[int]) -> "Iterator[tuple[tuple[bytes | _Stretch, ...], int]]":
-        """The stream in some pieces at a time, with the bytes of contents in them. Runs in a thread, until the next of them."""
-        compressor = ZstdCompressor(level=3) if self._packed else None
-        gathered: list[bytes] = []
-        size = 0
-        for place in places:
-            self._threads.check()
-            length = _size(self._selection.entries, place)
-            if compressor is None and length >= GATHERED and hasattr(os, "sendfile"):
-                yield (b"".join([*gathered, self._digest(place), length.to_bytes(4, "big")]), _Stretch(self, place, length)), size + length
-                gathered, size = [], 0
-                continue
-            digest, contents = self._chunk(place >> 32, place & 0xFFFFFFFF)
-            gathered += [digest, len(contents).to_bytes(4, "big"), contents]
-            size += len(contents)
-            if size >= GATHERED:
-                data = b"".join(gathered)
-                yield (compressor.compress(data) if compressor else data,), size
-                gathered, size = [], 0
-        data = b"".join([*gathered, END_FRAME])
-        yield (compressor.compress(data, ZstdCompressor.FLUSH_FRAME) if compressor else data,), size
-
-    def _digest(self, place: int) -> bytes:
-        chunk = place & 0xFFFFFFFF
-        return self._selection.entries[place >> 32].digest[chunk * DIGEST : (chunk + 1) * DIGEST]
-
-    def _chunk(self, n: int, chunk: int) -> tuple[bytes, bytes]:
-        """A chunk as it was hashed. Raises Changed when the file is not the same any more."""
-        digest = self._digest(n << 32 | chunk)
-        size = min(CHUNK, self._selection.entries[n].size - chunk * CHUNK)
-        if digest == ZERO_CHUNK:
-            return digest, bytes(CHUNK)
-        with self.unchanged(n) as handle:
-            contents = read_chunk(handle, chunk, size)
-        if len(contents) != size:
-            raise self.changed(n)
-        return digest, contents
-
-    @contextmanager
-    def unchanged(self, n: int) -> Iterator[int]:
-        """A file to read. Raises Changed when it is not, or in the end is no more, the one that was hashed."""
-        path = os.fsencode(self._selection.root) + b"/" + self._selection.entries[n].path
-        with opened(path) as handle:
-            before = stamp_of(os.fstat(handle))
-            if before != self._selection.stamps[n]:
-                raise self.changed(n)
-            yield handle
-            if stamp_of(os.fstat(handle)) != before:
-                raise self.changed(n)
-
-    def changed(self, n: int) -> Changed:
-        path = os.fsdecode(os.fsencode(self._selection.root) + b"/" + self._selection.entries[n].path)
-        return Changed(f"{path} changed while it was uploaded: try again when nothing writes to it")
-
-    def _verify(self, places: Sequence[int]) -> None:
-        """The server says that something does not match: find what was written to without a trace in its times, and do not trust it again.
-        Raises Changed when there is such a file."""
-        changed = -1
-        for place in places:
-            n = place >> 32
-            digest, contents = self._chunk(n, place & 0xFFFFFFFF)
-            if hashlib.sha256(contents).digest() != digest:
-                changed = n
-                self._selection.index.stamps[n] = b""
-                self._selection.stale = True
-        if changed >= 0:
-            save(self._selection)
-            raise self.changed(changed)
-
-
-def _streams(entries: Sequence[Entry], places: "array[int]") -> Iterator[Sequence[int]]:
-    """Parts of about STREAM bytes."""
-    begin = size = 0
-    for end, place in enumerate(places, 1):
-        size += _size(entries, place)
-        if size >= STREAM:
-            yield places[begin:end]
-            begin, size = end, 0
-    if begin < len(places):
-        yield places[begin:]
-
-
-def _size(entries: Sequence[Entry], place: int) -> int:
-    """Bytes of a chunk."""
-    return min(CHUNK, entries[place >> 32].size - (place & 0xFFFFFFFF) * CHUNK)
-
-
-class _Stretch:
-    """A chunk that goes from its file to the connection without passing through this process, where it can."""
-
-    def __init__(self, upload: _Upload, place: int, size: int) -> None:
-        self._upload = upload
-        self._place = place
-        self._size = size
-
-    async def send(self, writer: AbstractStreamWriter, moved: Callable[[], None]) -> None:
-        """Raises Changed, Unreadable, ConnectionError."""
-        broken: ConnectionError | None = None
-        with self._upload.unchanged(self._place >> 32) as handle:
-            try:
-                await self._sent(handle, writer, moved)
-            except ConnectionError as error:  # no fault of the file's
-                broken = error
-        if broken is not None:
-            raise broken
-
-    async def _sent(self, handle: int, writer: AbstractStreamWriter, moved: Callable[[], None]) -> None:
-        at = (self._place & 0xFFFFFFFF) * CHUNK
-        end = at + self._size
-        loop, transport = asyncio.get_running_loop(), writer.transport
-        with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
-            while at < end:
-                if transport is None or transport.is_closing():
-                    raise ConnectionResetError("the connection is closed")
-                sent = await loop.sendfile(transport, file, at, min(STEP, end - at))
-                if not sent:
-                    raise self._upload.changed(self._place >> 32)
-                at += sent
-                moved()
-
-
-class _Body(aiohttp.Payload):
-    """A body as it comes; `moved` is told of each piece that went."""
-
-    def __init__(self, pieces: AsyncIterator[bytes | _Stretch], moved: Callable[[], None], fault: list[PenstockError]) -> None:
-        super().__init__(pieces)
-        self._moved = moved
-        self._fault = fault
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        raise TypeError("a stream")
-
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        self._consumed = True
-        try:
-            async for piece in self._value:
-                if isinstance(piece, _Stretch):
-                    await piece.send(writer, self._moved)
-                else:
-                    await writer.write(piece)
-                    self._moved()
-        except PenstockError as error:  # aiohttp would call it a broken connection
-            self._fault.append(error)
-            raise

@@ -114,8 +114,10 @@ class Archivist:
             async with self._budget.taken(ended.bytes + MAX_CHUNK if ended.chunks > 0 else _UNKNOWN):
                 archived = await self._archived(ended)
                 whole = archived is not None and archived.chunks == ended.chunks
-                if whole or await (self._first(ended) if archived is None else self._another(ended, archived)):
+                if whole:
                     await self._bus.purge("LOGS", ended.subject)
+                elif last := await (self._first(ended) if archived is None else self._another(ended, archived)):
+                    await self._bus.purge("LOGS", ended.subject, last)  # not what has come since
         finally:
             self._in_hand[ended.subject] -= 1
             self._in_hand += Counts()  # those at zero go
@@ -126,18 +128,19 @@ class Archivist:
         event = fact(history[-1]).event if history else None
         return event if isinstance(event, LogArchived) else None
 
-    async def _first(self, ended: EndedLog) -> bool:
+    async def _first(self, ended: EndedLog) -> int:
+        """The last sequence on the bus that is not needed any more, or 0; as `_another`."""
         writer = LogArchiveWriter()
         chunks = Chunks(ended, writer.add)
-        await self._gather(ended, chunks, None if ended.chunks >= 0 else self._quiet)
+        last = await self._gather(ended, chunks, None if ended.chunks >= 0 else self._quiet)
         chunks.give_up()
-        return await self._keep(ended, writer, chunks.count, chunks.gaps, 0)
+        return last if await self._keep(ended, writer, chunks.count, chunks.gaps, None) else 0
 
-    async def _another(self, ended: EndedLog, archived: LogArchived) -> bool:
+    async def _another(self, ended: EndedLog, archived: LogArchived) -> int:
         late = LateChunks(ended, archived)
-        await self._gather(ended, late, self._quiet)
+        last = await self._gather(ended, late, self._quiet)
         if not late.count:
-            return True
+            return last
         writer, new = LogArchiveWriter(), deque(late.segments())
         async with aclosing(await self._logs.read(ended.team, archived.digest, 0, None)) as pieces:
             async for piece in pieces:
@@ -148,11 +151,12 @@ class Archivist:
         while new:
             writer.put(*new.popleft())
         logger.info("late chunks of a log", build=ended.build, stage=ended.stage, attempt=ended.attempt, chunks=late.count)
-        return await self._keep(ended, writer, archived.chunks + late.count, late.gaps, archived.archive)
+        return last if await self._keep(ended, writer, archived.chunks + late.count, late.gaps, archived) else 0
 
-    async def _keep(self, ended: EndedLog, writer: LogArchiveWriter, chunks: int, gaps: list[LogGap], replaces: int) -> bool:
+    async def _keep(self, ended: EndedLog, writer: LogArchiveWriter, chunks: int, gaps: list[LogGap], former: LogArchived | None) -> bool:
         """Whether nothing on the bus is needed any more: another may have made an archive meanwhile, of less than this."""
-        digest = await self._logs.keep(ended.team, log_stream(ended.build, ended.stage, ended.attempt), writer.close())
+        stream = log_stream(ended.build, ended.stage, ended.attempt)
+        digest = await self._logs.keep(ended.team, stream, writer.close())
         command = ArchiveLog(
             build=ended.build,
             stage=ended.stage,
@@ -162,14 +166,18 @@ class Archivist:
             lines=max(writer.lines, ended.lines),
             bytes=writer.bytes,
             gaps=gaps,
-            replaces=replaces,
+            replaces=former.archive if former else 0,
         )
         cause = Cause(team=ended.team, correlation_id=ended.correlation_id, causation_id=ended.event_id, actor=ACTOR)
         state = (await self._commands.execute(command, cause)).state
-        return isinstance(state, LogArchived) and (state.digest == digest or state.chunks == ended.chunks)
+        assert isinstance(state, LogArchived)
+        if former is not None and state.digest != former.digest:
+            await self._logs.forget(ended.team, stream, former.digest)
+        return state.digest == digest or state.chunks == ended.chunks
 
-    async def _gather(self, ended: EndedLog, chunks: Chunks | LateChunks, quiet: float | None) -> None:
-        """Until they are complete, patience is over, or none has come for `quiet` seconds."""
+    async def _gather(self, ended: EndedLog, chunks: Chunks | LateChunks, quiet: float | None) -> int:
+        """Until they are complete, patience is over, or none has come for `quiet` seconds. The sequence of the last that was seen, or 0."""
+        last = 0
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._patience
         async with self._bus.tail("LOGS", ended.subject) as batches:
@@ -179,9 +187,11 @@ class Archivist:
                     async with asyncio.timeout_at(until):
                         batch = await anext(batches)
                 except TimeoutError:
-                    return
+                    break
+                last = batch[-1].sequence
                 for message in batch:
                     chunks.offer(message.subject, message.data)
+        return last
 
     def _failed(self, message: Message, error: Exception) -> None:
         park = message.deliveries >= PARK_AFTER

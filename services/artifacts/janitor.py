@@ -71,11 +71,12 @@ class Janitor:
         now: Callable[[], float],
         interval: float = 60.0,
         instance: str = "",
+        life: str = "",
         skew: float = SKEW,
     ) -> None:
         """It looks each `interval` seconds, when something is due before, and when it is woken; an upload that is to be sealed and is not seen as an
         artifact (its maker is at it or has died, or it was deleted at once) is its to seal, too. `instance`: how the ids of this instance's uploads,
-        and of no other's, begin ("": as any)."""
+        and of no other's, begin ("": as any), `life`: how those begin that it has made since its start."""
         self._log = log
         self._pool = pool
         self._read_models = read_models
@@ -87,7 +88,7 @@ class Janitor:
         self._commands = commands
         self._now = now
         self._interval = interval
-        self._instance = instance
+        self._instance, self._life = instance, life
         self._skew = skew
         self._begun = False
         self._wanted = uploads.dropped
@@ -101,7 +102,7 @@ class Janitor:
                 if self.problem is not None:
                     await self._sessions.create()
                     if self._instance:
-                        await self._sessions.succeed(self._instance)
+                        await self._sessions.succeed(self._instance, self._life)
                     self.problem = None
                 await self.round()
                 pause = await self._until_next()
@@ -230,7 +231,8 @@ class Janitor:
                     try:
                         await self._logs.hold(recorded.team, recorded.stream, event.digest)
                     except (BlobMissing, BlobDamaged) as error:
-                        logger.error("an archived log is not whole", stream=recorded.stream, team=recorded.team, why=str(error))
+                        if (await self._log.read_streams([recorded.stream]))[recorded.stream][-1].position == recorded.position:
+                            logger.error("an archived log is not whole", stream=recorded.stream, team=recorded.team, why=str(error))
             after = page[-1].position if page else head
 
 

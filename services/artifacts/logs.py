@@ -19,14 +19,19 @@ class Logs:
     async def keep(self, team: str, stream: str, archive: bytes) -> str:
         """Store the archive that `stream` tells of; its digest. Raises LogUnavailable, StoreUnavailable."""
         root = await in_thread(lambda: root_of(archive), self._store.threads)
-        await asyncio.gather(*(self._store.put(team, _holder(stream), blob) for blob in root.blobs))
-        return root.digest.hex()
+        digest = root.digest.hex()
+        await asyncio.gather(*(self._store.put(team, _holder(stream, digest), blob) for blob in root.blobs))
+        return digest
+
+    async def forget(self, team: str, stream: str, digest: str) -> None:
+        """An archive of `stream` that another has replaced, so that none can ever be this one again. Raises LogUnavailable, StoreUnavailable."""
+        await self._store.release(team, [_holder(stream, digest)])
 
     async def hold(self, team: str, stream: str, digest: str) -> None:
         """Hold again what `stream` tells of. Raises BlobMissing, BlobDamaged, LogUnavailable, StoreUnavailable."""
         key = bytes.fromhex(digest)
         pieces = pieces_of(await self._store.get(team, key))
-        if await self._store.hold(team, _holder(stream), [key, *pieces]):
+        if await self._store.hold(team, _holder(stream, digest), [key, *pieces]):
             raise BlobMissing(digest)
 
     async def read(self, team: str, digest: str, first: int, limit: int | None) -> AsyncGenerator[bytes, None]:
@@ -91,5 +96,5 @@ def _range(archive: _Short | _Long, digest: str, first: int, limit: int | None) 
         raise BlobDamaged(f"log archive {digest} is not what was stored: {error}") from None
 
 
-def _holder(stream: str) -> str:
-    return f"log:{stream}"
+def _holder(stream: str, digest: str) -> str:
+    return f"log:{stream}:{digest}"

@@ -46,7 +46,7 @@ _MARKED = "SELECT id, team, seal, lifetime FROM upload WHERE team = $1 AND tree 
 _DROP = "DELETE FROM upload WHERE id = $1 AND NOT sealing"
 _END = "DELETE FROM upload WHERE id = $1"
 _LAPSE = "DELETE FROM upload WHERE NOT sealing AND seen_at < $1 RETURNING id"
-_SUCCEED = "DELETE FROM upload WHERE NOT sealing AND tree = '' AND starts_with(id, $1)"
+_SUCCEED = "DELETE FROM upload WHERE NOT sealing AND tree = '' AND starts_with(id, $1) AND NOT starts_with(id, $2)"
 _SEALED = "DELETE FROM upload u WHERE sealing AND EXISTS (SELECT FROM artifact a WHERE a.upload = u.id)"
 _STALE = "SELECT id, team, seal, lifetime FROM upload WHERE sealing AND seen_at < $1 LIMIT 500"
 _ENCODER = msgspec.json.Encoder()
@@ -132,10 +132,11 @@ class Sessions:
         with unavailable():
             return len(await self._pool.fetch(_LAPSE, before))
 
-    async def succeed(self, instance: str) -> None:
-        """Drop what nobody but an instance whose ids begin so could have gone on with: it is dead."""
+    async def succeed(self, instance: str, life: str) -> None:
+        """Drop what nobody but an instance whose ids begin so could have gone on with: it is dead. Ids of its successor begin with `life`: requests
+        do not wait for this."""
         with unavailable():
-            await self._pool.execute(_SUCCEED, instance)
+            await self._pool.execute(_SUCCEED, instance, life)
 
     async def forget_sealed(self) -> None:
         """Drop those whose artifacts are projected."""

@@ -75,7 +75,9 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     self_test()
     log = await service.enter(open_postgres_log(settings.database_url))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "artifacts"))
+    bus.measure(service.registry)
     instance = f"{settings.instance}-" if settings.instance else ""
+    life = f"{instance}{uuid4().hex[:12]}-"
     store = await service.enter(open_blob_store(settings.store_url, log.pool, lambda: uuid4().hex[:12], instance=instance))
     commands: CommandLoop[Command, State] = CommandLoop(log, ArtifactDecider(), new_id, creates=_creates)
     projector = Projector(log, StoredProjection(log.pool, ARTIFACTS), urgent=frozenset(), linger=0.1)
@@ -84,8 +86,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     limits = Limits(max_bytes=settings.max_artifact_bytes, max_members=settings.max_artifact_files)
     trees, logs, sessions, traffic = Trees(store), Logs(store), Sessions(log.pool), Traffic(service.registry)
     archivist = Archivist(bus, log, commands, logs, service.registry, settings.log_patience)
-    uploads = Uploads(store, sessions, trees, commands, queries, limits, lambda: instance + uuid4().hex, time.time)
-    janitor = Janitor(log, log.pool, projector, store, sessions, uploads, trees, logs, commands, time.time, settings.tidy_seconds, instance)
+    uploads = Uploads(store, sessions, trees, commands, queries, limits, lambda: life + uuid4().hex, time.time)
+    janitor = Janitor(log, log.pool, projector, store, sessions, uploads, trees, logs, commands, time.time, settings.tidy_seconds, instance, life)
     receiving = Receiving(access, queries, uploads, limits, traffic, settings.max_uploads)
     most_chunks = settings.max_artifact_files + (settings.max_artifact_bytes >> 23)
     serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, janitor.wake, settings.max_downloads)

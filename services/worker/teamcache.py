@@ -24,14 +24,13 @@ import msgspec
 import structlog
 
 from libs.archives.place import place_checked
-from libs.archives.tree import FILE_MODE, PROGRAM_MODE, Entry, InvalidManifest, TreeCheck
+from libs.archives.tree import FILE_MODE, PROGRAM_MODE, Entry, InvalidManifest
 from services.worker.copying import MTIME_NS, copy_contents, has_contents
-from services.worker.trees import SANE, KnownTree, Names, Survey, name_of, pieces_in
+from services.worker.trees import MANIFEST, KnownTree, Names, Survey, name_of, pieces_in
 
 logger = structlog.get_logger()
 
 _FOLDER_BYTES = 4096
-_MANIFEST = "manifest"
 
 
 def is_full(error: OSError) -> bool:
@@ -99,12 +98,12 @@ class TeamCache:
         if damaged:
             logger.warning("the cache was damaged: its trees are made anew", team=self.name)
         for tree in self._trees.iterdir():
-            if damaged or not (tree / _MANIFEST).is_file():
+            if damaged or not (tree / MANIFEST).is_file():
                 shutil.rmtree(tree)
             elif restarted:
                 last = used_at(tree)
                 for layer in tree.iterdir():
-                    if layer.name != _MANIFEST:
+                    if layer.name != MANIFEST:
                         shutil.rmtree(layer)
                 os.utime(tree, ns=(last, last))
 
@@ -125,7 +124,7 @@ class TeamCache:
     def tree(self, digest: str) -> KnownTree | None:
         """A tree that is known."""
         folder = self._trees / digest
-        manifest = folder / _MANIFEST
+        manifest = folder / MANIFEST
         survey = Survey()
         try:
             with manifest.open("rb") as file:
@@ -142,14 +141,6 @@ class TeamCache:
         self.all.note(self.name, digest, known=False)
         shutil.rmtree(folder, ignore_errors=True)
         return None
-
-    def add_tree(self, digest: str, manifest: Iterable[bytes]) -> KnownTree:
-        """Remember a tree, whose manifest comes in pieces and should have this digest. Raises InvalidManifest, ArchiveRefused for what is none,
-        OSError."""
-        with contextlib.closing(NewTree(self, digest)) as new:
-            for piece in manifest:
-                new.feed(piece)
-            return new.finish()
 
     def has(self, entry: Entry) -> bool:
         """Whether the file's contents are here, and as many as there should be."""
@@ -315,37 +306,6 @@ class TeamCache:
         return list(self._trees.iterdir())
 
 
-class NewTree:
-    """A tree whose manifest is coming; to be closed, which removes what did not become whole."""
-
-    def __init__(self, cache: TeamCache, digest: str) -> None:
-        """Raises OSError."""
-        self._cache = cache
-        self._digest = digest
-        self._survey = Survey(TreeCheck(SANE))
-        self._made = cache.new_path()
-        self._made.mkdir()
-        self._file = (self._made / _MANIFEST).open("wb")
-
-    def feed(self, data: bytes) -> None:
-        """Raises InvalidManifest, ArchiveRefused, OSError."""
-        self._survey.feed(data)
-        self._file.write(data)
-
-    def finish(self) -> KnownTree:
-        """It is known from now on. Raises InvalidManifest, for another digest too; ArchiveRefused, OSError."""
-        self._file.close()
-        folder = self._cache.folder_of(self._digest)
-        tree = self._survey.finish(self._digest, folder / _MANIFEST)
-        self._cache.publish(self._made, folder)
-        self._cache.all.note(self._cache.name, self._digest, known=True)
-        return tree
-
-    def close(self) -> None:
-        self._file.close()
-        shutil.rmtree(self._made, ignore_errors=True)
-
-
 def used_at(tree: Path) -> int:
     return tree.stat().st_mtime_ns
 
@@ -357,7 +317,7 @@ def weight_of(tree: Path) -> int:
 
 def _part_weight(part: Path) -> int:
     """A layer's name ends in its number of folders."""
-    return part.stat().st_blocks * 512 if part.name == _MANIFEST else int(part.name.rpartition("-")[2]) * _FOLDER_BYTES
+    return part.stat().st_blocks * 512 if part.name == MANIFEST else int(part.name.rpartition("-")[2]) * _FOLDER_BYTES
 
 
 def _size_in(name: str) -> int:

@@ -185,6 +185,9 @@ async def test_the_last_message_and_a_purge(bus: Bus) -> None:
     last = await bus.last("WORK", "work.a.*")
     assert last is not None
     assert (last.subject, last.data, last.sequence) == ("work.a.1", b"two", 2)
+    await bus.purge("WORK", "work.a.>", 1)
+    kept = await bus.stream_state("WORK")
+    assert kept is not None and kept.messages == 2
     await bus.purge("WORK", "work.a.>")
     assert await bus.last("WORK", "work.a.*") is None
     state = await bus.stream_state("WORK")

@@ -10,7 +10,7 @@ import pytest
 from libs.bus.bus import Bus
 from libs.bus.jetstream import connect_jetstream
 from libs.eventlog.log import NO_STREAM
-from libs.eventlog.postgres import PostgresLog, open_postgres_log
+from libs.eventlog.postgres import PostgresLog, open_pool, open_postgres_log
 from proto.catalogue import decode
 from proto.envelope import cloud_event, subject_of
 from proto.events.artifact import LogArchived, LogGap
@@ -160,6 +160,9 @@ async def test_late_chunks_make_another_archive_of_the_same_lines_with_the_gaps_
         assert b"".join(segment.data for _, segment in found) == b"".join(b"line %d\n" % n for n in range(60))
         await eventually(attempt.purged)
         assert len({first.digest, second.digest, third.digest}) == 3
+        async with open_pool(database.url("artifacts")) as pool:
+            only = "SELECT count(*) = 1 AND bool_and(holder LIKE '%:' || $1) FROM (SELECT DISTINCT holder FROM hold) h"
+            await eventually(lambda: pool.fetchval(only, third.digest))
 
 
 async def test_what_a_lost_worker_sends_when_it_is_back_is_added(

@@ -74,8 +74,10 @@ async def running(database: Database, url: str, boot: str = "boot", instance: st
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def uploaded(store: BlobStore, team: str, holder: str, blobs: Sequence[bytes], room: int | None = None) -> list[bytes]:
-    upload = store.begin(team, holder, room)
+async def uploaded(
+    store: BlobStore, team: str, holder: str, blobs: Sequence[bytes], room: int | None = None, quota: int | None = None
+) -> list[bytes]:
+    upload = store.begin(team, holder, room, quota)
 
     def work() -> list[bytes]:
         digests = [upload.add(blob) for blob in blobs]
@@ -268,6 +270,19 @@ async def test_an_index_from_before_room_was_taken_is_brought_up_to_date(databas
     await execute(database, "ALTER TABLE leftover DROP COLUMN bytes")
     async with running(database, folder.url, "two") as store:
         await _within(store, "g", 1000, 50_000)
+
+
+async def test_what_is_lost_leaves_its_room_to_what_heals_it(database: Database, folder: Place) -> None:
+    blobs = [os.urandom(2000) for _ in range(15)]
+    async with running(database, folder.url) as store:
+        digests = await uploaded(store, "main", "h", blobs)
+        await store.put("other", "h", b"is there")
+        folder.objects.delete([pack for pack in folder.stored() if pack.startswith("main/")])
+        with pytest.raises(BlobDamaged):
+            await store.get("main", digests[0])
+        assert await store.usage("main") == 0
+        assert await uploaded(store, "main", "again", blobs, quota=50_000) == digests
+        assert await read(store, "main", digests) == blobs
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])

@@ -28,7 +28,8 @@ def distinct(entries: list[Entry]) -> dict[bytes, int]:
 
 class ArtifactServer:
     """`blobs` is what is stored, `received` the bytes of the bodies that came, `log` the requests. `before` may answer a request first;
-    `cut_after`: a PUT's connection is broken after so many bytes, once for each number."""
+    `cut_after`: a PUT's connection is broken after so many bytes, once for each number. `direct`: where it says
+    that chunks may go (of the artifact `{}`) and come, too."""
 
     def __init__(self) -> None:
         self.blobs: dict[bytes, bytes] = {ZERO_CHUNK: bytes(CHUNK)}
@@ -41,6 +42,7 @@ class ArtifactServer:
         self.cut_after: list[int] = []
         self.cut_sending: list[int] = []
         self.asked: list[int] = []
+        self.direct = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         path = request.path.removeprefix("/api/v1/teams/main/user-artifacts")
@@ -57,7 +59,10 @@ class ArtifactServer:
             case "GET", [artifact] if request.query.get("format") == "tree":
                 packed = request.headers.get("Accept-Encoding") == "zstd"
                 manifest = self.manifests[artifact]
-                return web.Response(body=zstd.compress(manifest) if packed else manifest, headers={"Content-Encoding": "zstd"} if packed else None)
+                headers = {"Content-Encoding": "zstd"} if packed else {}
+                if self.direct:
+                    headers |= {"Penstock-Direct-Url": self.direct, "Penstock-Direct-Token": "t"}
+                return web.Response(body=zstd.compress(manifest) if packed else manifest, headers=headers)
             case "GET", [artifact]:
                 return await self.handle_file(request)
         return problem(404)
@@ -113,7 +118,10 @@ class ArtifactServer:
             else:
                 ranges.append([n, n])
         lacked = sum(size for _, _, size in missing)
-        return web.json_response({"id": artifact, "missing": ranges, "missing_bytes": lacked, "missing_blobs": len(missing)}, status=pending)
+        answer: dict[str, object] = {"id": artifact, "missing": ranges, "missing_bytes": lacked, "missing_blobs": len(missing)}
+        if self.direct:
+            answer["direct"] = {"url": self.direct.format(artifact), "token": "t"}
+        return web.json_response(answer, status=pending)
 
     def _end(self, data: bytes) -> int:
         """Where the stream that the data begins with ends."""

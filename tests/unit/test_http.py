@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 import pytest
 from aiohttp import ClientSession, web
+from structlog.testing import capture_logs
 
 from libs.eventlog.log import LogUnavailable
 from libs.runtime.decisions import Refused
@@ -25,6 +26,10 @@ class Inner(msgspec.Struct, forbid_unknown_fields=True):
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
     inner: list[Inner]
+
+
+ESCAPES = b'\\"' * 400_000
+KEYS = b",".join(b'"%d":0' % i for i in range(80_000))
 
 
 def refused(body: bytes) -> dict[str, Any]:
@@ -53,19 +58,26 @@ def test_a_key_given_twice_is_refused_by_name() -> None:
     assert "'name'" in found["detail"]
 
 
+def cpu_seconds(act: Callable[[], object]) -> float:
+    """What this process computes meanwhile: others may be busy."""
+    began = time.process_time()
+    act()
+    return time.process_time() - began
+
+
 @pytest.mark.parametrize(
-    "body",
+    ("wrong", "extra"),
     [
-        b"[]" * 65 + b'"' + b'\\"' * 400_000,
-        b"{" + b",".join(b'"%d":0' % i for i in range(80_000)) + b',"79999":1}',
+        (b"[]" * 65 + b'"' + ESCAPES, b'"' + ESCAPES + b'"'),
+        (b"{" + KEYS + b',"79999":1}', b"{" + KEYS + b"}"),
     ],
     ids=["a string without an end", "many keys and one twice"],
 )
-def test_refusing_takes_no_longer_than_reading(body: bytes) -> None:
-    """It is done on the event loop, for whoever has a token."""
-    began = time.perf_counter()
-    assert refused(body)["status"] == 400
-    assert time.perf_counter() - began < 2
+def test_refusing_takes_no_longer_than_reading(wrong: bytes, extra: bytes) -> None:
+    """It is done on the event loop, for whoever has a token. What is no longer in proportion takes a thousand times as long."""
+    right = b'{"inner": [{"name": "a", "extra": ' + extra + b"}]}"
+    reading = cpu_seconds(lambda: strict_json(right, Body))
+    assert cpu_seconds(lambda: refused(wrong)) < 100 * reading
 
 
 @pytest.mark.parametrize("constant", [b"NaN", b"Infinity", b"-Infinity"])
@@ -77,11 +89,11 @@ def test_what_is_no_number_is_refused(constant: bytes) -> None:
 @pytest.mark.parametrize("opening", [b"[", b'{"a":'])
 def test_deep_nesting_is_refused(opening: bytes) -> None:
     """FAULTS 3"""
-    started = time.monotonic()
+    started = time.process_time()
     found = refused(b'{"inner": [{"name": "a", "extra": ' + opening * 100_000)
     assert found["status"] == 400
     assert "nested" in found["detail"]
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_brackets_inside_strings_do_not_nest() -> None:
@@ -281,6 +293,18 @@ async def test_a_straight_body_that_is_refused_in_the_middle_is_answered() -> No
     async with serving(QUICK) as port:
         answer = await talk(port, LARGE_HEAD % (b"?stop=1", b"", len(LARGE)), LARGE)
         assert problem_of(answer)["status"] == 409
+
+
+@pytest.mark.parametrize("path", [b"/echo", b"/straight"])
+async def test_a_client_that_goes_away_is_no_error_of_ours(path: bytes) -> None:
+    with capture_logs() as said:
+        async with serving(QUICK) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            size = len(LARGE) if path == b"/straight" else 900
+            writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (path, size))
+            await reader.readuntil(b"\r\n\r\n")
+            writer.transport.abort()
+    assert [each for each in said if each["log_level"] == "error"] == []
 
 
 @pytest.mark.parametrize("order", [0, 1])
