@@ -116,17 +116,21 @@ def count_lines(data: bytes) -> int:
 # --- presence and control ------------------------------------------------------------------------------------------------------------
 
 
+MAX_SHORT = 256
+Short = Annotated[str, msgspec.Meta(max_length=MAX_SHORT)]
+
+
 class Offers(_Message, frozen=True, kw_only=True):
     """What a worker can do: matched against a stage's requirements. `images` are image types it can run; `user`, `limits` and `privileged`
     are for steps with an image."""
 
-    platform: str = "linux"
-    tags: tuple[str, ...] = ()
-    images: tuple[str, ...] = ()
+    platform: Short = "linux"
+    tags: Annotated[tuple[Short, ...], msgspec.Meta(max_length=256)] = ()
+    images: Annotated[tuple[Short, ...], msgspec.Meta(max_length=64)] = ()
     user: bool = False
     limits: bool = False
     privileged: bool = False
-    sandbox: str = ""
+    sandbox: Short = ""
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):
@@ -150,8 +154,6 @@ MAX_HINTS = 256
 
 Mode = Literal["push", "pull"]
 """Whether a worker's credits are renewed by themselves, or given one by one when it wants work."""
-MAX_SHORT = 256
-Short = Annotated[str, msgspec.Meta(max_length=MAX_SHORT)]
 MAX_SLOTS = 4096
 Slots = Annotated[int, msgspec.Meta(ge=0, le=MAX_SLOTS)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]

@@ -88,7 +88,7 @@ class _Wire(Client):  # type: ignore[misc, unused-ignore]
 
     async def _process_op_err(self, e: Exception) -> None:
         if not self.ended.is_set():
-            self._logger.info("the bus hung up", error=str(e) or type(e).__name__)
+            self._logger.warning("the bus hung up", error=str(e) or type(e).__name__)
             self.ended.set()
 
     def announce(self, sid: int, subject: str, group: str) -> None:

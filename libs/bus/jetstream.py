@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import structlog
+from prometheus_client import CollectorRegistry, Gauge
 
 from libs.bus.bus import Ack, Answer, BusUnavailable, StreamFull, StreamState
 from libs.bus.connection import Connection, Login, connect
@@ -19,6 +20,9 @@ from proto.topology import Consumer, Stream
 TAIL_BATCH = 128
 PATIENCE = 2.0
 """How long connecting may hold up the start of a service; after that it goes on in the background."""
+
+WARN_SECONDS = 10.0
+"""Between two warnings that messages are dropped."""
 
 _STREAM_NOT_FOUND = 10059
 _CONSUMER_NOT_FOUND = 10014
@@ -97,6 +101,7 @@ class JetStreamBus:
         self._consumers: dict[str, Consumer] = {}
         self._remaking: asyncio.Task[None] | None = None
         self._seen = connection.connections
+        self._warn_again = 0.0
         connection.watchers.add(self._reconnected)
 
     @property
@@ -106,6 +111,11 @@ class JetStreamBus:
     @property
     def connections(self) -> int:
         return self._connection.connections
+
+    def measure(self, registry: CollectorRegistry) -> None:
+        """What says that somebody is too slow for the bus: a reader of ours, or this whole process, whom the server then cuts off."""
+        Gauge("penstock_bus_dropped", "Messages that their reader was too slow for", registry=registry).set_function(lambda: self.dropped)
+        Gauge("penstock_bus_connections", "Connections to the bus so far", registry=registry).set_function(lambda: self.connections)
 
     async def wait_connected(self) -> None:
         await self._connection.wait_connected()
@@ -157,11 +167,11 @@ class JetStreamBus:
 
     @asynccontextmanager
     async def listen(self, subject: str) -> AsyncIterator[AsyncIterator[Arrived]]:
-        mailbox = Mailbox()
+        mailbox, pattern = Mailbox(), subject
 
         def received(subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
             if not mailbox.put(Arrived(subject.decode(errors="surrogateescape"), data)):
-                self.dropped += 1
+                self._dropped(pattern)
 
         sid = self._connection.subscribe(subject, received)
         try:
@@ -243,8 +253,8 @@ class JetStreamBus:
             return None
         return Arrived(answer.message.subject, base64.b64decode(answer.message.data), answer.message.seq)
 
-    async def purge(self, stream: str, subject: str) -> None:
-        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject}, _Answer)
+    async def purge(self, stream: str, subject: str, last: int | None = None) -> None:
+        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject} | ({} if last is None else {"seq": last + 1}), _Answer)
 
     async def stream_state(self, stream: str) -> StreamState | None:
         try:
@@ -324,6 +334,13 @@ class JetStreamBus:
             full = ack.error.err_code == _STORE_FAILED and "maximum" in ack.error.description
             raise StreamFull(ack.error.description) if full else BusUnavailable(ack.error.description)
         return Ack(ack.stream, ack.seq, ack.duplicate)
+
+    def _dropped(self, subject: str) -> None:
+        self.dropped += 1
+        now = asyncio.get_running_loop().time()
+        if now >= self._warn_again:
+            self._warn_again = now + WARN_SECONDS
+            self._log.warning("a reader of the bus is too slow: the oldest messages are dropped", subject=subject, dropped=self.dropped)
 
     def _reconnected(self) -> None:
         if self.connected and self._seen != self.connections:

@@ -54,6 +54,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     settings = decode(Settings, environ)
     log = await service.enter(open_postgres_log(settings.database_url))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "builds"))
+    bus.measure(service.registry)
     await _ensured(bus)
     decider = BuildDecider()
     commands: CommandLoop[Command, State] = CommandLoop(log, decider, new_id, creates=_creates)

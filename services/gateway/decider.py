@@ -170,15 +170,18 @@ class Token(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A worker by its key."""
+    """A worker by its key, and the token that it came with ("" if the deployment names it)."""
 
     key: str
+    token_id: str = ""
     draining: bool = False
     revoked: bool = False
 
 
 class Deleted(msgspec.Struct, frozen=True):
-    """There was a worker of this name."""
+    """There was a worker of this name. What let it in lets it in no more."""
+
+    token_id: str
 
 
 Fleet = Token | Member | Deleted | None
@@ -215,8 +218,8 @@ class FleetDecider:
                 return []
             case UseRegistration(), _:
                 raise Refused("unknown", "the token is of no use")
-            case RegisterWorker(token_id=""), Deleted():
-                raise Refused("conflict", f"`{command.worker}` was deleted")  # the deployment names it at each start
+            case RegisterWorker(), Deleted() if command.token_id in ("", state.token_id):  # the deployment names it at each start
+                raise Refused("conflict", f"`{command.worker}` was deleted")
             case RegisterWorker(), None | Deleted():
                 registered = WorkerRegistered(worker=command.worker, key=command.key, tags=command.tags, token_id=command.token_id)
                 return [] if command.trial else [registered]
@@ -236,7 +239,7 @@ class FleetDecider:
             case RegistrationTokenUsed(), Token():
                 return msgspec.structs.replace(state, used=(event.worker, event.key))
             case WorkerRegistered(), _:
-                return Member(event.key)
+                return Member(event.key, event.token_id)
             case WorkerDrained(), Member():
                 return msgspec.structs.replace(state, draining=True)
             case WorkerResumed(), Member():
@@ -244,7 +247,7 @@ class FleetDecider:
             case WorkerRevoked(), Member():
                 return msgspec.structs.replace(state, revoked=True)
             case WorkerDeleted(), Member():
-                return Deleted()
+                return Deleted(state.token_id)
             case _:
                 raise TypeError(f"{type(event).__name__} on a fleet stream")
 
@@ -261,7 +264,7 @@ def _changed(command: FleetCommand, state: Member) -> Sequence[Event]:
             return [] if state.revoked else [WorkerRevoked(reason=command.reason)]
         case DeleteWorker():
             if not (state.revoked or command.lost):
-                raise Refused("conflict", "the worker is neither revoked nor lost")
+                raise Refused("conflict", "the worker is neither revoked nor lost: stop or revoke it first")
             return [WorkerDeleted()]
         case _:
             raise Refused("conflict", "the stream is in other use")

@@ -100,6 +100,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     public_url = settings.public_url.rstrip("/") or _url_of(sockets.get("http"))
     log = await service.enter(open_postgres_log(settings.database_url, size=6))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "gateway"))
+    bus.measure(service.registry)
     session = await service.enter(
         aiohttp.ClientSession(
             auto_decompress=False,

@@ -1,12 +1,33 @@
 """The fleet as its heartbeats tell it: who lives, what it offers, which credits are open. No I/O; `now` is monotonic seconds."""
 
 import sys
+from collections import deque
 from collections.abc import Iterator
 
 import msgspec
 
 from proto.messages import Attempt, Credit, Heartbeat
 from services.scheduler.pool import DRAINING, IN_TROUBLE, Pool, WorkerView
+
+COMINGS, COMING_SECONDS = 20, 5.0
+"""A worker may come so many times at once, and once more in so many seconds: each time is an event, and a liar comes as often as it can speak."""
+RETIRED = 64
+"""Earlier boots of a worker that are remembered."""
+
+
+class _Comings(msgspec.Struct):
+    """How often a worker may still come, as of when; and its earlier boots, the newest last."""
+
+    left: float
+    since: float
+    retired: deque[str] = msgspec.field(default_factory=lambda: deque(maxlen=RETIRED))
+
+    def take(self, now: float) -> bool:
+        self.left, self.since = min(COMINGS, self.left + (now - self.since) / COMING_SECONDS), now
+        if self.left < 1:
+            return False
+        self.left -= 1
+        return True
 
 
 class Worker(msgspec.Struct, kw_only=True):
@@ -38,12 +59,12 @@ class Worker(msgspec.Struct, kw_only=True):
 
 class Fleet:
     """Workers by name, and the pool of them that placement reads. Of two with one name the newer wins: a boot that was followed by another is
-    retired for good."""
+    retired. Whoever comes too often is not heard until it may come again."""
 
     def __init__(self) -> None:
         self.pool = Pool()
         self._workers: dict[str, Worker] = {}
-        self._retired: set[tuple[str, str]] = set()
+        self._comings: dict[str, _Comings] = {}
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -52,14 +73,17 @@ class Fleet:
         return self._workers.get(name)
 
     def on_heartbeat(self, name: str, heartbeat: Heartbeat, trusted: bool, now: float) -> Worker | None:
-        """Take note of a heartbeat; None when it is old or of a retired boot. Its credits count only if it quotes a recent challenge (`trusted`)."""
-        if (name, heartbeat.boot) in self._retired:
-            return None
+        """Take note of a heartbeat; None when it is old, of a retired boot, or of one that comes too often. Its credits count only if it quotes a
+        recent challenge (`trusted`)."""
+        comings = self._comings.setdefault(name, _Comings(COMINGS, now))
         worker = self._workers.get(name)
-        if worker is not None and worker.heartbeat.boot != heartbeat.boot:
-            self._retired.add((name, worker.heartbeat.boot))
-            worker = None
-        if worker is None:
+        if heartbeat.boot in comings.retired:
+            return None
+        if worker is None or worker.heartbeat.boot != heartbeat.boot:
+            if not comings.take(now):
+                return None
+            if worker is not None:
+                comings.retired.append(worker.heartbeat.boot)
             worker = self._workers[name] = Worker(name=name, heartbeat=heartbeat, heard=now)
         elif heartbeat.number <= worker.heartbeat.number:
             return None

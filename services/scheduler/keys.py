@@ -35,8 +35,8 @@ class Keyring:
             if not colon or not _ID.fullmatch(name):
                 raise BadKeys(f"key {number} is not `id:key`, the id of letters, digits, `_`, `-`, `.`")
             if name in self._keys:
-                raise BadKeys(f"the key `{name}` is named twice")
-            self._keys[name] = AESGCM(_raw(name, key))
+                raise BadKeys(f"key {number} has the id of an earlier one")
+            self._keys[name] = AESGCM(_raw(number, key))
         self.first = next(iter(self._keys))
 
     def __contains__(self, key_id: str) -> bool:
@@ -58,11 +58,11 @@ class Keyring:
             raise Tampered from error
 
 
-def _raw(name: str, text: str) -> bytes:
+def _raw(number: int, text: str) -> bytes:
     try:
         raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
     except (binascii.Error, ValueError):
         raw = b""
     if len(raw) != 32:
-        raise BadKeys(f"the key `{name}` is not 32 bytes in base64url")
+        raise BadKeys(f"key {number} is not `id:key`: what follows the colon is not 32 bytes in base64url")
     return raw

@@ -182,7 +182,7 @@ class Scheduler:
         self._last_turn = now
         term = self._leadership.term
         if self._reader.unread or term not in (None, self._term):
-            await self._reader.read()
+            await self._read()
         self.problem = None
         heard, strangers = self._presence.take_heard(), self._presence.take_strangers()
         if term is None:
@@ -201,13 +201,21 @@ class Scheduler:
         for name, heartbeat in strangers.items():
             await self._send_control(name, Control(boot=heartbeat.boot, number=heartbeat.number, challenge=b"", lease_seconds=self._lease_seconds))
         for worker in heard.values():
-            await self._answer(worker, now)
-            await self._chase(worker, term, now)
+            if self._fleet.get(worker.name) is worker:
+                await self._answer(worker, now)
+                await self._chase(worker, term, now)
         await self._interrupt(now)
         await self._place(term, now)
         await self._explain(term, now)
         await self._expire(heard, term, now)
         await self._reader.save()
+
+    async def _read(self) -> None:
+        """Whoever may not work here any more is not there from then on: the very turn that reads of it gives it nothing."""
+        await self._reader.read()
+        for name, key in self._board.roster.news:
+            if key and self.key_of(name) != key:
+                self._presence.dismiss(name)
 
     def _enforce(self, now: float) -> None:
         """Let nobody work who may not: `_expire` ends the leases, and the connections are cut."""
@@ -252,7 +260,7 @@ class Scheduler:
             commands.append((boot, self._own_cause(heartbeat.boot)))
         if commands:
             await self._do(commands)
-            await self._reader.read()
+            await self._read()
 
     async def _answer(self, worker: Worker, now: float) -> None:
         """Answer a heartbeat with what its worker may hold."""

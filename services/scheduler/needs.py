@@ -1,10 +1,12 @@
 """What a stage wants and what a worker offers, in the same words: a worker is able when it offers every word that the stage wants. The words are
 the ones people are told."""
 
+from proto.image import RUNNABLE
 from proto.messages import Offers
 from proto.plan import Requirements
 
 _ROOTFS = "rootfs_uri"
+_ENGINE = "a container engine"
 _USER = "run.user"
 _LIMITS = "container_limits"
 _PRIVILEGED = "privileged"
@@ -38,4 +40,5 @@ def offered(offers: Offers) -> tuple[str, ...]:
 
 
 def _image(kind: str) -> str:
-    return {"rootfs": _ROOTFS, "image": "image"}.get(kind) or f"image_resource of type {kind}"
+    known = f"{_ENGINE} for {kind}" if kind in RUNNABLE else f"image_resource of type {kind}"
+    return {"rootfs": _ROOTFS, "image": _ENGINE}.get(kind, known)

@@ -67,6 +67,12 @@ class Presence:
         for worker in [worker for worker in self.fleet if worker.heard < since]:
             self.fleet.remove(worker.name)
 
+    def dismiss(self, name: str) -> None:
+        """Nothing that it said counts any more."""
+        self.fleet.remove(name)
+        self.heard.pop(name, None)
+        self.strangers.pop(name, None)
+
     def take_heard(self) -> dict[str, Worker]:
         heard, self.heard = self.heard, {}
         return heard

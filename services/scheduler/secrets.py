@@ -13,7 +13,7 @@ from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
 from libs.sealing import NotSealed, unseal
-from proto.catalogue import decode
+from proto.catalogue import UnknownEvent, decode
 from proto.events.base import Event
 from proto.events.build import BuildFinished
 from proto.events.secret import SecretRemoved, SecretSet
@@ -23,7 +23,7 @@ from proto.secrets import OWN
 from services.scheduler.commands import Command, RemoveSecret, SetSecret, secret_stream
 from services.scheduler.decider import State
 from services.scheduler.kept import Entry, Kept
-from services.scheduler.keys import BadKeys, Keyring
+from services.scheduler.keys import Keyring
 from services.scheduler.vault import Vault
 
 logger = structlog.get_logger()
@@ -134,7 +134,7 @@ class Secrets:
                     swept = self._clock()
                     await self.sweep(SETTLED)
                     await self._rotate()  # another instance may have had older keys for longer
-            except LogUnavailable as error:
+            except (LogUnavailable, UnknownEvent) as error:
                 logger.warning("secrets are not minded now", error=str(error))
             await asyncio.sleep(LOOK_EVERY)
 
@@ -147,7 +147,7 @@ class Secrets:
         """Once for each change of the master keys: what is under others than the first is encrypted anew. What nothing opens is said."""
         try:
             keys = await asyncio.to_thread(self._keys)
-        except (BadKeys, OSError) as error:
+        except (ValueError, OSError) as error:  # BadKeys, and what is no text
             self.problem = f"the master keys cannot be read: {error}"
             return
         if self._minded is not keys:

@@ -20,7 +20,7 @@ from libs.runtime.service import Service
 from libs.runtime.settings import BadSettings, decode
 from services.scheduler.commands import BootWorker, Command, LeaseStage
 from services.scheduler.decider import SchedulerDecider, State
-from services.scheduler.keys import BadKeys, Keyring
+from services.scheduler.keys import Keyring
 from services.scheduler.leader import Scheduler
 from services.scheduler.packages import Packer
 from services.scheduler.questions import answer_why
@@ -59,6 +59,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     settings = decode(Settings, environ)
     log = await service.enter(open_postgres_log(settings.database_url))
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "scheduler"))
+    bus.measure(service.registry)
     commands: CommandLoop[Command, State] = CommandLoop(log, SchedulerDecider(), new_id, creates=_creates)
     leadership = Leadership(log.pool, "placement", settings.instance or new_id())
     door = await service.enter(
@@ -127,6 +128,6 @@ def master_keys(settings: Settings) -> Callable[[], Keyring]:
 
     try:
         keys()
-    except (BadKeys, OSError) as error:
+    except (ValueError, OSError) as error:  # BadKeys, and what is no text
         raise BadSettings(f"PENSTOCK_SECRET_KEYS{'' if file is None else '_FILE'}: {error}") from None
     return keys

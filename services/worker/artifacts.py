@@ -29,7 +29,8 @@ from proto.messages import Package
 from services.worker.cache import Cache
 from services.worker.capture import Captured, Chunk, FileChanged
 from services.worker.filling import Filling
-from services.worker.teamcache import NewTree, TeamCache
+from services.worker.newtree import NewTree
+from services.worker.teamcache import TeamCache
 from services.worker.trees import KnownTree
 
 T = TypeVar("T")

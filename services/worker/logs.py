@@ -19,8 +19,8 @@ MAX_SEGMENTS = 1024
 
 
 class AttemptLog:
-    """The log of one attempt. `publish` takes each chunk; `preamble` is its first line, said only if there is another; `secrets` are masked in what
-    steps write."""
+    """The log of one attempt. `publish` takes each chunk; `preamble` is its first line, said only if there is another; `secrets` are masked in all
+    that is written."""
 
     def __init__(self, attempt: Attempt, publish: Callable[[LogChunk], None], limit: int, preamble: str, secrets: Texts | None = None) -> None:
         self.chunks = 0
@@ -34,7 +34,7 @@ class AttemptLog:
         self._loop = asyncio.get_running_loop()
         self._segments: list[Segment] = []
         self._size = 0
-        self._secrets = secrets
+        self.secrets = secrets
         self._maskers: dict[tuple[str, Stream], Masker] = {}
         self._splitters: dict[tuple[str, Stream], LineSplitter] = {}
         self._chunk_timer: asyncio.TimerHandle | None = None
@@ -43,10 +43,10 @@ class AttemptLog:
     def write(self, step: str, stream: Stream, data: bytes) -> list[bytes]:
         """Take what a step wrote. Gives the whole lines that are new, but not a line whose beginning was given up before."""
         key = (step, stream)
-        if self._secrets is not None:
+        if self.secrets is not None:
             masker = self._maskers.get(key)
             if masker is None:
-                masker = self._maskers[key] = Masker(self._secrets)
+                masker = self._maskers[key] = Masker(self.secrets)
             data = masker.feed(data)
         return self._write(key, data) if data else []
 
@@ -68,8 +68,8 @@ class AttemptLog:
 
     def say(self, step: str, text: str) -> None:
         """A line of the worker's own, on stderr; the limit does not hold for it."""
-        if self._secrets is not None:
-            text = masked(self._secrets, text)
+        if self.secrets is not None:
+            text = masked(self.secrets, text)
         self._put(step, "stderr", f"penstock: {text}\n".encode())
 
     def end_step(self, step: str) -> None:

@@ -5,13 +5,15 @@ stands in JSON and in URLs, in hex, in base64 and base64url inside anything long
 values, what the step makes of them otherwise, and what it writes partly to stdout and partly to stderr.
 
 A text is found by one rare piece of it: 4 bytes which begin with the byte that logs have least often. One regular expression looks for all
-those pieces, so that what holds no secret passes at the regex engine's speed; only where it stops is the whole text compared.
+those pieces, so that what holds no secret passes at the regex engine's speed; only where it stops is the whole text compared. Of a piece that is
+in many texts, each of these is found by its beginning instead, all of them at once: whoever chooses secrets and writes logs must not be able to
+stop the worker.
 """
 
 import base64
 import json
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from urllib.parse import quote, quote_plus
 
@@ -20,6 +22,8 @@ SHORTEST = 4
 """Characters of a value that is worth masking, and bytes of the shortest text that is looked for."""
 LONGEST = 1024
 """Bytes of the longest."""
+FEW = 8
+"""Texts, at most, that are compared one by one."""
 _WRAPS = (64, 76)
 """Columns at which programs break base64."""
 _COMMON = b" etaoinsrldcumpfhg0.-/:1y2_b\",5w3v4k6,8=97[]xA\nETSIROCNDLPM()Uj'B{}FzGVHWq>KXYJ<QZ\t+"
@@ -75,26 +79,38 @@ class Texts:
     def __init__(self, values: Iterable[str]) -> None:
         self.all = sorted({text for value in values for text in variants(value)})
         self.longest = max(map(len, self.all), default=0)
-        self._by_piece: dict[bytes, list[tuple[int, bytes]]] = {}
+        by_piece: dict[bytes, list[tuple[int, bytes]]] = {}
         for text in self.all:
             at = _rarest(text)
-            self._by_piece.setdefault(text[at : at + SHORTEST], []).append((at, text))
-        self._piece = re.compile(_any_of(self._by_piece), re.DOTALL)
+            by_piece.setdefault(text[at : at + SHORTEST], []).append((at, text))
+        self._few = {piece: texts for piece, texts in by_piece.items() if len(texts) <= FEW}
+        self._heads = {text[:SHORTEST] for texts in by_piece.values() if len(texts) > FEW for _, text in texts}
+        self._lengths = _lengths(self.all) if self._heads else []
+        self._piece = re.compile(_any_of(self._few.keys() | self._heads), re.DOTALL)
         self._head = re.compile(_any_of({text[:SHORTEST] for text in self.all}), re.DOTALL)
 
     def found(self, data: bytes) -> list[tuple[int, int]]:
-        """Where they are in `data`, all of them, as (start, end), ordered."""
+        """Where they are in `data`, as (start, end), ordered: all of them, but for those that another one begins with."""
         places: list[tuple[int, int]] = []
         search = self._piece.search
         match = search(data)
         while match is not None:
             at = match.start()
-            for before, text in self._by_piece[match[0]]:
+            for before, text in self._few.get(match[0], ()):
                 if at >= before and data.startswith(text, at - before):
                     places.append((at - before, at - before + len(text)))
+            if match[0] in self._heads and (length := self._longest_of(data[at : at + self.longest])):
+                places.append((at, at + length))
             match = search(data, at + 1)
         places.sort()
         return places
+
+    def _longest_of(self, tail: bytes) -> int:
+        """How long the longest is that `tail` begins with, 0 if none is. Whichever is next before it in order begins with that one."""
+        number = bisect_right(self.all, tail) - 1
+        if number < 0:
+            return 0
+        return max(0, (self._lengths[number] & ((2 << _common(self.all[number], tail)) - 1)).bit_length() - 1)
 
     def begun(self, data: bytes) -> int:
         """Where the first one begins that `data` may end within; its length if there is none."""
@@ -165,9 +181,34 @@ def _rarest(text: bytes) -> int:
     return ranks.index(max(ranks))
 
 
+def _lengths(texts: list[bytes]) -> list[int]:
+    """Of each text, in order: how long it is and those are that it begins with, as bits."""
+    found: list[int] = []
+    begun: list[tuple[bytes, int]] = []
+    for text in texts:
+        while begun and not text.startswith(begun[-1][0]):
+            begun.pop()
+        found.append((begun[-1][1] if begun else 0) | 1 << len(text))
+        begun.append((text, found[-1]))
+    return found
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes they have in common from their beginning on."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if one.startswith(other[:middle]) else (least, middle - 1)
+    return least
+
+
 def _any_of(pieces: Iterable[bytes]) -> bytes:
-    """A pattern of pieces of equal length that is tried by their first byte."""
+    """A pattern of these pieces, and of some others: few, unless the pieces are very many, for which an exact one would be slow."""
     rests: dict[bytes, list[bytes]] = {}
-    for piece in sorted(pieces):
+    for piece in pieces:
         rests.setdefault(piece[:1], []).append(piece[1:])
-    return b"|".join(re.escape(first) + b"(?:" + b"|".join(map(re.escape, rest)) + b")" for first, rest in rests.items()) or rb"(?!)"
+    return b"|".join(re.escape(first) + b"".join(map(_one_of, zip(*rest, strict=True))) for first, rest in rests.items()) or rb"(?!)"
+
+
+def _one_of(found: Iterable[int]) -> bytes:
+    return b"[" + b"".join(b"\\x%02x" % byte for byte in sorted({*found})) + b"]"

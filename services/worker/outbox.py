@@ -1,8 +1,8 @@
 """What the worker has said and must be able to say again: reports until they are events, log chunks until they are archived.
 
-Everything is written to the spool, then published; publishing does not wait for the disk's sync. What is not acked, or acked and then not
-recorded, is sent again with a growing pause. A full disk loses nothing that the bus takes: the record is then kept in memory, and the
-attempt is told.
+Everything is written to the spool, then published; publishing does not wait for the disk's sync. What is not acked is sent again on the next
+connection at once, and like what is acked and then not recorded with a growing pause. A full disk loses nothing that the bus takes: the record is
+then kept in memory, and the attempt is told.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ logger = structlog.get_logger()
 WINDOW_BYTES = 2 << 20
 """Log bytes of one attempt that may be on their way; past it, its output is not read."""
 RESEND_REPORTS = (3.0, 15.0)
+RESEND_REFUSED = (0.5, 15.0)
 RESEND_LOGS = (10.0, 300.0)
 """Seconds until what was sent is sent again: at first, and at most (it doubles)."""
 FRESH_AFTER = 3
@@ -48,7 +49,9 @@ class _Pause:
 
 
 class _Said:
-    """One attempt's reports (number n is `bodies[n - 1]`) and chunks (by number: where, or what if the disk would not take it)."""
+    """One attempt's reports (number n is `bodies[n - 1]`) and chunks (by number: where, or what if the disk would not take it).
+
+    Of the chunks that are not acked those are `refused` that are not on their way either."""
 
     def __init__(self) -> None:
         self.bodies: list[ReportBody] = []
@@ -58,8 +61,10 @@ class _Said:
         self.reports_pause: _Pause | None = None
         self.chunks: dict[int, Place | bytes] = {}
         self.unacked: dict[int, int] = {}
+        self.refused: set[int] = set()
+        self.refused_pause: _Pause | None = None
         self.log_pause: _Pause | None = None
-        self.log_waits = False
+        """Set when the log is whole and waits to be archived."""
         self.archived: ArchivedLog | None = None
         self.on_window: Callable[[], None] = lambda: None
 
@@ -87,7 +92,7 @@ class Outbox:
     @property
     def logs(self) -> list[Attempt]:
         """Ended attempts whose log waits to be archived."""
-        return [attempt for attempt, said in self._said.items() if said.log_waits and said.ended]
+        return [attempt for attempt, said in self._said.items() if said.log_pause is not None]
 
     def replay(self) -> dict[Attempt, int]:
         """Read the spool of earlier lives. Gives the attempts that had ended, with their last report.
@@ -121,9 +126,8 @@ class Outbox:
             if not said.ended:
                 self._release_reports(said)
                 self._release_log(said)
-            said.log_waits = bool(said.chunks)
             said.reports_pause = _Pause(RESEND_REPORTS, now - RESEND_REPORTS[0]) if said.bodies else None
-            said.log_pause = _Pause(RESEND_LOGS, now) if said.log_waits else None
+            said.log_pause = _Pause(RESEND_LOGS, now) if said.chunks else None
             self._drop_if_done(attempt)
         self._spool.tidy()
         return {attempt: len(said.bodies) for attempt, said in self._said.items() if said.bodies}
@@ -149,8 +153,7 @@ class Outbox:
             said.reports_pause = _Pause(RESEND_REPORTS, now)
         if isinstance(bodies[-1], ReportStageFinished):
             said.ended = True
-            said.log_waits = bool(said.chunks)
-            said.log_pause = _Pause(RESEND_LOGS, now) if said.log_waits else None
+            said.log_pause = _Pause(RESEND_LOGS, now) if said.chunks else None
         self._publish_reports(attempt, first, len(said.bodies), body, 0)
         return len(said.bodies)
 
@@ -204,6 +207,7 @@ class Outbox:
             said.archived = log
             self._release(where for number, where in said.chunks.items() if number not in kept)
             said.chunks, said.unacked = kept, {number: size for number, size in said.unacked.items() if number in kept}
+            said.refused &= kept.keys()
             said.log_pause = _Pause(RESEND_LOGS, self._clock() - RESEND_LOGS[0])
             said.log_pause.repeats = FRESH_AFTER - 1
 
@@ -235,13 +239,16 @@ class Outbox:
         for said in self._said.values():
             if said.reports_pause is not None:
                 said.reports_pause = _Pause(RESEND_REPORTS, now - RESEND_REPORTS[0] + 0.5)
-            if said.unacked or said.log_waits:
+            if said.refused:
+                said.refused_pause = _Pause(RESEND_REFUSED, now - RESEND_REFUSED[0])
+            if said.log_pause is not None:
                 said.log_pause = _Pause(RESEND_LOGS, now - RESEND_LOGS[0] + 0.5)
 
     def _is_due(self, said: _Said) -> bool:
         now = self._clock()
         reports = said.reports_pause is not None and said.recorded < len(said.bodies) and said.reports_pause.due <= now
-        return reports or (said.log_pause is not None and said.log_pause.due <= now and bool(said.log_waits or said.unacked))
+        refused = said.refused_pause is not None and said.refused_pause.due <= now
+        return reports or refused or (said.log_pause is not None and said.log_pause.due <= now)
 
     async def _resend(self, attempts: list[Attempt]) -> None:
         for attempt in attempts:
@@ -255,15 +262,20 @@ class Outbox:
                 body = _encode(Reports(attempt=attempt, first=first, bodies=said.bodies[first - 1 :]))
                 self._publish_reports(attempt, first, len(said.bodies), body, said.reports_pause.repeats)
                 await self.settle(5.0)
+            if said.refused_pause is not None and said.refused_pause.due <= now:
+                said.refused_pause.passed(now)
+                await self._resend_chunks(attempt, said, sorted(said.refused), 0)
             if said.log_pause is not None and said.log_pause.due <= now:
                 said.log_pause.passed(now)
-                await self._resend_log(attempt, said, said.log_pause.repeats)
+                await self._resend_chunks(attempt, said, list(said.chunks), said.log_pause.repeats)
 
-    async def _resend_log(self, attempt: Attempt, said: _Said, repeats: int) -> None:
-        for number in list(said.chunks if said.log_waits else said.unacked):
-            kept = said.chunks.get(number)
-            if kept is None or not self._bus.connected:
+    async def _resend_chunks(self, attempt: Attempt, said: _Said, numbers: list[int], repeats: int) -> None:
+        for number in numbers:
+            if not self._bus.connected:
                 return
+            kept = said.chunks.get(number)
+            if kept is None:
+                continue
             try:
                 body = kept if isinstance(kept, bytes) else _decode_record(self._spool.read(kept))[2]
             except (OSError, msgspec.DecodeError) as error:
@@ -279,17 +291,23 @@ class Outbox:
 
     def _publish_chunk(self, attempt: Attempt, said: _Said, number: int, body: bytes, repeats: int) -> None:
         subject = f"logs.{self._worker}.{attempt.build}.{attempt.stage}.{attempt.number}"
-        if said.log_pause is None:
-            said.log_pause = _Pause(RESEND_LOGS, self._clock() - RESEND_LOGS[0] + 1.0)
+        said.refused.discard(number)
 
-        def acked(done: asyncio.Future[Ack]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                was_full = said.window() >= WINDOW_BYTES
-                said.unacked.pop(number, None)
-                if was_full and said.window() < WINDOW_BYTES:
-                    said.on_window()
+        def answered(done: asyncio.Future[Ack]) -> None:
+            if done.cancelled() or done.exception() is not None:
+                if number in said.unacked:
+                    said.refused.add(number)
+                    said.refused_pause = said.refused_pause or _Pause(RESEND_REFUSED, self._clock())
+                return
+            was_full = said.window() >= WINDOW_BYTES
+            said.unacked.pop(number, None)
+            said.refused.discard(number)
+            if not said.refused:
+                said.refused_pause = None
+            if was_full and said.window() < WINDOW_BYTES:
+                said.on_window()
 
-        self._publish(subject, body, f"{attempt.build}/{attempt.stage}/{attempt.number}/c{number}", repeats).add_done_callback(acked)
+        self._publish(subject, body, f"{attempt.build}/{attempt.stage}/{attempt.number}/c{number}", repeats).add_done_callback(answered)
 
     def _publish(self, subject: str, body: bytes, msg_id: str, repeats: int) -> asyncio.Future[Ack]:
         # The boot's name is random: another worker cannot guess the id and use it up first, for a stream's dedup window is everybody's.
@@ -325,8 +343,10 @@ class Outbox:
 
     def _release_log(self, said: _Said) -> None:
         self._release(said.chunks.values())
-        said.chunks, said.log_pause, said.log_waits = {}, None, False
+        said.chunks, said.log_pause = {}, None
         said.unacked.clear()
+        said.refused.clear()
+        said.refused_pause = None
 
     def _release(self, chunks: Iterable[Place | bytes]) -> None:
         for kept in chunks:

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import structlog
 
+from libs.archives.pump import in_thread, to_its_end
 from proto.events.base import ArtifactRef, Status
 from proto.messages import Package, ReportBody, ReportStageFinished, ReportStepFinished, ReportStepProgressed, ReportStepStarted
 from proto.plan import RunStep, image_type
@@ -74,9 +75,9 @@ class StageRun:
         self._on_reported = on_reported
         self._images = any(image_type(step.config) for step in package.stage.steps)
         named = tools.executors.containers or tools.executors.process if self._images else tools.executors.process
-        self._secrets = Texts(package.secrets.values()) if package.secrets else None
+        self._secrets: Texts | None = None
         preamble = f"worker {tools.worker}, sandbox {named.name}"
-        self._log = AttemptLog(package.attempt, tools.outbox.log, tools.log_limit, preamble, self._secrets)
+        self._log = AttemptLog(package.attempt, tools.outbox.log, tools.log_limit, preamble)
         self._process: Running | None = None
         self._stop: Stop | None = None
         self._stopped = asyncio.Event()
@@ -89,6 +90,8 @@ class StageRun:
         workspace: Workspace | None = None
         try:
             try:
+                if self.package.secrets:  # many take seconds, and the worker has other work
+                    self._secrets = self._log.secrets = await in_thread(lambda: Texts(self.package.secrets.values()))
                 folders = self._folders = self._tools.folders.take()
                 # The engine mounts a workspace from outside: it would not see what is mounted in there, in the worker's own namespace.
                 means = self._tools.means._replace(overlays=None) if self._images else self._tools.means
@@ -110,13 +113,17 @@ class StageRun:
                 await workspace.keep()
             return status
         finally:
-            if self._process is not None and not self._process.ended.done():
-                self._process.kill()
-                await asyncio.wait([self._process.ended])
-            if workspace is not None:
-                await workspace.close()
-            if folders is not None:
-                await self._tools.folders.give_back(folders)
+            # It may be cancelled for being over: what it leaves goes all the same.
+            await to_its_end(asyncio.create_task(self._clean_up(workspace, folders)))
+
+    async def _clean_up(self, workspace: Workspace | None, folders: Folders | None) -> None:
+        if self._process is not None and not self._process.ended.done():
+            self._process.kill()
+            await asyncio.wait([self._process.ended])
+        if workspace is not None:
+            await workspace.close()
+        if folders is not None:
+            await self._tools.folders.give_back(folders)
 
     def stop(self, stop: Stop) -> None:
         """End soon: SIGTERM, a grace period, SIGKILL of everything; or at once. The first word counts."""

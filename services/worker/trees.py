@@ -13,6 +13,8 @@ from libs.archives.tree import DIGEST, PROGRAM_MODE, Entry, InvalidManifest, Man
 SANE = Limits(max_members=2_000_000, max_bytes=4 << 40, max_names=512 << 20)
 """What a tree takes of the worker's memory and time is bounded, in or out. What it may hold is for the service to say."""
 
+MANIFEST = "manifest"
+"""What it is called in a tree's folder of the cache."""
 _PIECE = 256 << 10
 
 

@@ -115,6 +115,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     bus = await service.enter(
         connect_jetstream(settings.nats_url, settings.worker_key, name, inbox_prefix(name), renew=settings.worker_renew_seconds)
     )
+    bus.measure(service.registry)
     service.depends("nats", lambda: None if bus.connected else "not connected")
     box = PrivateKey.generate()
     offers = Offers(
@@ -172,6 +173,7 @@ async def _containers(service: Service, settings: Settings, folder: Path) -> Doc
                 limits,
                 privileged=settings.worker_privileged,
                 pull_seconds=settings.worker_pull_seconds,
+                folder=folder,
             )
         )
     except (CannotRun, OSError) as error:

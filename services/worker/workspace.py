@@ -33,6 +33,7 @@ from services.worker.copying import copy_checked, copy_tree
 from services.worker.executors.sandboxes import Folders
 from services.worker.folders import remove_tree
 from services.worker.mounts import unmount
+from services.worker.newtree import add_tree
 from services.worker.placing import Copies, Means
 from services.worker.stamps import ByInode, Stamp
 from services.worker.teamcache import is_full
@@ -250,7 +251,7 @@ class Workspace:
     def _note(self, captured: Captured, ref: ArtifactRef, upper: Path) -> None:
         """What is stored may become the cache's at the end."""
         if ref.digest == captured.digest:
-            self._cache.add_tree(captured.digest, captured.manifest)
+            add_tree(self._cache, captured.digest, captured.manifest)
         self._stored.append((os.fsencode(upper.relative_to(self._upper)), captured))
 
     def _keep(self) -> None:

@@ -88,3 +88,26 @@ async def test_a_registry_that_wants_a_login_gets_the_sources(tmp_path: Path, do
         assert await scheduler.log(right, "stdout") == "here\n"
         for attempt in (wrong, right):
             assert "pass-word" not in await scheduler.log(attempt) + str(scheduler.reports[attempt])
+
+
+async def test_what_one_team_pulled_with_a_login_no_other_gets_without_one(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    """It lies on the engine; and still does when the worker begins anew."""
+    registry.login = "someone", "pass-word-1"
+    login = {"username": "someone", "password": "pass-word-1"}
+    for life in ("first", "second"):
+        async with a_docker_system(tmp_path, dockerd, pull_seconds=600.0) as (scheduler, _):
+            ours = await scheduler.send(resource(registry, tag="1", **login))
+            assert await scheduler.log(ours, "stdout") == "here\n"
+            asked = registry.asked["manifest"]
+            for theirs in (resource(registry, tag="1"), resource(registry, {"digest": registry.digest})):
+                attempt = await scheduler.send(theirs, team="others")
+                assert (await scheduler.finished(attempt)).status == "errored", life
+                assert "cannot be pulled" in scheduler.step(attempt).error
+            again = await scheduler.send(resource(registry, tag="1"))
+            assert await scheduler.log(again, "stdout") == "here\n"
+            assert registry.asked["manifest"] == asked
+    registry.login = None
+    async with a_docker_system(tmp_path, dockerd, pull_seconds=600.0) as (scheduler, _):
+        for _ in range(2):
+            public = await scheduler.send(resource(registry, tag="1"), team="others")
+            assert await scheduler.log(public, "stdout") == "here\n"

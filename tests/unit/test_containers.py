@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from proto.messages import Offers
+from proto.messages import Attempt, Offers
 from proto.plan import ContainerLimits, Requirements, Run, RunStep, TaskCache, TaskConfig, TaskInput, TaskOutput
 from services.scheduler.needs import offered, wanted
-from services.worker.executors.hardened import Bind, Limits, binds_of, container_of
+from services.worker.executors.hardened import Bind, Limits, binds_of, container_of, name_of
 from services.worker.executors.sandboxes import Folders
 
 LIMITS = Limits(memory=1 << 30, cpus=1.5, pids=100)
@@ -27,6 +27,12 @@ def config(inputs: tuple[str, ...] = (), outputs: tuple[str, ...] = (), caches: 
 def asked(task: TaskConfig, privileged: bool = False) -> dict[str, Any]:
     step = RunStep(name="step", config=task, privileged=privileged)
     return container_of(step, "sha256:1", "", Folders.below(Path("/w")), binds_of(task), {"a": "b"}, LIMITS)
+
+
+def test_no_two_steps_have_containers_of_one_name():
+    """The second would have the first one's removed, as what an earlier life left."""
+    names = {name_of(Attempt("b", stage, 1), RunStep(name=step, config=config())) for stage, step in (("a-b", "c"), ("a", "b-c"), ("a", "b.c"))}
+    assert len(names) == 3
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ def test_a_worker_that_was_revoked_is_for_good_until_it_is_deleted_and_registere
     for command in (REGISTER, BY_NAME, DrainWorker(worker="w"), ResumeWorker(worker="w")):
         given(REGISTERED, revoked).refuses(command, "conflict")
     given(REGISTERED, revoked).when(DeleteWorker(worker="w", lost=False)).then(WorkerDeleted())
-    given(REGISTERED, revoked, WorkerDeleted()).when(REGISTER).then(REGISTERED)
+    given(REGISTERED, revoked, WorkerDeleted()).when(replace(REGISTER, token_id="t2")).then(replace(REGISTERED, token_id="t2"))
+    given(REGISTERED, revoked, WorkerDeleted()).refuses(REGISTER, "conflict")
+    given(REGISTERED, revoked, WorkerDeleted()).refuses(replace(REGISTER, trial=True), "conflict")
 
 
 def test_a_start_of_the_gateway_does_not_bring_back_whom_the_owner_deleted():

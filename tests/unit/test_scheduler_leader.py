@@ -455,6 +455,67 @@ async def test_a_revoked_worker_is_cut_off_its_leases_end_at_once_and_nothing_it
     assert 9 <= len(world.cuts) <= 12, "whoever another instance let in meanwhile is cut off too, but not for ever"
 
 
+async def test_what_a_worker_offers_has_bounds_because_it_becomes_an_event(world):
+    offers = Offers(tags=tuple(f"t{number}" for number in range(100_000)))
+    heartbeat = Heartbeat(boot="b1", number=1, slots=1, availability=Availability(challenge=b"", offers=offers))
+    world.scheduler.hear("presence.w1", msgspec.msgpack.encode(sign(IDENTITY, "presence", msgspec.msgpack.encode(heartbeat))))
+    await world.turn()
+    assert not await world.events(WorkerBooted)
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["boots anew", "comes and goes"])
+async def test_a_liar_that_comes_again_and_again_makes_few_events_and_is_heard_again_when_it_has_stopped(world, leaves):
+    for number in range(200):
+        world.beat(boot="b" if leaves else f"b{number}")
+        await world.scheduler.turn()
+        if leaves:
+            world.beat(boot="b", goodbye=True)
+            await world.scheduler.turn()
+    assert 10 <= len(await world.events(WorkerBooted)) <= 25
+    before = len(await world.events(WorkerBooted))
+    await world.turn(10)
+    world.beat(boot="honest")
+    await world.turn()
+    assert [event.boot for event in (await world.events(WorkerBooted))[before:]] == ["honest"]
+
+
+@pytest.mark.parametrize("gone", [[WorkerRevoked()], [WorkerRevoked(), WorkerDeleted()]])
+async def test_a_worker_that_is_not_known_any_more_gets_nothing_in_the_very_turn_that_reads_of_it(world, gone):
+    """Its credits are there, and it may still hear what is sent to it: a package would hold secrets."""
+    await world.introduced()
+    heard = len(world.controls)
+    await world.queue()
+    await world.happened("fleet-worker-w1", *gone)
+    world.beat()
+    await world.turn()
+    assert not world.packages and len(world.controls) == heard
+    assert not await world.events(StageLeased)
+
+
+async def test_what_a_revoked_worker_never_showed_is_not_sent_to_it_again(world):
+    await world.introduced()
+    await world.queue()
+    await world.turn()
+    assert len(world.packages) == 1
+    await world.turn(1.1)
+    world.beat()
+    await world.happened("fleet-worker-w1", WorkerRevoked())
+    await world.turn()
+    assert len(world.packages) == 1
+
+
+async def test_an_instance_that_begins_to_lead_gives_nothing_to_whom_it_heard_before_they_were_deleted(world):
+    await world.introduced()
+    world.office.term = None
+    await world.turn()
+    await world.happened("fleet-worker-w1", WorkerRevoked(), WorkerDeleted())
+    await world.queue()
+    await world.turn()
+    world.office.term = 2
+    await world.turn()
+    assert not world.packages
+
+
 async def test_another_worker_of_a_revoked_ones_name_is_another(world):
     await world.introduced()
     other = new_seed()

@@ -152,7 +152,7 @@ class BuildRoutes:
             if path := privileged_step(submission.plan):
                 team = await self._queries.team(principal.team)
                 if team is None or not team.privileged:
-                    raise invalid(path, f"the policy of team `{principal.team}` does not let its steps be privileged")
+                    raise invalid(path, f"the policy of `{principal.team}` does not let its steps be privileged (see `penstock artifact policy`)")
             if missing := missing_input(submission.plan, submission.inputs):
                 raise invalid(*missing)
             if problem := misplaced(submission.plan):

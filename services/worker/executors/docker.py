@@ -18,8 +18,8 @@ from services.worker.executors.commands import NotRunnable
 from services.worker.executors.container import Container
 from services.worker.executors.engine import Engine, EngineGone, Refused
 from services.worker.executors.executor import CannotRun, Job, Running
-from services.worker.executors.hardened import Bind, Limits, binds_of, container_of
-from services.worker.executors.images import Images
+from services.worker.executors.hardened import Bind, Limits, binds_of, container_of, name_of
+from services.worker.executors.images import Guarded, Images
 
 logger = structlog.get_logger()
 
@@ -78,14 +78,14 @@ class DockerExecutor:
         attempt, step = job.attempt, job.step
         if step.privileged and not self._privileged:
             raise CannotRun("this worker runs no privileged steps")
-        image = await self._images.ready(step.config, job.say)
+        image = await self._images.ready(step.config, job.team, job.say)
         binds = _checked(job)
         user = step.config.run.user or ""
         if os.geteuid() != 0:
             user = f"{os.geteuid()}:{os.getegid()}"
         elif (user or image.user).partition(":")[0] not in ("", "0", "root"):
             await in_thread(lambda: _open_to_all(job, binds))
-        name = f"penstock-{attempt.build}-{attempt.stage}-{step.name}-{attempt.number}"
+        name = name_of(attempt, step)
         labels = {
             **self._labels,
             _OWNER: self._owner,
@@ -177,14 +177,15 @@ class DockerExecutor:
 
 @contextlib.asynccontextmanager
 async def containers_here(
-    url: str, owner: str, labels: dict[str, str], limits: Limits, *, privileged: bool, pull_seconds: float
+    url: str, owner: str, labels: dict[str, str], limits: Limits, *, privileged: bool, pull_seconds: float, folder: Path
 ) -> AsyncIterator[DockerExecutor]:
-    """An executor on the engine at `url`; what an earlier life of this owner left there is gone. Raises CannotRun when none answers."""
+    """An executor on the engine at `url`; what an earlier life of this owner left there is gone. In `folder` it notes whose images are on the engine.
+    Raises CannotRun when none answers, OSError."""
     engine = Engine(url)
     try:
         if not await engine.probe():
             raise EngineGone(f"the container engine does not answer at {url}")
-        executor = DockerExecutor(engine, Images(engine, pull_seconds), owner, labels, limits, privileged)
+        executor = DockerExecutor(engine, Images(engine, pull_seconds, Guarded(folder / "guarded-images")), owner, labels, limits, privileged)
         async with executor.kept() as removed:
             logger.info("containers can be run", engine=url, orphans_removed=removed)
             yield executor

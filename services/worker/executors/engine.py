@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 from aiodocker import Docker, DockerError
 from aiodocker.containers import DockerContainer
+from aiodocker.utils import compose_auth_header
 
 from services.worker.executors.executor import CannotRun
 
@@ -105,6 +106,12 @@ class Engine:
         finally:
             with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):
                 await events.stop()
+
+    async def ask_registry(self, image: str, auth: Mapping[str, str] | None) -> None:
+        """Have the image's registry say whether whoever has this login may have it. Raises CannotRun."""
+        headers = {"X-Registry-Auth": compose_auth_header(dict(auth), image.partition("/")[0])} if auth is not None else {}
+        with self.translated():
+            await self.docker._query_json(f"distribution/{image}/json", headers=headers)
 
     async def pull(self, image: str, auth: Mapping[str, str] | None) -> AsyncIterator[dict[str, Any]]:
         """The engine's words on how far it is. Raises CannotRun."""

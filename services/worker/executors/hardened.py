@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from proto.messages import Attempt
 from proto.plan import RunStep, TaskConfig
 from services.worker.executors.executor import Environment
 from services.worker.executors.sandboxes import Folders
@@ -45,6 +46,11 @@ def binds_of(config: TaskConfig) -> list[Bind]:
 
 def _inside(path: str, folder: str) -> bool:
     return folder == "." or path == folder or path.startswith(folder + "/")
+
+
+def name_of(attempt: Attempt, step: RunStep) -> str:
+    """What the step's container is called. A stage's name has no dot: no two are called the same."""
+    return f"penstock-{attempt.build}-{attempt.stage}.{step.name}-{attempt.number}"
 
 
 def container_of(step: RunStep, image: str, user: str, folders: Folders, binds: list[Bind], labels: dict[str, str], limits: Limits) -> dict[str, Any]:

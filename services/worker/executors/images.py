@@ -1,9 +1,13 @@
 """Images on the engine, fetched when they are not there."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from proto.image import BadImage, Reference, reference_of
 from proto.plan import TaskConfig, image_type
@@ -36,29 +40,67 @@ class Image(NamedTuple):
     user: str
 
 
+class Guarded:
+    """Repositories that were pulled with a login, and the teams that the registry has let in since: what came for one of them lies there for all.
+    Kept in a file, because the images stay, too."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises OSError."""
+        self._file = file
+        self._teams: dict[str, list[str]] = msgspec.json.decode(file.read_bytes(), type=dict[str, list[str]]) if file.exists() else {}
+
+    def admits(self, repository: str, team: str) -> bool:
+        return repository not in self._teams or team in self._teams[repository]
+
+    def guard(self, repository: str) -> None:
+        """It is being pulled with a login. Raises OSError."""
+        if repository not in self._teams:
+            self._teams[repository] = []
+            self._write()
+
+    def admit(self, repository: str, team: str, login: bool) -> None:
+        """The registry let it in; what it shows to anybody is nobody's secret. Raises OSError."""
+        if not self.admits(repository, team):
+            if login:
+                self._teams[repository].append(team)
+            else:
+                del self._teams[repository]
+            self._write()
+
+    def _write(self) -> None:
+        new = self._file.with_suffix(".new")
+        with new.open("wb") as file:
+            file.write(msgspec.json.encode(self._teams))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self._file)
+
+
 class Images:
     """`seconds` is for everything it takes to have an image here."""
 
-    def __init__(self, engine: Engine, seconds: float) -> None:
+    def __init__(self, engine: Engine, seconds: float, guarded: Guarded) -> None:
         self._engine = engine
         self._seconds = seconds
+        self._guarded = guarded
         self._turns: dict[str, asyncio.Lock] = {}
 
-    async def ready(self, config: TaskConfig, say: Callable[[str], None]) -> Image:
-        """The image that a task names. One that is here is used as it is: who wants no older one names its digest. Raises CannotRun."""
+    async def ready(self, config: TaskConfig, team: str, say: Callable[[str], None]) -> Image:
+        """The image that a task names. One that is here is used as it is: who wants no older one names its digest. But if it took a login, each team
+        must be let in by the registry once. Raises CannotRun, OSError."""
         resource = config.image_resource
         kind, source = (resource.type, resource.source) if resource else (image_type(config) or "", {"repository": config.image})
         try:
             reference = reference_of(kind, source, resource.version if resource else None)
         except BadImage as bad:
             raise CannotRun(str(bad)) from bad
-        if found := await self._here(reference):
+        if self._guarded.admits(reference.name, team) and (found := await self._here(reference)):
             return found
         turn = self._turns.setdefault(str(reference), asyncio.Lock())
         try:
             async with asyncio.timeout(self._seconds):
                 async with turn:
-                    return await self._here(reference) or await self._pulled(reference, _credentials(source), say)
+                    return await self._fetched(reference, team, _credentials(source), say)
         except TimeoutError as error:
             raise CannotRun(f"the image {reference} could not be pulled within {self._seconds:.0f} s") from error
         finally:
@@ -77,14 +119,22 @@ class Images:
         digest = reference.digest or next(iter(digests), "")
         return Image(seen["Id"], f"{reference.name}@{digest}" if digest else seen["Id"], (seen.get("Config") or {}).get("User") or "")
 
-    async def _pulled(self, reference: Reference, auth: Mapping[str, str] | None, say: Callable[[str], None]) -> Image:
+    async def _fetched(self, reference: Reference, team: str, auth: Mapping[str, str] | None, say: Callable[[str], None]) -> Image:
         pause, began = FIRST_PAUSE, time.monotonic()
-        say(f"pulling {reference}")
         while True:
             try:
-                await self._pull(reference, auth, say)
-                if found := await self._here(reference):
-                    say(f"pulled {found.exact} in {time.monotonic() - began:.1f} s")
+                if (found := await self._here(reference)) is None:
+                    say(f"pulling {reference}")
+                    if auth is not None:
+                        self._guarded.guard(reference.name)
+                    await self._pull(reference, auth, say)
+                    if found := await self._here(reference):
+                        say(f"pulled {found.exact} in {time.monotonic() - began:.1f} s")
+                if found and not self._guarded.admits(reference.name, team):
+                    # That it was pulled does not tell: what the engine has by its digest it asks nobody for.
+                    await self._engine.ask_registry(str(reference), auth)
+                    self._guarded.admit(reference.name, team, auth is not None)
+                if found:
                     return found
                 why = "the engine broke off"
             except EngineGone:
