@@ -17,11 +17,12 @@ from penstock.cli.quantities import Duration, Keep
 from penstock.cli.running import Assignment, BuildRef, Failure, Mistake, connect, print_json, run, team_option
 from penstock.cli.sending import send
 from penstock.cli.terminal import Terminal
-from penstock.client import Artifact, Build, Client, Conflict, PenstockError
+from penstock.client import Artifact, Build, Client, Conflict, PenstockError, Refused
 from penstock.taskfile import TaskFileProblem, overridden_params, plan_of, read_task
 from penstock.variables import VariableProblem, gather_variables
 
 LONGEST_TIMEOUT = 30 * 24 * 3600
+TASK_IN_PLAN = "plan.stages[0].steps[0]."
 
 
 class TaskCommand(click.Command):
@@ -42,6 +43,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked for, checked against the task file and this machine's folders: nothing has been sent yet. `keep`: the outputs, for so many
     seconds (0: as the team's policy says)."""
 
+    task_file: Path
     plan: dict[str, Any]
     name: str
     inputs: Inputs
@@ -138,7 +140,7 @@ def _request(
     check_folders(wanted)
     chosen = choose_inputs(task, inputs, dict(mapping), earlier or "", task_file, terminal, include_ignored=include_ignored, include_git=include_git)
     plan = plan_of(task, arguments=arguments, tags=tags, timeout=timeout, image=image, privileged=privileged)
-    return Request(plan=plan, name=name, inputs=chosen, outputs=wanted, keep=keep)
+    return Request(task_file=task_file, plan=plan, name=name, inputs=chosen, outputs=wanted, keep=keep)
 
 
 def _output_folders(pairs: Sequence[tuple[str, str]]) -> dict[str, Path]:
@@ -157,6 +159,12 @@ def _read(path: Path) -> bytes:
         raise Mistake(f"cannot read {path}: {error.strerror}") from error
 
 
+def _in_task(error: Refused, task_file: Path) -> PenstockError | Failure:
+    """Whoever has written a task file knows nothing of the plan that is made of it."""
+    place = error.path.removeprefix(TASK_IN_PLAN)
+    return error if place == error.path else Failure(f"{task_file}: {place.removeprefix('config.')}: {str(error).removeprefix(f'{error.path}: ')}")
+
+
 async def _executed(client: Client, request: Request, terminal: Terminal, detach: bool) -> tuple[Build, int]:
     """Upload, start, and unless detached watch and fetch; the build and the exit code."""
     with Interruption("left; no build was started") as interruption:
@@ -170,7 +178,10 @@ async def _executed(client: Client, request: Request, terminal: Terminal, detach
                 raise click.Abort from None
             inputs |= {name: uploaded[source] for name, source in request.inputs.chosen.items() if source in uploaded}
             interruption.first(None, "left; the build may have been started")
-            build = await client.create_build(request.plan, inputs, name=request.name, keep=request.keep)
+            try:
+                build = await client.create_build(request.plan, inputs, name=request.name, keep=request.keep)
+            except Refused as error:
+                raise _in_task(error, request.task_file) from error
             if not detach or request.outputs:
                 terminal.say(f"build {build.number}: {build.url}")
             if detach:

@@ -25,6 +25,14 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(f"penstock.cli.{module}"), attribute)
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self._lazy and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], self._lazy, n=1)
+            ctx.fail(f"there is no command `{args[0]}`" + (f": did you mean `{near[0]}`?" if near else ""))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in self._lazy.items()])

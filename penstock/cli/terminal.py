@@ -1,6 +1,7 @@
 """What is written where: stdout carries a task's stdout (or JSON, or a list) and nothing else; its stderr, and all that Penstock has to say, go to
 stderr. Colours and bars only on a terminal that wants them (NO_COLOR, TERM=dumb)."""
 
+import codecs
 import contextlib
 import os
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, BinaryIO
 
 import click
+
+from penstock.cli.harmless import Harmless
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -31,6 +34,9 @@ class Terminal:
         self._colour_out = sys.stdout.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "") not in ("", "dumb")
         self._shared = log_to_stderr or _same_file(sys.stdout.fileno(), sys.stderr.fileno())
         self._open = {"stdout": False, "stderr": False}  # whether the last line that was written there lacks its end
+        onto = {"stdout": sys.stderr if log_to_stderr else sys.stdout, "stderr": sys.stderr}
+        self._harmless = {stream: Harmless() for stream, file in onto.items() if file.isatty()}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.reader_gone = False
 
     def styled(self, text: str, colour: str | None = None, *, dim: bool = False) -> str:
@@ -38,8 +44,10 @@ class Terminal:
         return click.style(text, fg=colour, dim=dim or None) if (colour or dim) and self._colour_out else text
 
     def say(self, text: str, colour: str | None = None) -> None:
-        """A line of our own."""
+        """A line of our own, or several."""
         self.end_line()
+        if "stderr" in self._harmless:
+            text = Harmless()(text)
         with contextlib.suppress(OSError):
             self._err.write((click.style(text, fg=colour) if colour and self._colour else text).encode("utf-8", "replace") + b"\n")
             self._err.flush()
@@ -54,15 +62,28 @@ class Terminal:
         self.write(b"\x1b[H\x1b[2J\x1b[3J")
 
     def end_line(self) -> None:
-        """End what a task left unended where our lines and bars go."""
+        """End what a task left unended where our lines and bars go: its line and its colours."""
+        self.restore()
         if self._open["stderr"] or (self._shared and self._open["stdout"]):
             self._open = {"stdout": self._open["stdout"] and not self._shared, "stderr": False}
             with contextlib.suppress(OSError):
                 self._err.write(b"\n")
                 self._err.flush()
 
+    def restore(self) -> None:
+        """Take back the colours that a task has left on."""
+        styled = [harmless for stream, harmless in self._harmless.items() if harmless.styled and (self._shared or stream == "stderr")]
+        for harmless in styled:
+            harmless.styled = False
+        if styled:
+            with contextlib.suppress(OSError):
+                self._err.write(b"\x1b[0m")
+                self._err.flush()
+
     def log(self, stream: str, text: str) -> None:
-        """What a task wrote, on the stream that it wrote it to."""
+        """What a task wrote, on the stream that it wrote it to; a terminal gets of it what cannot harm it."""
+        if stream in self._harmless:
+            text = self._harmless[stream](text)
         if not text:
             return
         stderr = stream == "stderr"
@@ -73,6 +94,13 @@ class Terminal:
                 self._err.flush()
         else:
             self.write(text.encode("utf-8", "replace"))
+
+    def log_bytes(self, data: bytes) -> None:
+        """What a task wrote, byte for byte, on stdout; a terminal, again, gets what cannot harm it."""
+        if "stdout" in self._harmless:
+            self.log("stdout", self._decoder.decode(data))
+        else:
+            self.write(data)
 
     def write(self, data: bytes) -> None:
         """Bytes on stdout."""

@@ -62,6 +62,7 @@ def logs(ctx: click.Context, build: str, stage: str, attempt: int | None, plain:
     client = connect(ctx, team)
     terminal = Terminal()
     lines = run(_logged(client, build, terminal, stage, attempt, plain, as_json))
+    terminal.restore()
     if as_json:
         print_json(lines)
     if terminal.reader_gone:
@@ -78,7 +79,7 @@ async def _logged(client: Client, ref: str, terminal: Terminal, stage: str, atte
             try:
                 if plain:
                     async for piece in client.log_text(build.id, name, attempt):
-                        terminal.write(piece)
+                        terminal.log_bytes(piece)
                     continue
                 start: int | None = 0
                 while start is not None and not terminal.reader_gone:

@@ -12,6 +12,8 @@ from penstock.client import BuildPreparation, Client, Holder, Preparation
 from penstock.client.model import ENDED
 
 NAMED = 5  # of what is ahead
+STATES = ("draining", "in trouble")
+"""What is no requirement among what a worker was refused for."""
 
 
 @click.command(short_help="Say why a build waits, and what is ahead of it.")
@@ -84,11 +86,15 @@ def _details(stage: Preparation) -> Iterator[str]:
 
 
 def _counts(refused: Mapping[str, int]) -> str:
-    """How many workers each reason is true of."""
-    counts = {printable(reason): counted(count, "worker") for reason, count in refused.items()}
-    if len(counts) == 1:
-        return f" ({next(iter(counts.values()))})"
-    return f" ({_and([f'{reason}: {count}' for reason, count in counts.items()])})" if counts else ""
+    """What each worker was refused for: the first thing that stood against it."""
+    if len(refused) == 1:
+        return f" ({counted(next(iter(refused.values())), 'worker')})"
+    return f" ({_and([_refusal(why, count) for why, count in refused.items()])})" if refused else ""
+
+
+def _refusal(why: str, count: int) -> str:
+    verbs = ("is", "are") if why in STATES else ("lacks", "lack")
+    return f"{counted(count, 'worker')} {verbs[count != 1]} {printable(why)}"
 
 
 def _ahead(stage: Preparation) -> str:

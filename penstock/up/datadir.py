@@ -3,7 +3,6 @@
 import fcntl
 import os
 import secrets
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +11,7 @@ import msgspec
 
 from libs.sealing import new_sealing_key
 from libs.tokens import new_seed
+from penstock.client.private import write_private
 from penstock.up.processes import Identity, free_port, is_free
 from proto.catalogue import SERVICES
 
@@ -167,25 +167,6 @@ def data_dir(given: Path | None, environ: Mapping[str, str]) -> DataDir:
         home = Path(environ["XDG_DATA_HOME"]) if environ.get("XDG_DATA_HOME") else Path.home() / ".local" / "share"
         given = home / "penstock"
     return DataDir(given)
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Replace a file at once and for good: readable by its owner alone, whole after a crash, never half."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _read(path: Path, kind: type[T]) -> T | None:

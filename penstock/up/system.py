@@ -15,8 +15,9 @@ from libs.embedded.nats import EmbeddedNats
 from libs.embedded.postgres import EmbeddedPostgres
 from libs.tokens import public_key
 from penstock.client.errors import NoTarget
+from penstock.client.private import write_private
 from penstock.client.targets import Target, Targets, read_targets, write_targets
-from penstock.up.datadir import FIRST_TEAM, USUAL_PORT, DataDir, OtherStore, Ports, Run, Secrets, write_private
+from penstock.up.datadir import FIRST_TEAM, USUAL_PORT, DataDir, OtherStore, Ports, Run, Secrets
 from penstock.up.processes import identify, is_alive, send
 from penstock.up.service import ForkedService, ServiceSpec
 from penstock.up.signals import Signals

@@ -36,10 +36,10 @@ def environment(home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """`penstock up` in a folder of its own; stopped in the end."""
+    """`penstock up` in a folder of its own, whose worker runs no containers, whatever engine this machine has; stopped in the end."""
     home = tmp_path_factory.mktemp("system")
     data = home / "data"
-    environ = environment(home)
+    environ = {**environment(home), "DOCKER_HOST": f"unix://{home}/no-engine"}
     started = subprocess.run([*COMMAND, "up", "--data", data, "--detach", "--port", "0"], env=environ, capture_output=True, text=True, timeout=100)
     try:
         assert started.returncode == 0, started.stderr + _last_lines(data)

@@ -62,11 +62,13 @@ def test_secrets_are_set_listed_used_and_removed(cli: Cli) -> None:
     assert (result.returncode, result.stdout) == (0, "both: <***>\n***\n2\n"), result.stderr
     refused = cli("execute", "-c", cli.task("true", more='"params": {"A": "((nothing))"}'))
     assert refused.returncode == 1
-    assert "plan.stages[0].steps[0].config.params.A: the team has no secret `nothing`" in refused.stderr
+    assert "task.yml: params.A: the team has no secret `nothing`" in refused.stderr
     assert cli("secret", "rm", "word").returncode == 0
     assert cli("secret", "rm", "word").returncode == 1
     assert cli("secret", "set", "empty", "--from-file", os.devnull).returncode == 2
     assert "on a terminal" in cli("secret", "set", "word").stderr
+    missing = cli("secret", "set", "word", "--from-file", "missing")
+    assert (missing.returncode, missing.stderr) == (2, "Error: cannot read missing: No such file or directory\n")
 
 
 def test_a_step_whose_secret_was_removed_ends_with_an_error_that_names_it(cli: Cli, interrupt: Callable[[subprocess.Popen[str]], None]) -> None:

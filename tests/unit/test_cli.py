@@ -46,6 +46,18 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         assert f"  {command} " in result.stdout
 
 
+def test_no_command_imports_what_only_a_call_needs(tmp_path: Path) -> None:
+    code = """
+import sys
+from penstock.cli.main import cli
+for group in (cli, *(cli.get_command(None, name) for name in ("artifact", "secret", "worker"))):
+    for name in group.list_commands(None):
+        assert group.get_command(None, name)
+assert "aiohttp" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+
+
 COMMANDS = ["execute", "watch", "logs", "download", "artifact", "abort", "why", "builds", "workers", "login", "targets", "up", "down", "version"]
 
 
@@ -111,6 +123,19 @@ def test_a_server_that_is_not_there_is_one_line_that_says_what_to_do(here: Path,
     result = penstock(*arguments, cwd=here)
     assert result.stderr == "Error: cannot reach http://127.0.0.1:9: is it running? start it with `penstock up`\n"
     assert result.returncode == 1
+
+
+def test_of_a_server_elsewhere_it_is_not_said_to_start_it_here(here: Path) -> None:
+    far = {"url": "http://nowhere.invalid:1", "token": "x", "team": "t"}
+    (here / "targets.json").write_text(json.dumps({"current": "far", "targets": {"far": far}}))
+    said = penstock("builds", cwd=here).stderr
+    assert said == "Error: cannot reach http://nowhere.invalid:1: is the URL right, and is there a way to it from here?\n"
+
+
+@pytest.mark.parametrize(("typed", "said"), [("bulds", ": did you mean `builds`?"), ("zzz", "")])
+def test_a_command_that_is_not_there_is_answered_with_the_nearest(here: Path, typed: str, said: str) -> None:
+    result = penstock(typed, cwd=here)
+    assert result.returncode == 2 and result.stderr.endswith(f"\nError: there is no command `{typed}`{said}\n"), result.stderr
 
 
 def test_without_a_target_it_says_how_to_get_one(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_stage_that_no_worker_can_take() -> None:
 
 def test_several_reasons_have_their_counts() -> None:
     stage = changed(reason="no worker offers platform linux or tag gpu", refused={"draining": 1, "tag gpu": 2})
-    assert "recorded: no worker offers platform linux or tag gpu (draining: 1 worker and tag gpu: 2 workers)" in _details(stage)
+    assert "recorded: no worker offers platform linux or tag gpu (1 worker is draining and 2 workers lack tag gpu)" in _details(stage)
 
 
 def test_what_is_ahead_and_who_has_the_slots() -> None:

@@ -26,11 +26,18 @@ def set_(ctx: click.Context, name: str, from_file: Path | None, from_stdin: bool
         raise Mistake("--from-file and --stdin: which of them?")
     if from_file is None and not from_stdin and not sys.stdin.isatty():
         raise Mistake("the value is asked for on a terminal, and this is none: give it with --from-file, or with --stdin")
-    value = _text(from_file.read_bytes()) if from_file is not None else _text(sys.stdin.buffer.read()).removesuffix("\n") if from_stdin else _asked()
+    value = _text(_read(from_file)) if from_file is not None else _text(sys.stdin.buffer.read()).removesuffix("\n") if from_stdin else _asked()
     if not value:
         raise Mistake("the value is empty")
     found = run(_set(connect(ctx, team), name, value))
     click.echo(f"{found.name}: set (version {found.version})", err=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Mistake(f"cannot read {path}: {error.strerror}") from error
 
 
 def _asked() -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 import click
 
 from penstock.cli.running import Decorator, connect, run
+from penstock.cli.terminal import Terminal
 from penstock.client import Client
 
 reason_option: Decorator = click.option("--reason", default="", help="Why, for whoever asks later.")
@@ -17,6 +18,7 @@ reason_option: Decorator = click.option("--reason", default="", help="Why, for w
 def drain(ctx: click.Context, name: str, reason: str) -> None:
     """Give worker NAME nothing new. What it runs it finishes; `penstock worker show NAME` says when it has."""
     run(_changed(connect(ctx), name, "drain", reason))
+    Terminal().say(f"{name}: draining; `penstock worker show {name}` says what it still runs")
 
 
 @click.command(short_help="Give a drained worker work again.")
@@ -25,6 +27,7 @@ def drain(ctx: click.Context, name: str, reason: str) -> None:
 def resume(ctx: click.Context, name: str) -> None:
     """Give worker NAME work again."""
     run(_changed(connect(ctx), name, "resume", ""))
+    Terminal().say(f"{name}: gets work again")
 
 
 @click.command(short_help="Cut a worker off for good.")
@@ -36,13 +39,16 @@ def revoke(ctx: click.Context, name: str, reason: str) -> None:
 
     This is for a worker that cannot be trusted; one that is only to be stopped is better drained. Its name is free after `penstock worker rm`."""
     run(_changed(connect(ctx), name, "revoke", reason))
+    Terminal().say(f"{name}: revoked; `penstock worker rm {name}` frees its name")
 
 
 @click.command(short_help="Forget workers that are revoked or lost.")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.pass_context
 def rm(ctx: click.Context, names: tuple[str, ...]) -> None:
-    """Forget workers that are revoked or lost. Their names are free for others; to come back, they register anew."""
+    """Forget workers that are revoked or lost. Their names are free for others.
+
+    To come back a worker registers anew; after a revocation remove its worker.json first, so that it makes another key."""
     run(_removed(connect(ctx), names))
 
 
@@ -55,3 +61,4 @@ async def _removed(client: Client, names: tuple[str, ...]) -> None:
     async with client:
         for name in names:
             await client.remove_worker(name)
+            Terminal().say(f"{name}: removed")

@@ -48,7 +48,7 @@ def start(
     """Run a worker on this machine until Ctrl-C, which gives back what it runs and says goodbye.
 
     The first time it needs a token and the server's URL: it makes a key, which never leaves --dir, and registers it. From then on the key is all
-    that it needs, after days offline too; nobody has to renew anything.
+    that it needs, after days offline too. If the bus answers that key with `Authorization Violation`, the worker was revoked or removed.
 
     \b
       penstock worker start --register TOKEN --server https://penstock.example --name rack-1 --slots 8
@@ -108,7 +108,7 @@ async def _joined(wanted: Membership, token: str) -> Membership:
     try:
         return await join(wanted, token)
     except Unauthorized as error:
-        raise Failure(f"{wanted.url} does not take this token: it was used, is too old, or is another server's") from error
+        raise Failure(f"{wanted.url} does not take this token: it was used, is too old, or another server's; have another made") from error
     except Conflict as error:
         raise Failure(f"{wanted.url} has another worker of the name `{wanted.name}`: choose another --name") from error
 
