@@ -16,6 +16,7 @@ WINDOW = 60.0
 """Seconds that the clocks of the two may disagree, beside the request's time on its way."""
 
 _CONTEXT = "penstock-request"
+_DIGITS = 20
 _TIME, _CONTENT, _SIGNATURE = "Penstock-Time", "Penstock-Content", "Penstock-Signature"
 
 
@@ -35,7 +36,7 @@ def check_proof(public: str, headers: Mapping[str, str], token: str, method: str
     time, content = headers.get(_TIME, ""), headers.get(_CONTENT, "")
     try:
         signed = Signed(_said(method, path, time, content, token), signature_bytes(headers.get(_SIGNATURE, "")))
-        sent = int(time)
+        sent = int(time[:_DIGITS])
     except ValueError as error:
         raise BadSignature from error
     verify(public, _CONTEXT, signed)

@@ -5,10 +5,11 @@ import hashlib
 import io
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -237,37 +238,44 @@ class Running:
         self.process.send_signal(signal.SIGUSR1)
 
 
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port that nobody takes before the process that is told of it: bound here, where nothing listens."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
 @asynccontextmanager
 async def running(
     database: Database, nats: NatsServer, store: Path, name: str, step: int = 0, by: signal.Signals = signal.SIGKILL
 ) -> AsyncIterator[Running]:
     """The service in a process of its own, which sends itself a signal before its `step`-th step after `count`."""
-    with bind("127.0.0.1:0") as one, bind("127.0.0.1:0") as two:
-        port, status = one.getsockname()[1], two.getsockname()[1]
-    environ = settings(
-        database,
-        nats,
-        store,
-        PENSTOCK_LISTEN=f"127.0.0.1:{port}",
-        PENSTOCK_STATUS_LISTEN=f"127.0.0.1:{status}",
-        PENSTOCK_TIDY_SECONDS="3600",
-        PENSTOCK_INSTANCE=name,
-    )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.interrupted_artifacts", str(step), str(int(by)), env=os.environ | environ, stderr=asyncio.subprocess.DEVNULL
-    )
-    try:
-        async with aiohttp.ClientSession(auto_decompress=False, headers={"Accept-Encoding": "identity"}) as session:
+    with held_port() as port, held_port() as status:
+        environ = settings(
+            database,
+            nats,
+            store,
+            PENSTOCK_LISTEN=f"127.0.0.1:{port}",
+            PENSTOCK_STATUS_LISTEN=f"127.0.0.1:{status}",
+            PENSTOCK_TIDY_SECONDS="3600",
+            PENSTOCK_INSTANCE=name,
+        )
+        command = [sys.executable, "-m", "tests.interrupted_artifacts", str(step), str(int(by))]
+        process = await asyncio.create_subprocess_exec(*command, env=os.environ | environ, stderr=asyncio.subprocess.DEVNULL)
+        try:
+            async with aiohttp.ClientSession(auto_decompress=False, headers={"Accept-Encoding": "identity"}) as session:
 
-            async def ready() -> bool:
-                with suppress(aiohttp.ClientError):
-                    async with session.get(f"http://127.0.0.1:{status}/readyz") as answer:
-                        return answer.status == 200
-                return False
+                async def ready() -> bool:
+                    with suppress(aiohttp.ClientError):
+                        async with session.get(f"http://127.0.0.1:{status}/readyz") as answer:
+                            return answer.status == 200
+                    return False
 
-            await eventually(ready, timeout=30)
-            yield Running(process, Api(f"http://127.0.0.1:{port}", session, store))
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+                await eventually(ready, timeout=30)
+                yield Running(process, Api(f"http://127.0.0.1:{port}", session, store))
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()

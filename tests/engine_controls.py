@@ -22,7 +22,8 @@ LIMITS = Limits(memory=256 << 20, pids=64)
 async def containers_of(
     engine: Dockerd, owner: str, *, limits: Limits = LIMITS, privileged: bool = False, pull_seconds: float = 5.0
 ) -> AsyncIterator[DockerExecutor]:
-    async with containers_here(engine.url, owner, {"penstock.worker": "w1"}, limits, privileged=privileged, pull_seconds=pull_seconds) as executor:
+    labels = {"penstock.worker": "w1"}
+    async with containers_here(engine.url, owner, labels, limits, privileged=privileged, pull_seconds=pull_seconds, folder=Path(owner)) as executor:
         yield executor
 
 

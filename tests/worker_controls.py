@@ -17,13 +17,14 @@ import pytest
 from nacl.public import PrivateKey, PublicKey, SealedBox
 from prometheus_client import CollectorRegistry
 
-from libs.bus.bus import Bus
+from libs.bus.bus import Bus, BusUnavailable
 from libs.bus.memory import MemoryBus
 from libs.tokens import new_seed, public_key, sign, verify
 from proto.events.base import ArtifactRef
 from proto.image import RUNNABLE
 from proto.messages import (
     About,
+    ArchivedLog,
     Attempt,
     Control,
     Heartbeat,
@@ -182,19 +183,21 @@ class Scheduler:
             parts.create_task(self._note_reports(reports))
             parts.create_task(self._note_logs(logs))
 
-    async def send(self, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "") -> Attempt:
+    async def send(self, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "", team: str = "main") -> Attempt:
         """Lease a new attempt to the worker, on a fresh credit."""
         attempt = Attempt(f"build{next(self._numbers)}", "main", 1)
-        await self.bus.send(f"execute_build_package.{self.worker}", await self.package(attempt, *steps, inputs=inputs, token=token))
+        await self.bus.send(f"execute_build_package.{self.worker}", await self.package(attempt, *steps, inputs=inputs, token=token, team=team))
         return attempt
 
-    async def package(self, attempt: Attempt, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "") -> bytes:
+    async def package(
+        self, attempt: Attempt, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "", team: str = "main"
+    ) -> bytes:
         async with asyncio.timeout(10):
             while (credit := self._credit()) is None:
                 await self._next()
         package = Package(
             attempt=attempt,
-            team="main",
+            team=team,
             worker=self.worker,
             boot=self.heartbeats[-1].boot,
             credit=credit.nonce,
@@ -227,7 +230,13 @@ class Scheduler:
     async def log(self, attempt: Attempt, stream: str | None = None) -> str:
         """The whole log, or one stream of it, of an attempt that has ended."""
         extent = await self.finished(attempt)
-        await eventually(lambda: len(self.chunks.get(attempt, {})) == extent.chunks)
+
+        def whole() -> bool:
+            missing = self._missing(attempt)
+            assert not missing, f"chunks {missing} of {extent.chunks} have not come"
+            return True
+
+        await eventually(whole)
         chunks = [chunk for _, chunk in sorted(self.chunks.get(attempt, {}).items())]
         return b"".join(s.data for c in chunks for s in c.segments if stream in (None, s.stream)).decode(errors="replace")
 
@@ -237,6 +246,12 @@ class Scheduler:
 
     async def control(self, control: Control) -> None:
         await self.bus.send(f"control.{self.worker}", msgspec.msgpack.encode(sign(SERVER, f"control.{self.worker}", msgspec.msgpack.encode(control))))
+
+    def _missing(self, attempt: Attempt) -> list[int]:
+        """The chunks that have not come of an attempt that has ended."""
+        reports = self.reports.get(attempt, {}).values()
+        extent = next((body for body in reports if isinstance(body, ReportStageFinished)), None)
+        return sorted(set(range(1, extent.chunks + 1)) - self.chunks.get(attempt, {}).keys()) if extent else [1]
 
     async def _next(self) -> None:
         """Something was heard."""
@@ -269,17 +284,17 @@ class Scheduler:
                 for r in heartbeat.running
                 if r.attempt not in self.lost
             ]
-            archived = list(heartbeat.logs) if self.archives else []
-            await self.control(
-                Control(
-                    boot=heartbeat.boot,
-                    number=heartbeat.number,
-                    challenge=secrets.token_bytes(8),
-                    lease_seconds=self.lease_seconds,
-                    held=held,
-                    archived=archived,
-                )
+            archived = [ArchivedLog(*msgspec.structs.astuple(log)) for log in heartbeat.logs if self.archives and not self._missing(log)]
+            answer = Control(
+                boot=heartbeat.boot,
+                number=heartbeat.number,
+                challenge=secrets.token_bytes(8),
+                lease_seconds=self.lease_seconds,
+                held=held,
+                archived=archived,
             )
+            with contextlib.suppress(BusUnavailable):  # it went after the heartbeat had come
+                await self.control(answer)
 
     async def _note_reports(self, batches: AsyncIterator[list[Any]]) -> None:
         async for batch in batches:
@@ -362,6 +377,8 @@ async def a_scheduler(bus: Bus, **more: Any) -> AsyncIterator[Scheduler]:
     finally:
         task.cancel()
         await asyncio.wait([task])
+        if not task.cancelled() and task.exception() is not None:
+            raise task.exception() or AssertionError
 
 
 @contextlib.asynccontextmanager

@@ -18,11 +18,15 @@ _QUICK = 1.0
 
 async def in_thread(work: Callable[[], T], threads: Executor | None = None) -> T:
     """`work()` in a thread, and never left behind: a cancellation is passed on once the work has ended."""
-    future = asyncio.get_running_loop().run_in_executor(threads, work)
+    return await to_its_end(asyncio.get_running_loop().run_in_executor(threads, work))
+
+
+async def to_its_end(work: asyncio.Future[T]) -> T:
+    """What comes of it; a cancellation is passed on once it has ended."""
     try:
-        return await asyncio.shield(future)
+        return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await _settled(future)
+        await _settled(work)
         raise
 
 

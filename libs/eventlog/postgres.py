@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator, Collection, Iterator, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import asyncpg
+from asyncpg.pool import PoolAcquireContext
 
 from libs.eventlog.log import PAGE_BYTES, Appended, Conflict, EventTooLarge, LogUnavailable, NotOwner, Wakeup, Write, check_writes
 from proto.envelope import Recorded
 
 Pool = asyncpg.Pool
+PATIENCE = 2.4
+"""Seconds to wait for a connection of a pool's, all of which are at work."""
 
 _APPEND = "SELECT recorded, version, position, recorded_at FROM eventlog.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
 _COLUMNS = "position, stream, version, event_id, type, data, team, correlation_id, causation_id, actor, recorded_at"
@@ -55,15 +58,26 @@ def unavailable() -> Iterator[None]:
         raise LogUnavailable(f"{type(error).__name__}: {error}") from error
 
 
+class _PatientPool(asyncpg.Pool):
+    """Nobody waits for a connection without end: TimeoutError after PATIENCE seconds, also where none was named."""
+
+    def acquire(self, *, timeout: float | None = None) -> PoolAcquireContext:
+        return super().acquire(timeout=PATIENCE if timeout is None else timeout)
+
+
 @asynccontextmanager
 async def open_pool(dsn: str, size: int = 4) -> AsyncIterator[Pool]:
     """Up to `size` connections, made when needed and closed when idle. Succeeds while Postgres is down.
 
     `json` is bytes, both ways. A DSN with a password and an sslmode keeps the driver from looking for files in HOME."""
-    pool = asyncpg.create_pool(
+    pool = _PatientPool(
         dsn,
         min_size=0,
         max_size=size,
+        max_queries=50_000,
+        loop=None,
+        connection_class=asyncpg.Connection,
+        record_class=asyncpg.Record,
         timeout=2.0,
         command_timeout=30.0,
         max_inactive_connection_lifetime=120.0,

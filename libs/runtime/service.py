@@ -153,14 +153,14 @@ async def _serve(name: str, wire: Wire, environ: Mapping[str, str], sockets: Map
 
 
 def configure_logging(name: str) -> None:
-    """JSON lines on stderr, each with the service's name and what is bound in context (correlation ids)."""
+    """JSON lines on stderr, each with the service's name and what is bound in context (correlation ids); on a terminal lines for people."""
+    people = sys.stderr.isatty()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if people else "iso", utc=not people),
+            *([structlog.dev.ConsoleRenderer()] if people else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),

@@ -9,6 +9,7 @@ import msgspec
 from nacl.public import PrivateKey, SealedBox
 from nats.aio.client import Client as NatsClient
 from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 
 from libs.bus.accounts import inbox_prefix
 from libs.tokens import public_key, sign, verify
@@ -116,7 +117,7 @@ def honest(line: bytes = b"honest\n") -> list[ReportBody]:
 @asynccontextmanager
 async def liar(system: System, member: Membership, before: Liar | None = None) -> AsyncIterator[Liar]:
     """Connected, and known to the scheduler; the same boot as `before`, if that is given."""
-    bus = await bare_client(system.bus_url(), member.key, member.name, inbox_prefix=inbox_prefix(member.name).encode())
+    bus = await eventually(lambda: _let_in(system, member), timeout=20)
     try:
         one = Liar(member, bus, system.data.secrets().server_key, before.boot if before else secrets.token_hex(8))
         if before is not None:
@@ -131,3 +132,12 @@ async def liar(system: System, member: Membership, before: Liar | None = None) -
         yield one
     finally:
         await bus.close()
+
+
+async def _let_in(system: System, member: Membership) -> NatsClient | None:
+    """None while the scheduler has not heard yet that it is registered."""
+    try:
+        return await bare_client(system.bus_url(), member.key, member.name, inbox_prefix=inbox_prefix(member.name).encode())
+    except NatsError as error:
+        assert "Authorization Violation" in str(error), error
+        return None

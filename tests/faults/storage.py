@@ -1,4 +1,4 @@
-"""What the store of a system holds, and that nothing else does."""
+"""What the store and the worker of a system hold, and that nothing else does."""
 
 from pathlib import Path
 
@@ -40,3 +40,22 @@ async def nothing_but_what_lives(system: System, client: Client) -> None:
         await eventually(tidy, timeout=30)
     finally:
         await database.close()
+
+
+async def nothing_of_attempts(system: System) -> None:
+    """When nothing runs, all that is below the worker's folders for attempts is empty ones of its present life, for those to come; nothing
+    is mounted there, no process is noted, and the journals of earlier lives are gone."""
+    folder = system.data.path / "workers" / "local"
+
+    def gone() -> bool:
+        work, spool = folder / "work", folder / "spool"
+        found = {path.relative_to(work).as_posix() for path in work.rglob("*")}
+        roots = {path for path in found if "/" not in path}
+        assert found == roots | {f"{root}/{name}" for root in roots for name in ("workspace", "home", "tmp")}, found
+        assert len({root.partition("-")[0] for root in roots}) <= 1, roots
+        assert str(work) not in Path(f"/proc/{system.process('worker').pid}/mountinfo").read_text()
+        assert files_in(spool / "processes") == {}
+        assert len(list(spool.glob("*.journal"))) <= 1, list(spool.glob("*.journal"))
+        return True
+
+    await eventually(gone, timeout=30)

@@ -79,7 +79,7 @@ async def test_what_was_written_last_is_in_the_log(tmp_path: Path, dockerd: Dock
 
 async def test_a_container_of_the_same_name_is_replaced_if_it_is_ours_and_left_if_not(tmp_path: Path, dockerd: Dockerd) -> None:
     """FAULTS 51."""
-    names = [f"penstock-build{n}-main-step-1" for n in (1, 2)]
+    names = [f"penstock-build{n}-main.step-1" for n in (1, 2)]
     async with a_docker_system(tmp_path, dockerd) as (scheduler, _):
         for name, owner in zip(names, (str(tmp_path), "somebody"), strict=True):
             docker(dockerd, "create", "--name", name, "--label", f"penstock.owner={owner}", IMAGE, "true")

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from libs.eventlog.log import NO_STREAM
 from libs.eventlog.postgres import PostgresLog, open_postgres_log
 from libs.proofs import NOTHING, proof_headers
-from libs.tokens import new_seed, public_key
+from libs.tokens import new_seed, public_key, sign, signature_text
 from proto.catalogue import decode
 from proto.events.artifact import ArtifactSealed
 from proto.events.base import ArtifactRef
@@ -129,6 +129,8 @@ async def test_a_build_token_is_worth_nothing_without_its_worker_s_key(api: Api,
         return proof_headers(seed, token, method, path, content, now + at)
 
     bearer = {"Authorization": f"Bearer {token}"}
+    never = "9" * 400
+    signed = sign(WORKER_KEY, "penstock-request", "\0".join(("GET", "/inputs/src", never, NOTHING, token)).encode())
     for why, headers in {
         "no signature": {**bearer, "Penstock-Time": ""},
         "another key": proof(seed=new_seed()),
@@ -141,6 +143,7 @@ async def test_a_build_token_is_worth_nothing_without_its_worker_s_key(api: Api,
         "an hour ago": proof(at=-3600),
         "in an hour": proof(at=3600),
         "another time": proof() | {"Penstock-Time": str(int(now) + 1)},
+        "a time that no clock has": proof() | {"Penstock-Time": never, "Penstock-Signature": signature_text(signed.signature)},
         "no time": proof() | {"Penstock-Time": "x"},
         "alg=none": proof(token=jwt.encode(claims, "", algorithm="none")),
         "HS256": proof(token=jwt.encode(claims, public_key(SERVER_KEY), algorithm="HS256")),

@@ -39,7 +39,7 @@ from services.artifacts.janitor import Janitor
 from services.artifacts.logs import Logs
 from services.artifacts.projection import ARTIFACTS
 from services.artifacts.queries import Queries
-from services.artifacts.sessions import LAPSE, Sessions
+from services.artifacts.sessions import LAPSE, Session, Sessions
 from services.artifacts.trees import NoSuchPath, Trees
 from services.artifacts.uploads import Gone, TreeUnknown, Uploads, UploadUnknown
 from tests.artifacts_fixture import blob_stream, distinct, manifest, tar, tree_digest
@@ -87,8 +87,9 @@ class Instance:
         self.commands: CommandLoop[Command, State] = CommandLoop(self.log, ArtifactDecider(), new_id)
         self.projector = Projector(self.log, StoredProjection(pool, ARTIFACTS))
         queries = Queries(self.log, pool, self.projector)
+        life = f"{self.name}-{uuid4().hex}-"
         sessions, self.trees = Sessions(pool), Trees(self.store)
-        self.uploads = Uploads(self.store, sessions, self.trees, self.commands, queries, Limits(), lambda: f"{self.name}-{uuid4().hex}", clock)
+        self.uploads = Uploads(self.store, sessions, self.trees, self.commands, queries, Limits(), lambda: life + uuid4().hex, clock)
         self.janitor = Janitor(
             self.log,
             pool,
@@ -104,7 +105,7 @@ class Instance:
             skew=self._skew,
         )
         await sessions.create()
-        await sessions.succeed(f"{self.name}-")
+        await sessions.succeed(f"{self.name}-", life)
         self._tasks = [asyncio.create_task(work) for work in (self.store.run(), self.commands.run(), self.projector.run())]
         await eventually(lambda: self.store.problem is None and self.projector.problem is None)
         return self
@@ -522,3 +523,12 @@ async def test_nothing_expires_or_lapses_while_the_clock_is_not_the_databases(da
         assert await at.log.pool.fetchval("SELECT array_agg(id) FROM artifact") == [seal.artifact], "what is due when it is right"
     finally:
         await at.stop()
+
+
+async def test_an_upload_that_comes_before_its_predecessors_are_dropped_goes_on(database: Database, tmp_path: Path) -> None:
+    async with instance(database, tmp_path / "store") as at:
+        sessions, seal = Sessions(at.log.pool), SealArtifact(artifact=str(uuid4()), kind="user", digest="", size=0, files=0, name="")
+        for id in ("a-before-1", "a-now-1", "b-before-1"):
+            await sessions.open(Session(id, "main", seal), 1.0)
+        await sessions.succeed("a-", "a-now-")
+        assert await at.log.pool.fetchval("SELECT array_agg(id ORDER BY id) FROM upload") == ["a-now-1", "b-before-1"]

@@ -5,10 +5,12 @@ import hashlib
 import io
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
 
+import asyncpg
 import pytest
 
 from libs.archives.tree import CHUNK, ZERO_CHUNK, Entry
@@ -49,6 +51,25 @@ async def test_while_the_store_is_away_uploads_are_503_and_go_on_afterwards(api:
             assert (answer.status, answer.problem, answer.headers["Retry-After"]) == (503, "unavailable", "1")
     assert (await api.send_blobs(artifact, blob_stream(missing(FILES, pending)))).status == 201
     await api.reads_back(artifact, FILES)
+
+
+async def test_when_all_connections_are_at_work_the_answer_is_503_at_once(api: Api, database: Database) -> None:
+    """FAULTS 77: a lock that somebody holds keeps the four of the pool busy; who comes then does not wait for it."""
+    made = await api.put(FILES)
+    holder = await asyncpg.connect(database.url("postgres"))
+    try:
+        await holder.execute("BEGIN; LOCK TABLE artifacts.blob, artifacts.pack IN ACCESS EXCLUSIVE MODE")
+        started = time.monotonic()
+        crowd = {asyncio.create_task(api.get(made["id"], "?format=tree")) for _ in range(20)}
+        while len(crowd) > 6:
+            done, crowd = await asyncio.wait(crowd, timeout=5 - (time.monotonic() - started), return_when=asyncio.FIRST_COMPLETED)
+            assert done, f"{len(crowd)} still wait"
+            for task in done:
+                assert (task.result().status, task.result().problem) == (503, "unavailable")
+    finally:
+        await holder.close()
+    await asyncio.gather(*crowd)
+    await api.reads_back(made["id"], FILES)
 
 
 async def test_a_team_whose_folder_is_lost_is_told_what_is_lost_and_one_upload_heals_it(api: Api) -> None:

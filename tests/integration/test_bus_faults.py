@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from libs.bus.bus import BusUnavailable, TooLarge
 from libs.bus.jetstream import JetStreamBus, connect_jetstream
+from libs.bus.mailbox import LISTEN_BUFFER
 from proto.topology import MAX_PAYLOAD, Consumer, Stream
 from tests.controls import eventually
 from tests.nats_fixture import NatsServer
@@ -275,6 +278,50 @@ async def test_a_message_without_headers_on_a_foreign_subject_is_handed_over_as_
             assert message.data == b"\x00\xff"
             assert message.subject.encode(errors="surrogateescape") == b"wide.\xff\xfe.x"
             message.term()
+
+
+async def test_who_reads_nothing_is_cut_off_and_named_and_others_lose_nothing(fresh_nats: NatsServer) -> None:
+    """FAULTS 68: the server keeps 64 MiB for a connection. Who was cut off says so, connects again and hears again."""
+    flood = 80
+    async with connected(fresh_nats) as speaker, connected(fresh_nats) as quick, connected(fresh_nats) as slow:
+        follower = Follower(quick)
+        async with background(follower.consume), quick.listen("flood.>") as heard, slow.listen("flood.>") as late:
+            wire = slow._connection._wire
+            assert wire is not None
+            with capture_logs() as said:
+                wire._transport._io_writer.transport.pause_reading()  # type: ignore[union-attr]
+                for number in range(flood):
+                    await speaker.send("flood.x", b"%d " % number + bytes(1 << 20))
+                    await insist(speaker, str(number))
+                async with asyncio.timeout(20):
+                    assert [int((await anext(heard)).data.partition(b" ")[0]) for _ in range(flood)] == list(range(flood))
+                    await eventually(lambda: len(follower.consumed) == flood)
+                    assert "Slow Consumer" in fresh_nats.log
+                    await eventually(lambda: slow.connections == 2, timeout=15)
+            assert [line["connection"] for line in said if line["event"] == "the bus hung up" and line["log_level"] == "warning"] == ["test"]
+            await slow._connection.flush()
+            await speaker.send("flood.x", b"again")
+            async with asyncio.timeout(5):
+                while (await anext(late)).data != b"again":
+                    pass
+        assert (speaker.connections, quick.connections) == (1, 1)
+
+
+async def test_a_reader_that_is_too_slow_loses_the_oldest_and_it_is_said(fresh_nats: NatsServer) -> None:
+    """FAULTS 68: of two readers of one process; a warning, and a figure."""
+    registry = CollectorRegistry()
+    count = LISTEN_BUFFER + 1000
+    async with connected(fresh_nats) as bus, bus.listen("noise") as slow, bus.listen("noise") as quick:
+        bus.measure(registry)
+        with capture_logs() as said:
+            async with asyncio.timeout(20):
+                for number in range(count):
+                    await bus.send("noise", b"%d" % number)
+                    assert int((await anext(quick)).data) == number
+        assert int((await anext(slow)).data) == 1000
+        assert registry.get_sample_value("penstock_bus_dropped") == bus.dropped == 1000
+        [warning] = [line for line in said if line["log_level"] == "warning"]
+        assert (warning["subject"], warning["dropped"]) == ("noise", 1)
 
 
 async def test_it_starts_before_the_server_does(fresh_nats: NatsServer) -> None:

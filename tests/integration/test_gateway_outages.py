@@ -5,6 +5,9 @@ import os
 import signal
 import time
 
+import asyncpg
+
+from libs.eventlog.migrate import role_of
 from proto.events.build import BuildFinished
 from tests.controls import eventually
 from tests.gateway_fixture import PLAN, Gateway, Sse, running_gateway
@@ -70,6 +73,58 @@ async def _unavailable(gateway: Gateway, method: str, path: str, token: str | No
 async def _accepted(gateway: Gateway, key: dict[str, str]) -> bool:
     async with gateway.call("POST", "/teams/main/builds", headers=key, json={"plan": PLAN}) as answer:
         return answer.status == 202 and bool((await answer.json())["number"])
+
+
+async def test_when_all_connections_are_at_work_the_answer_is_503_at_once(database, nats_server) -> None:
+    """FAULTS 77: a lock that somebody holds keeps every connection of the gateway's pool busy; whoever comes then is told so, however many they are,
+    and what needs no database is none the worse."""
+    async with running_gateway(database, nats_server.url) as gateway:
+        build = await gateway.submit()
+        holder = await asyncpg.connect(database.url("postgres"))
+        try:
+            await holder.execute("BEGIN; LOCK TABLE gateway.builds IN ACCESS EXCLUSIVE MODE")
+            crowd = [asyncio.create_task(_timed(gateway, "/teams/main/builds")) for _ in range(90)]
+            answers = await asyncio.gather(*crowd)
+            assert {status for status, _ in answers} == {503}
+            assert max(seconds for _, seconds in answers) < 5
+            # Each of the pool's six is at work for 2.4 s; nobody waits for one for longer than 1.2 s.
+            assert sum(seconds < 2.4 for _, seconds in answers) >= 80
+            assert (await _timed(gateway, "/info"))[0] == 200
+        finally:
+            await holder.close()
+        await eventually(lambda: _listed(gateway, build["id"]))
+
+
+async def test_when_the_database_takes_no_more_connections_the_answer_is_503_at_once(database, nats_server) -> None:
+    """FAULTS 77: its own limit, for the gateway's role."""
+    async with running_gateway(database, nats_server.url) as gateway:
+        build = await gateway.submit()
+        superuser = await asyncpg.connect(database.url("postgres"))
+        role = role_of("gateway")
+        try:
+            await superuser.execute(f"ALTER ROLE {role} CONNECTION LIMIT 0")
+            await superuser.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1 AND datname = $2", role, database.name)
+            for _ in range(3):
+                for method in ("GET", "POST"):
+                    started = time.monotonic()
+                    await _unavailable(gateway, method, "/teams/main/builds", None)
+                    assert time.monotonic() - started < 2
+        finally:
+            await superuser.execute(f"ALTER ROLE {role} CONNECTION LIMIT -1")
+            await superuser.close()
+        await eventually(lambda: _listed(gateway, build["id"]))
+
+
+async def _timed(gateway: Gateway, path: str) -> tuple[int, float]:
+    started = time.monotonic()
+    async with gateway.call("GET", path) as answer:
+        await answer.read()
+        return answer.status, time.monotonic() - started
+
+
+async def _listed(gateway: Gateway, build: str) -> bool:
+    async with gateway.call("GET", "/teams/main/builds") as answer:
+        return answer.status == 200 and [item["id"] for item in (await answer.json())["items"]] == [build]
 
 
 async def test_open_streams_end_when_the_gateway_drains(database, nats_server) -> None:

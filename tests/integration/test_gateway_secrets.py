@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from libs.tokens import new_seed
+from proto.catalogue import UnknownEvent
 from proto.events.build import BuildCreated, BuildFinished
 from proto.plan import Plan
 from services.scheduler.kept import Entry
@@ -200,6 +201,25 @@ async def _empty(keeper: Keeper) -> bool:
     return await keeper.rows() == []
 
 
+async def test_an_event_that_is_not_known_yet_does_not_end_the_housekeeping(gateway: Gateway, keeper: Keeper, monkeypatch: Any) -> None:
+    """A scheduler of the version before would otherwise die at each sweep, while it is being replaced."""
+    swept = asyncio.Event()
+
+    async def sweep(_: float) -> None:
+        swept.set()
+        raise UnknownEvent("build.of_tomorrow")
+
+    monkeypatch.setattr("services.scheduler.secrets.SWEEP_EVERY", -1.0)
+    monkeypatch.setattr(keeper.secrets, "sweep", sweep)
+    tidying = asyncio.create_task(keeper.secrets.tidy())
+    try:
+        await asyncio.wait_for(swept.wait(), 10)
+        await asyncio.wait([tidying], timeout=0.1)
+        assert not tidying.done()
+    finally:
+        tidying.cancel()
+
+
 async def test_the_sweep_drops_what_nothing_tells_of_and_nothing_else(gateway: Gateway, keeper: Keeper) -> None:
     await put(gateway, "a", "old")
     await put(gateway, "a", "new")
@@ -253,7 +273,7 @@ async def test_without_a_scheduler_nothing_is_taken(database: Any, nats_server: 
         await gateway.submit(plan({"PLAIN": VALUE}))
 
 
-@pytest.mark.parametrize("text", ["", "k1", "k1:short", "{first},{first}", "a b:{key}"])
+@pytest.mark.parametrize("text", ["", "k1", "k1:short", "{first},{first}", "a b:{key}", "{key}:k1"])
 def test_what_is_no_list_of_master_keys_is_refused_without_repeating_it(text: str) -> None:
     key = FIRST.partition(":")[2]
     with pytest.raises(BadKeys) as refused:

@@ -18,6 +18,7 @@ from proto.messages import TREE_HINT
 from proto.plan import TaskInput, TaskOutput
 from services.worker.cache import Cache
 from services.worker.filling import Filling
+from services.worker.newtree import add_tree
 from services.worker.placing import Copies, Means
 from services.worker.teamcache import TeamCache
 from services.worker.trees import Names, name_of
@@ -65,7 +66,7 @@ def keep(cache: TeamCache, *entries: Entry) -> str:
     """A tree as an attempt leaves it: its files, its manifest, a layer."""
     fill(cache, entries)
     tree = tree_of(entries)
-    cache.layer(cache.add_tree(tree.summary.digest, tree.root.blobs), b"src", [])
+    cache.layer(add_tree(cache, tree.summary.digest, tree.root.blobs), b"src", [])
     return tree.summary.digest
 
 
@@ -165,7 +166,7 @@ def test_equal_files_of_one_workspace_have_inodes_of_their_own(cache: TeamCache)
     one, other = file("one"), Entry(b"other", "file", 0o644, 20 * KIB, file("one").digest)
     made = tree_of([one, other])
     fill(cache, [one])
-    tree = cache.add_tree(made.summary.digest, made.root.blobs)
+    tree = add_tree(cache, made.summary.digest, made.root.blobs)
     layers = [cache.layer(tree, path, others) / path.decode() for path, others in ((b"a", []), (b"b/c", [tree.names]))]
     inodes = {(layer / name).stat().st_ino for layer in layers for name in ("one", "other")}
     assert len(inodes) == 4
@@ -442,7 +443,7 @@ def test_a_tree_of_which_all_is_cached_is_placed_by_its_checked_paths(cache: Tea
     linked = file("../out", of="a")
     hostile = tree_of([file("a"), msgspec.structs.replace(linked, digest=file("a").digest, target=b"a")])
     with pytest.raises(ArchiveRefused):
-        cache.add_tree(hostile.summary.digest, hostile.root.blobs)
+        add_tree(cache, hostile.summary.digest, hostile.root.blobs)
     assert cache.tree(hostile.summary.digest) is None
     (tmp_path / "into").mkdir()
     (tmp_path / "elsewhere").mkdir()
@@ -459,7 +460,7 @@ def test_what_the_service_took_is_placed_whatever_its_limits_are(cache: TeamCach
     size = 65 << 30
     made = tree_of([Entry(b"big", "file", 0o644, size, ZERO_CHUNK * (size // CHUNK))])
     Filling(cache, made.entries).close()
-    tree = cache.add_tree(made.summary.digest, made.root.blobs)
+    tree = add_tree(cache, made.summary.digest, made.root.blobs)
     layer = cache.layer(tree, b"src", [])
     Copies(cache, False, lambda: None).place(tree, tmp_path / "into")
     assert (layer / "src" / "big").stat().st_size == (tmp_path / "into" / "big").stat().st_size == size

@@ -10,6 +10,7 @@ import pytest
 from libs.tokens import new_seed, sign
 from proto.messages import Attempt, ReportStepProgressed, Signed
 from services.worker.executors.sandboxes import Choice
+from services.worker.workspace import Workspace
 from tests.controls import eventually
 from tests.worker_controls import Scheduler, a_system, alive, sandboxes_here, sh, step
 
@@ -270,6 +271,27 @@ async def test_an_attempt_that_is_not_ours_any_more_is_killed_silently(tmp_path:
         await eventually(lambda: not alive(marker))
         await eventually(lambda: len(scheduler.heartbeats[-1].availability.credits) == 2 and not scheduler.heartbeats[-1].running)
         assert len(scheduler.reports[attempt]) == 1
+
+
+async def test_an_attempt_that_is_not_ours_any_more_while_it_tidies_up_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tidying, on, close = asyncio.Event(), asyncio.Event(), Workspace.close
+
+    async def held(workspace: Workspace) -> None:
+        tidying.set()
+        await on.wait()
+        await close(workspace)
+
+    monkeypatch.setattr(Workspace, "close", held)
+    async with a_system(tmp_path) as (scheduler, running):
+        attempt = await scheduler.send(sh("touch left"))
+        await scheduler.finished(attempt)
+        await tidying.wait()
+        task = running.worker._runs[attempt][1]
+        scheduler.lost.add(attempt)
+        await eventually(task.cancelling)
+        on.set()
+        await eventually(task.done)
+        assert list((running.folder / "work").iterdir()) == []
 
 
 async def test_without_answers_a_worker_ends_its_work_by_itself(tmp_path: Path) -> None:

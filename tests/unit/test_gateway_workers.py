@@ -75,6 +75,11 @@ def test_what_it_was_given_since_it_spoke_counts() -> None:
     assert (full.slots_in_use, full.status) == (2, "busy")
 
 
+def test_what_a_revoked_worker_says_it_runs_counts_for_nothing() -> None:
+    revoked = msgspec.structs.replace(ROW, standing="revoked")
+    assert seen(revoked, Heard(heartbeat(busy=2), NOW)).slots_in_use == 0
+
+
 def test_other_teams_builds_and_the_machine_are_for_owners_of_the_first_team() -> None:
     shown = seen(heard=Heard(heartbeat(busy=2), NOW), leases=(MINE, OTHERS))
     assert ([build.number for build in shown.running_builds], shown.other_builds) == ([7], 1)

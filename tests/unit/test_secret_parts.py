@@ -188,6 +188,13 @@ def test_the_master_keys_come_from_a_setting_or_a_file_which_may_change(tmp_path
     file.write_text(f"{second}\n{first}\n")
     assert keys().first == "k2" and "k1" in keys()
     assert master_keys(settings(secret_keys=first))().first == "k1"
-    for wrong in ({}, {"secret_keys": first, "secret_keys_file": file}, {"secret_keys": "nonsense"}, {"secret_keys_file": tmp_path / "none"}):
+    (tmp_path / "binary").write_bytes(b"k1:\xff")
+    for wrong in (
+        {"secret_keys_file": tmp_path / "binary"},
+        {},
+        {"secret_keys": first, "secret_keys_file": file},
+        {"secret_keys": "nonsense"},
+        {"secret_keys_file": tmp_path / "none"},
+    ):
         with pytest.raises(BadSettings, match="PENSTOCK_SECRET_KEYS"):
             master_keys(settings(**wrong))

@@ -24,10 +24,13 @@ class Worker:
 
     async def end(self) -> None:
         self.outbox.open(ATTEMPT, lambda: None)
-        for number in range(1, 6):
-            self.outbox.log(LogChunk(attempt=ATTEMPT, number=number, first_line=number, segments=[Segment("step", "stdout", 1, b"line\n")]))
+        self.write(1, 2, 3, 4, 5)
         self.outbox.report(ATTEMPT, [ReportStageFinished(status="succeeded", chunks=5)])
         await self.outbox.settle(5)
+
+    def write(self, *numbers: int) -> None:
+        for number in numbers:
+            self.outbox.log(LogChunk(attempt=ATTEMPT, number=number, first_line=number, segments=[Segment("step", "stdout", 1, b"line\n")]))
 
     async def sent(self) -> list[int]:
         """The chunks that were sent since they were asked for last."""
@@ -77,4 +80,38 @@ async def test_a_log_that_nobody_will_archive_is_forgotten_whole(tmp_path: Path)
     assert worker.outbox.logs == [ATTEMPT], "an archive without a chunk"
     worker.outbox.forget_log(ArchivedLog("b", "s", 1))
     assert worker.outbox.logs == []
+    await worker.outbox.close()
+
+
+async def test_what_the_bus_did_not_take_is_sent_on_the_next_connection_at_once(tmp_path: Path) -> None:
+    """FAULTS 57: and whether its attempt ends meanwhile changes nothing."""
+    bus = MemoryBus()
+    await bus.ensure(STREAMS, CONSUMERS)
+    worker = Worker(tmp_path, bus)
+    worker.outbox.open(ATTEMPT, lambda: None)
+    worker.write(1)
+    assert await worker.pass_time(0) == [1]
+    bus.connected = False
+    worker.write(2, 3)
+    await worker.outbox.settle(5)
+    bus.connected = True
+    worker.write(4)
+    worker.outbox.report(ATTEMPT, [ReportStageFinished(status="succeeded", chunks=4)])
+    assert await worker.pass_time(0) == [2, 3, 4]
+    await worker.outbox.close()
+
+
+async def test_what_is_refused_is_offered_again_within_a_second(tmp_path: Path) -> None:
+    """The streams are not there when the worker is, as after the loss of the bus's disk."""
+    bus = MemoryBus()
+    worker = Worker(tmp_path, bus)
+    worker.outbox.open(ATTEMPT, lambda: None)
+    worker.write(1, 2)
+    await worker.outbox.settle(5)
+    bus.connected = False
+    bus.connected = True
+    assert await worker.pass_time(0) == []
+    await bus.ensure(STREAMS, CONSUMERS)
+    assert await worker.pass_time(1) == [1, 2]
+    assert await worker.pass_time(RESEND_LOGS[1]) == [], "what is acked is not sent again while the attempt goes on"
     await worker.outbox.close()

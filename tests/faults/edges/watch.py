@@ -20,6 +20,8 @@ OURS = ("services.", "libs.")
 _LOOP = "libs.runtime.service"
 _STATUS = ("/livez", "/readyz", "/metrics")
 _RESTARTS_SECONDS = 0.05
+_AGAIN_SECONDS = {"builds-reactions": 0.25, "builds-reports": 0.25}
+"""Whom a message was told that died before the ack is told it again when back, before what came meanwhile."""
 _ANYBODYS = ("sql connects", "bus connects")
 """Whoever comes first does it, so its name would be chance."""
 
@@ -35,6 +37,7 @@ def watch(folder: Path) -> None:
     from aiohttp.web_protocol import RequestHandler
 
     import libs.bus.connection
+    import libs.bus.jetstream
     import libs.eventlog.postgres
     import libs.runtime.service
     import penstock.up.supervisor
@@ -59,6 +62,7 @@ def watch(folder: Path) -> None:
     edge.wrap(services.worker.mounts, "_mount", lambda *_: "mount")
     edge.wrap(services.worker.mounts, "unmount", lambda *_: "unmount")
 
+    _tell_again(libs.bus.jetstream.JetStreamBus)
     run = libs.runtime.service.run_service
 
     def known(name: str, *arguments: Any) -> None:
@@ -113,6 +117,11 @@ class Edges:
             return result
 
         setattr(where, name, awaited if inspect.iscoroutinefunction(inner) else called)
+
+
+def _tell_again(bus: Any) -> None:
+    create = bus._create_consumer
+    bus._create_consumer = lambda self, consumer: create(self, consumer._replace(ack_wait=_AGAIN_SECONDS.get(consumer.name, consumer.ack_wait)))
 
 
 def _appended(_: Any, writes: Any) -> list[str]:
