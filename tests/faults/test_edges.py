@@ -225,7 +225,7 @@ def ended_once(stream: list[Fact]) -> None:
                 over.add(event.stage)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("service", sorted(SERVICES, reverse=True))
 async def test_a_service_may_die_at_any_of_its_edges(start: Start, tmp_path: Path, service: str) -> None:
     control, began = Control(tmp_path), time.monotonic()
