@@ -248,7 +248,8 @@ def test_a_reference_that_means_nothing_is_said_before_anything_is_uploaded(cli:
 
 
 def test_what_has_expired_says_when_and_what_to_do(cli: Cli, work: Path) -> None:
-    artifact = upload(cli, work, "--keep", "1s")
+    artifact = upload(cli, work)
+    assert cli("artifact", "touch", "--keep", "1s", "--shorten", artifact).returncode == 0
     while (looked := cli("artifact", "ls", artifact)).returncode == 0:
         pass
     assert re.fullmatch(
