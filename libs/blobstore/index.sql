@@ -53,8 +53,6 @@ CREATE TABLE IF NOT EXISTS leftover (
     bytes   bigint      NOT NULL DEFAULT 0,
     PRIMARY KEY (team, name)
 );
--- An index that was made before has leftovers without bytes.
-ALTER TABLE leftover ADD COLUMN IF NOT EXISTS bytes bigint NOT NULL DEFAULT 0;
 
 -- Instances that may be writing.
 

@@ -264,14 +264,6 @@ async def _within(store: BlobStore, holder: str, size: int, quota: int) -> None:
         await in_thread(going.close, store.threads)
 
 
-async def test_an_index_from_before_room_was_taken_is_brought_up_to_date(database: Database, folder: Place) -> None:
-    async with running(database, folder.url, "one") as store:
-        await store.put("main", "h", b"old")
-    await execute(database, "ALTER TABLE leftover DROP COLUMN bytes")
-    async with running(database, folder.url, "two") as store:
-        await _within(store, "g", 1000, 50_000)
-
-
 async def test_what_is_lost_leaves_its_room_to_what_heals_it(database: Database, folder: Place) -> None:
     blobs = [os.urandom(2000) for _ in range(15)]
     async with running(database, folder.url) as store:

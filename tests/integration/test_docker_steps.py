@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiodocker.stream import Stream as Attached
 
 from proto.messages import Attempt
 from proto.plan import ImageResource, TaskCache, TaskInput
@@ -29,6 +30,23 @@ async def test_a_step_runs_in_its_image_and_its_container_is_gone_afterwards(tmp
         assert await scheduler.log(attempt, "stderr") == "penstock: worker w1, sandbox docker\nerr\n"
         started = await scheduler.started(attempt)
         assert (started.sandbox, started.image) == ("docker", docker(dockerd, "image", "inspect", "--format", "{{.Id}}", IMAGE))
+        await eventually(lambda: not containers(dockerd, attempt))
+
+
+async def test_a_step_whose_output_cannot_be_read_any_more_is_ended_and_says_so(
+    tmp_path: Path, dockerd: Dockerd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Attached.read_out
+
+    async def broken(stream: Attached) -> Any:
+        await read(stream)
+        raise ValueError("a frame that is none")
+
+    monkeypatch.setattr(Attached, "read_out", broken)
+    async with a_docker_system(tmp_path, dockerd) as (scheduler, _):
+        attempt = await scheduler.send(script("echo out; sleep 60"))
+        extent = await scheduler.finished(attempt)
+        assert (extent.status, scheduler.step(attempt).error) == ("errored", "what the step wrote was lost: ValueError")
         await eventually(lambda: not containers(dockerd, attempt))
 
 

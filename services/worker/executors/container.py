@@ -88,6 +88,7 @@ class Container:
 
     async def _follow(self) -> None:
         reading = self._loop.create_task(self._read())
+        reading.add_done_callback(self._on_read)
         try:
             with self._engine.translated():
                 waiting = self._loop.create_task(self._container.wait())
@@ -101,7 +102,11 @@ class Container:
                 await asyncio.wait([reading], timeout=LINGER_SECONDS)
                 if code:
                     await self._explain()
-            self._finish(code, CannotRun(STOPPED) if await self._was_stopped(code) else None)
+            lost = _failure(reading)
+            if lost is not None:
+                self._finish(0, CannotRun(f"what the step wrote was lost: {type(lost).__name__}"))
+            else:
+                self._finish(code, CannotRun(STOPPED) if await self._was_stopped(code) else None)
         except EngineGone:
             self._kill_here()
             self._finish(0, EngineGone("the container engine went away while the step ran"))
@@ -122,6 +127,11 @@ class Container:
             if not more and not self._over:
                 self._more.clear()
                 await self._more.wait()
+
+    def _on_read(self, reading: "asyncio.Task[None]") -> None:
+        """A step that nobody reads would write for nobody, or wait for ever."""
+        if _failure(reading) is not None:
+            self.kill()
 
     async def _explain(self) -> None:
         state = (await self._container.show())["State"]
@@ -172,3 +182,7 @@ class Container:
             stream, self._stream = self._stream, None
             with contextlib.suppress(Exception):
                 await stream.close()
+
+
+def _failure(task: "asyncio.Task[None]") -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
