@@ -28,10 +28,10 @@ class Secrets(msgspec.Struct, frozen=True, kw_only=True):
     first team's first owner's."""
 
     database: dict[str, str]
-    bus_keys: dict[str, str] = {}
-    callout_key: str = ""
-    sealing_key: str = ""
-    secret_keys: str = ""
+    bus_keys: dict[str, str]
+    callout_key: str
+    sealing_key: str
+    secret_keys: str
     grant_key: str
     server_key: str
     worker_key: str
@@ -107,24 +107,23 @@ class DataDir:
         self._run.unlink(missing_ok=True)
 
     def secrets(self) -> Secrets:
-        """What was generated at the first start; users that a newer version has more are added. Raises msgspec.DecodeError for a spoilt file: what it
-        held opens Postgres, so it is not made anew."""
+        """What was generated at the first start. Raises msgspec.DecodeError for a spoilt file: what it held opens Postgres, and is not made anew."""
         path = self.path / "secrets.json"
-        known = msgspec.json.decode(path.read_bytes(), type=Secrets) if path.exists() else None
-        wanted = Secrets(
-            database=_passwords(("postgres", *SERVICES), known.database if known else {}),
-            bus_keys={service: (known.bus_keys.get(service) if known else None) or new_seed() for service in SERVICES},
-            callout_key=(known.callout_key if known else "") or new_seed(),
-            sealing_key=(known.sealing_key if known else "") or new_sealing_key(),
-            secret_keys=(known.secret_keys if known else "") or f"k1:{new_seed()}",
-            grant_key=known.grant_key if known else new_seed(),
-            server_key=known.server_key if known else new_seed(),
-            worker_key=known.worker_key if known else new_seed(),
-            token=known.token if known else f"pst_{secrets.token_urlsafe(32)}",
+        if path.exists():
+            return msgspec.json.decode(path.read_bytes(), type=Secrets)
+        made = Secrets(
+            database={user: secrets.token_urlsafe(24) for user in ("postgres", *SERVICES)},
+            bus_keys={service: new_seed() for service in SERVICES},
+            callout_key=new_seed(),
+            sealing_key=new_sealing_key(),
+            secret_keys=f"k1:{new_seed()}",
+            grant_key=new_seed(),
+            server_key=new_seed(),
+            worker_key=new_seed(),
+            token=f"pst_{secrets.token_urlsafe(32)}",
         )
-        if wanted != known:
-            write_private(path, msgspec.json.encode(wanted))
-        return wanted
+        write_private(path, msgspec.json.encode(made))
+        return made
 
     def store(self, wanted: str | None) -> str:
         """The URL of the object store: `wanted` at the first start (None: a folder in here), and that one ever after. Raises OtherStore."""
@@ -175,7 +174,3 @@ def _read(path: Path, kind: type[T]) -> T | None:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-
-
-def _passwords(users: tuple[str, ...], known: Mapping[str, str]) -> dict[str, str]:
-    return {user: known.get(user) or secrets.token_urlsafe(24) for user in users}

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from penstock.up.datadir import USUAL_PORT, DataDir, OtherStore, Run, data_dir, write_private
+from penstock.up.datadir import USUAL_PORT, DataDir, OtherStore, Run, data_dir
 from penstock.up.logfiles import bound, last_lines
 from penstock.up.processes import Identity, free_port, identify, is_alive, send
 from penstock.up.supervisor import Backoff
@@ -31,26 +31,6 @@ def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None
     assert first.token.startswith("pst_") and len(first.token) == 47
     every = [*first.database.values(), *first.bus_keys.values(), first.callout_key, first.grant_key, first.server_key, first.worker_key, first.token]
     assert len(set(every)) == len(every)
-
-
-def test_a_service_that_a_newer_version_has_more_gets_a_key_and_the_others_keep_theirs(tmp_path: Path) -> None:
-    data = folder(tmp_path)
-    first = data.secrets()
-    older = msgspec.structs.replace(first, bus_keys={service: key for service, key in first.bus_keys.items() if service != "builds"})
-    write_private(tmp_path / "data" / "secrets.json", msgspec.json.encode(older))
-    now = data.secrets()
-    assert now.bus_keys["builds"] != first.bus_keys["builds"]
-    assert {**now.bus_keys, "builds": ""} == {**first.bus_keys, "builds": ""}
-
-
-def test_a_folder_of_the_time_when_the_bus_had_passwords_gets_keys(tmp_path: Path) -> None:
-    data = folder(tmp_path)
-    first = msgspec.to_builtins(data.secrets())
-    older = {name: value for name, value in first.items() if name not in ("bus_keys", "callout_key")} | {"bus": {"builds": "password"}}
-    write_private(tmp_path / "data" / "secrets.json", msgspec.json.encode(older))
-    now = data.secrets()
-    assert now.bus_keys.keys() == first["bus_keys"].keys() and now.callout_key
-    assert (now.token, now.worker_key) == (first["token"], first["worker_key"])
 
 
 def test_spoilt_secrets_are_not_made_anew(tmp_path: Path) -> None:
