@@ -65,6 +65,7 @@ class _Bench:
     def __init__(self, shop: Shop, folder: Path, means: Means, files: int) -> None:
         self._shop = shop
         self._means = means
+        self._copies = means.name == "copy"
         self._files = files
         self._folder = folder
         self._pool = FolderPool(folder / means.name / "work", "b")
@@ -77,7 +78,8 @@ class _Bench:
         known, unknown, one, taken, plain = [], [], [], [], []
         for number in range(repeats):
             known.append(await self._placed())
-            plain.append(self._plainly(src))
+            if self._copies:
+                plain.append(self._plainly(src))
             taken.append(await self._taken())
             (src / "part00").rename(src / f"part00.{number}")
             unknown.append(await self._placed())
@@ -93,7 +95,7 @@ class _Bench:
             *self._rates(f"{what}, one to fetch", one),
             *self._rates(f"{what}, nothing cached", [nothing]),
             *self._rates(f"{what}, taken as an output after one change", taken),
-            *self._rates("cp -a of them, each time after the known tree", plain),
+            *(self._rates("cp -a of them, each time after the known tree", plain) if plain else []),
         ]
 
     def _rates(self, what: str, took: list[float], goal: Goal | None = None) -> list[Figure]:
@@ -106,7 +108,7 @@ class _Bench:
             return await _seconds(workspace.place_inputs([SRC]))
 
     def _plainly(self, src: Path) -> float:
-        """Seconds that `cp -a` takes now: a disk that is busy with what was written before holds up whatever comes next."""
+        """Seconds that `cp -a` takes now, beside copies only: a disk that is busy with what was written holds up whatever comes next."""
         copied = self._folder / "copied"
         took = timed("cp", "-a", str(src), str(copied))
         shutil.rmtree(copied)
