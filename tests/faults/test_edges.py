@@ -3,6 +3,7 @@
 
 import asyncio
 import secrets
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -154,7 +155,8 @@ class Killing:
         before = self._system.process(self._service)
         self._control.arm(self._service, Order(str(number), point.nth, point.name))
         if point.boot:
-            self._system.kill(self._service)
+            # it may have died already: what a start crosses, a retry of something may cross too
+            send(before, signal.SIGKILL)
         # How often an edge is crossed differs from build to build.
         until, more = time.monotonic() + SECONDS, 0
         while self._control.armed(self._service):
