@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from yarl import URL
+
 from tests.faults.edges.control import Watched
 
 FILES = ("fsync", "fdatasync", "rename", "replace", "link", "symlink", "mkdir", "rmdir", "unlink", "pwrite", "writev", "write", "read", "pread")
@@ -20,6 +22,7 @@ OURS = ("services.", "libs.")
 _LOOP = "libs.runtime.service"
 _STATUS = ("/livez", "/readyz", "/metrics")
 _RESTARTS_SECONDS = 0.05
+_COMINGS = 100_000
 _AGAIN_SECONDS = {"builds-reactions": 0.25, "builds-reports": 0.25}
 """Whom a message was told that died before the ack is told it again when back, before what came meanwhile."""
 _ANYBODYS = ("sql connects", "bus connects")
@@ -31,6 +34,7 @@ About = Callable[..., "str | None"]
 
 def watch(folder: Path) -> None:
     """From now on, in this process and in those that it forks."""
+    import aiodocker.stream
     import aiohttp
     import asyncpg
     from aiohttp import web
@@ -41,6 +45,7 @@ def watch(folder: Path) -> None:
     import libs.eventlog.postgres
     import libs.runtime.service
     import penstock.up.supervisor
+    import services.scheduler.fleet
     import services.worker.mounts
 
     edge = Edges(Watched(folder))
@@ -53,7 +58,8 @@ def watch(folder: Path) -> None:
     edge.wrap(libs.bus.connection.Connection, "_connect", lambda *_: "bus connects")
     edge.wrap(web.Application, "_handle", lambda _, request: _http("handles", request))
     edge.wrap(RequestHandler, "finish_response", lambda _, request, *__, **___: _http("answers", request))
-    edge.wrap(aiohttp.ClientSession, "_request", lambda _, method, *__, **___: f"http asks {method}")
+    edge.wrap(aiohttp.ClientSession, "_request", _asks)
+    edge.wrap(aiodocker.stream.Stream, "read_out", lambda *_: "engine tells output")
     for name in FILES:
         edge.wrap(os, name, lambda *_, name=name, **__: f"disk {name}" if _caller() else None)
     for name in PROCESSES:
@@ -72,6 +78,7 @@ def watch(folder: Path) -> None:
     libs.runtime.service.run_service = known
     # Who dies a hundred times in a row is not to be kept waiting for it.
     penstock.up.supervisor.Backoff.died = lambda _, now: now + _RESTARTS_SECONDS  # type: ignore[method-assign]
+    services.scheduler.fleet.COMINGS = _COMINGS
 
 
 class Edges:
@@ -136,12 +143,18 @@ def _shape(subject: str | bytes) -> str:
     return ".".join("*" if re.search("[0-9]", word) else word for word in words)
 
 
-def _path(request: Any) -> str:
-    return "/".join("*" if re.search("[0-9]", word) and word != "v1" else word for word in request.path.split("/"))
+def _path(path: str) -> str:
+    return "/".join("*" if re.search("[0-9]", word) and word != "v1" else word for word in path.split("/"))
 
 
 def _http(what: str, request: Any) -> str | None:
-    return None if request.path in _STATUS else f"http {what} {request.method} {_path(request)}"
+    return None if request.path in _STATUS else f"http {what} {request.method} {_path(request.path)}"
+
+
+def _asks(_: Any, method: str, url: Any, **__: Any) -> str:
+    """What a container engine is asked stands in the path, after its version."""
+    asked = URL(url)
+    return f"engine {method} {_path(asked.path).removeprefix('/*')}" if asked.host == "engine" else f"http asks {method}"
 
 
 def _calls(module: str, function: str) -> bool:
