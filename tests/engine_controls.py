@@ -20,21 +20,23 @@ LIMITS = Limits(memory=256 << 20, pids=64)
 
 @contextlib.asynccontextmanager
 async def containers_of(
-    engine: Dockerd, owner: str, *, limits: Limits = LIMITS, privileged: bool = False, pull_seconds: float = 5.0
+    engine: Dockerd, owner: str, *, limits: Limits = LIMITS, privileged: bool = False, pull_seconds: float = 5.0, warm: int = 0
 ) -> AsyncIterator[DockerExecutor]:
     labels = {"penstock.worker": "w1"}
-    async with containers_here(engine.url, owner, labels, limits, privileged=privileged, pull_seconds=pull_seconds, folder=Path(owner)) as executor:
+    Path(owner).mkdir(parents=True, exist_ok=True)
+    kept = {"pull_seconds": pull_seconds, "warm": warm, "folder": Path(owner)}
+    async with containers_here(engine.url, owner, labels, limits, privileged=privileged, **kept) as executor:
         yield executor
 
 
 @contextlib.asynccontextmanager
 async def a_docker_system(
-    folder: Path, engine: Dockerd, *, limits: Limits = LIMITS, privileged: bool = False, pull_seconds: float = 5.0, **more: Any
+    folder: Path, engine: Dockerd, *, limits: Limits = LIMITS, privileged: bool = False, pull_seconds: float = 5.0, warm: int = 0, **more: Any
 ) -> AsyncIterator[tuple[Scheduler, Running]]:
     """A worker that runs containers, and its scheduler. The folder is the owner's mark. Its processes are in a sandbox: without one it would take
     what else this process starts for its steps' orphans."""
     async with (
-        containers_of(engine, str(folder), limits=limits, privileged=privileged, pull_seconds=pull_seconds) as containers,
+        containers_of(engine, str(folder), limits=limits, privileged=privileged, pull_seconds=pull_seconds, warm=warm) as containers,
         a_system(folder, containers=containers, sandbox="auto", **more) as (scheduler, running),
     ):
         yield scheduler, running

@@ -23,10 +23,12 @@ PROGRAMS = ("sh", "ls", "cat", "id", "sleep", "pwd", "echo", "touch", "mkdir", "
 
 
 class Dockerd:
-    """`kill` it as nothing else may, `start` it again: what it had on disk is there. Its mounts are its own, and go with it."""
+    """`kill` it as nothing else may, `start` it again: what it had on disk is there. Its mounts are its own, and go with it; so is its network, where
+    it has a `bridge` (its address there, with the length of the prefix)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bridge: str = "") -> None:
         self.folder = folder
+        self._bridge = bridge
         self.url = f"unix://{folder}/docker.sock"
         self._supervisors: list[subprocess.Popen[bytes]] = []
 
@@ -39,14 +41,14 @@ class Dockerd:
             f"--pidfile={self.folder}/pid",
             f"--host={self.url}",
             f"--config-file={self.folder}/config.json",
-            # Neither the machine's network nor its firewall is touched; steps have no network unless they ask.
-            "--bridge=none",
+            # Neither the machine's network nor its firewall is touched.
+            *([f"--bip={self._bridge}", "--userland-proxy=false", "--ip-forward=false"] if self._bridge else ["--bridge=none"]),
             "--iptables=false",
             "--ip6tables=false",
         ]
         with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(
-                ["unshare", "--mount", "--propagation=slave", *supervised, *settings],
+                ["unshare", *(["--net"] if self._bridge else []), "--mount", "--propagation=slave", *supervised, *settings],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -59,6 +61,10 @@ class Dockerd:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("no engine here: " + (self.folder / "log").read_text()[-2000:])
             time.sleep(0.05)
+
+    def inside(self, *command: str) -> list[str]:
+        """To run a command in its network."""
+        return ["nsenter", "--net", "--target", str(self._pid()), *command]
 
     def kill(self) -> None:
         """dockerd alone: containerd and the containers go on."""
@@ -108,12 +114,12 @@ def root_filesystem() -> bytes:
 
 
 @contextlib.contextmanager
-def a_dockerd() -> Iterator[Dockerd]:
+def a_dockerd(bridge: str = "") -> Iterator[Dockerd]:
     """With IMAGE on it. Only where `no_engine` says nothing."""
     # Short: containerd's sockets lie below, and their paths have 100 letters.
     folder = Path(tempfile.mkdtemp(prefix="pe-", dir="/tmp"))
     (folder / "config.json").write_text("{}")
-    engine = Dockerd(folder)
+    engine = Dockerd(folder, bridge)
     try:
         engine.start()
         subprocess.run(["docker", "--host", engine.url, "import", "-", IMAGE], input=root_filesystem(), capture_output=True, check=True)

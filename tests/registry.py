@@ -25,14 +25,24 @@ class Registry:
         self.hangs = False
         self.login: tuple[str, str] | None = None
         self.asked: Counter[str] = Counter()
-        root = root_filesystem()
-        layer = gzip.compress(root, 1)
-        config = json.dumps(
-            {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {"type": "layers", "diff_ids": [_digest(root)]}, "history": []}
-        ).encode()
-        self._blobs = {_digest(each): each for each in (config, layer)}
+        self._root = root_filesystem()
+        self._layer = gzip.compress(self._root, 1, mtime=0)
+        self._blobs: dict[str, bytes] = {}
+        self._manifests: dict[str, bytes] = {}
+        self.digest = self.publish()
+
+    @property
+    def repository(self) -> str:
+        return f"{self.address}/{REPOSITORY}"
+
+    def publish(self, *environment: str) -> str:
+        """Tag 1 means an image with this environment from now on. Its digest."""
+        layer = self._layer
+        root = {"type": "layers", "diff_ids": [_digest(self._root)]}
+        config = json.dumps({"architecture": "amd64", "os": "linux", "config": {"Env": environment}, "rootfs": root, "history": []}).encode()
+        self._blobs |= {_digest(each): each for each in (config, layer)}
         described = [{"digest": _digest(each), "size": len(each)} for each in (config, layer)]
-        self._manifest = json.dumps(
+        manifest = json.dumps(
             {
                 "schemaVersion": 2,
                 "mediaType": _MANIFEST,
@@ -40,11 +50,9 @@ class Registry:
                 "layers": [{"mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip", **described[1]}],
             }
         ).encode()
-        self.digest = _digest(self._manifest)
-
-    @property
-    def repository(self) -> str:
-        return f"{self.address}/{REPOSITORY}"
+        digest = _digest(manifest)
+        self._manifests |= {digest: manifest, "1": manifest}
+        return digest
 
     async def base(self, request: web.Request) -> web.Response:
         self._admit(request, "base")
@@ -57,9 +65,9 @@ class Registry:
         if self.down:
             self.down -= 1
             raise web.HTTPServiceUnavailable
-        if request.match_info["reference"] not in ("1", self.digest):
+        if (manifest := self._manifests.get(request.match_info["reference"])) is None:
             return web.json_response({"errors": [{"code": "MANIFEST_UNKNOWN", "message": "manifest unknown"}]}, status=404)
-        return web.Response(body=self._manifest, content_type=_MANIFEST, headers={"Docker-Content-Digest": self.digest})
+        return web.Response(body=manifest, content_type=_MANIFEST, headers={"Docker-Content-Digest": _digest(manifest)})
 
     async def blob(self, request: web.Request) -> web.Response:
         self._admit(request, "blob")

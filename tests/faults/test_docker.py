@@ -147,7 +147,12 @@ async def test_an_engine_that_dies_ends_the_step_with_the_truth_and_nothing_of_i
 
 @pytest.fixture
 def docker_settings(dockerd: Dockerd) -> dict[str, str]:
-    return {"worker_executors": "process,docker", "worker_docker_url": dockerd.url, "worker_container_memory_bytes": str(64 << 20)}
+    return {
+        "worker_executors": "process,docker",
+        "worker_docker_url": dockerd.url,
+        "worker_container_memory_bytes": str(64 << 20),
+        "worker_warm_containers": "0",
+    }
 
 
 async def test_containers_of_a_killed_worker_are_gone_before_it_is_back(

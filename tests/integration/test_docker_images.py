@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from proto.messages import Attempt
 from proto.plan import ImageResource, RunStep
 from tests.engine_controls import a_docker_system, docker, script
 from tests.engine_fixture import Dockerd
@@ -19,6 +20,8 @@ async def registry(dockerd: Dockerd) -> AsyncIterator[Registry]:
         yield found
     for image in docker(dockerd, "images", "--quiet", f"{found.repository}*").split():
         docker(dockerd, "rmi", "--force", image)
+    for mark in docker(dockerd, "volume", "ls", "--quiet").split():
+        docker(dockerd, "volume", "rm", mark)
 
 
 def resource(registry: Registry, version: dict[str, str] | None = None, **source: Any) -> RunStep:
@@ -42,6 +45,59 @@ async def test_an_image_is_pulled_once_with_progress_in_the_log_and_its_digest_r
         assert await scheduler.log(second, "stdout") == "here\n"
         assert (await scheduler.started(second)).image == exact
         assert registry.asked["manifest"] == asked
+
+
+async def test_a_tag_means_what_the_registry_says_and_one_image_within_a_build(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    def tagged(name: str = "step") -> RunStep:
+        return script("echo $VERSION", name=name, image=f"{registry.repository}:1")
+
+    async with a_docker_system(tmp_path, dockerd, pull_seconds=600.0) as (scheduler, _):
+        first = await scheduler.send(tagged(), tagged("second"))
+        assert await scheduler.log(first, "stdout") == "\n\n"
+        asked = registry.asked["manifest"]
+        exact = registry.publish("VERSION=two")
+        another = Attempt(first.build, first.stage, 2)
+        await scheduler.bus.send("execute_build_package.w1", await scheduler.package(another, tagged()))
+        assert await scheduler.log(another, "stdout") == "\n"
+        assert registry.asked["manifest"] == asked
+        after = await scheduler.send(tagged())
+        assert await scheduler.log(after, "stdout") == "two\n"
+        assert f"pulling {registry.repository}:1\n" in await scheduler.log(after, "stderr")
+        started = await scheduler.started(after)
+        assert (started.reference, started.image) == (f"{registry.repository}:1", f"{registry.repository}@{exact}")
+        again = await scheduler.send(tagged())
+        assert await scheduler.log(again, "stdout") == "two\n"
+        assert "pull" not in await scheduler.log(again, "stderr")
+
+
+async def test_a_registry_that_is_away_leaves_what_is_here_and_the_log_says_so(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    async with a_docker_system(tmp_path, dockerd, pull_seconds=600.0) as (scheduler, _):
+        first = await scheduler.send(resource(registry, tag="1"))
+        assert await scheduler.log(first, "stdout") == "here\n"
+        registry.down = 1 << 30
+        second = await scheduler.send(resource(registry, tag="1"))
+        assert await scheduler.log(second, "stdout") == "here\n"
+        said = f"penstock: {registry.repository}:1 is used as it is here, {registry.repository}@{registry.digest}: "
+        assert said in await scheduler.log(second, "stderr")
+
+
+async def test_what_one_worker_pulled_with_a_login_another_on_its_engine_gives_nobody_without_one(
+    tmp_path: Path, dockerd: Dockerd, registry: Registry
+) -> None:
+    registry.login = "someone", "pass-word-1"
+    async with (
+        a_docker_system(tmp_path / "one", dockerd, pull_seconds=600.0) as (scheduler, _),
+        a_docker_system(tmp_path / "two", dockerd, pull_seconds=600.0) as (others, _),
+    ):
+        ours = await scheduler.send(resource(registry, tag="1", username="someone", password="pass-word-1"))
+        assert await scheduler.log(ours, "stdout") == "here\n"
+        others._numbers = iter([1000, 1001])
+        theirs = await others.send(resource(registry, {"digest": registry.digest}))
+        assert (await others.finished(theirs)).status == "errored"
+        assert "cannot be pulled" in others.step(theirs).error
+        registry.login = None
+        public = await others.send(resource(registry, {"digest": registry.digest}))
+        assert await others.log(public, "stdout") == "here\n"
 
 
 async def test_a_pull_that_may_yet_succeed_is_tried_again(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
@@ -103,7 +159,7 @@ async def test_what_one_team_pulled_with_a_login_no_other_gets_without_one(tmp_p
                 attempt = await scheduler.send(theirs, team="others")
                 assert (await scheduler.finished(attempt)).status == "errored", life
                 assert "cannot be pulled" in scheduler.step(attempt).error
-            again = await scheduler.send(resource(registry, tag="1"))
+            again = await scheduler.send(resource(registry, {"digest": registry.digest}))
             assert await scheduler.log(again, "stdout") == "here\n"
             assert registry.asked["manifest"] == asked
     registry.login = None

@@ -1,6 +1,8 @@
 """Steps in containers of a real engine; the bus is in memory."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,13 @@ import msgspec
 import pytest
 from aiodocker.stream import Stream as Attached
 
+from libs.archives.pump import in_thread
 from proto.messages import Attempt
 from proto.plan import ImageResource, TaskCache, TaskInput
+from services.worker.executors.docker import DockerExecutor
 from tests.controls import eventually
 from tests.engine_controls import a_docker_system, contained, containers, docker, script
-from tests.engine_fixture import IMAGE, Dockerd
+from tests.engine_fixture import IMAGE, Dockerd, a_dockerd
 from tests.worker_controls import Scheduler, sh
 from tests.worker_shop import TOKEN, a_shop
 
@@ -30,6 +34,7 @@ async def test_a_step_runs_in_its_image_and_its_container_is_gone_afterwards(tmp
         assert await scheduler.log(attempt, "stderr") == "penstock: worker w1, sandbox docker\nerr\n"
         started = await scheduler.started(attempt)
         assert (started.sandbox, started.image) == ("docker", docker(dockerd, "image", "inspect", "--format", "{{.Id}}", IMAGE))
+        assert started.reference == f"docker.io/library/{IMAGE}"
         await eventually(lambda: not containers(dockerd, attempt))
 
 
@@ -182,14 +187,29 @@ async def test_privileged_is_for_workers_that_allow_it(tmp_path: Path, dockerd: 
         assert scheduler.step(attempt).error == "this worker runs no privileged steps"
 
 
-async def test_a_step_with_a_network_is_asked_for_so(tmp_path: Path, dockerd: Dockerd) -> None:
-    """The tests' engine has no bridge: what counts is what it is asked for."""
-    async with a_docker_system(tmp_path, dockerd) as (scheduler, _):
-        attempt = await scheduler.send(script("echo up; sleep 60", network=True))
-        await seen(scheduler, attempt, "up")
-        assert settings_of(dockerd, attempt)["NetworkMode"] == "bridge"
-        scheduler.interrupted[attempt] = "aborted"
-        await scheduler.finished(attempt)
+async def test_only_a_step_that_asks_for_a_network_reaches_a_server(tmp_path: Path, engines: None) -> None:
+    """On an engine with a bridge, in a network of its own, which nothing leaves; in new containers and in one that waited."""
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "file").write_text("from the server\n")
+    serve = [sys.executable, "-u", "-m", "http.server", "--bind", "10.231.7.1", "--directory", str(tmp_path / "served"), "7000"]
+    fetch = "echo 'GET /file HTTP/1.0' >asked; echo >>asked; busybox nc -w 5 10.231.7.1 7000 <asked"
+    with a_dockerd("10.231.7.1/24") as engine, subprocess.Popen(engine.inside(*serve), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+        try:
+            assert server.stdout and await in_thread(server.stdout.readline)
+            async with a_docker_system(tmp_path / "w", engine, warm=1) as (scheduler, running):
+                executor = running.tools.executors.containers
+                assert isinstance(executor, DockerExecutor)
+                for _ in range(2):
+                    without = await scheduler.send(script(fetch))
+                    assert (await scheduler.finished(without)).status == "failed"
+                    assert "Network is unreachable" in await scheduler.log(without, "stderr")
+                    await eventually(lambda: executor.waiting, timeout=30)
+                for _ in range(2):
+                    asking = await scheduler.send(script(fetch, network=True))
+                    assert (await scheduler.log(asking, "stdout")).endswith("\nfrom the server\n")
+                    await eventually(lambda: executor.waiting, timeout=30)
+        finally:
+            server.kill()
 
 
 async def test_sigterm_reaches_the_step_and_its_exit_code_counts(tmp_path: Path, dockerd: Dockerd) -> None:

@@ -90,6 +90,23 @@ def test_a_plan_with_an_image_that_cannot_be_is_refused_with_its_place(config: d
     assert problem is not None and problem[0] == f"stages[0].steps[0].{path}"
 
 
+@pytest.mark.parametrize(
+    ("uri", "instead"),
+    [
+        ("docker:///busybox#1.36", "write `image: busybox:1.36`"),
+        ("docker://registry.example:5000/a/b", "write `image: registry.example:5000/a/b`"),
+        ("docker:///Nope", "name an image, by `image` or `image_resource`"),
+        ("raw:///var/rootfs", "name an image, by `image` or `image_resource`"),
+        ("/var/rootfs", "name an image, by `image` or `image_resource`"),
+    ],
+)
+def test_a_root_file_system_of_a_workers_is_refused_with_what_to_write_instead(uri: str, instead: str) -> None:
+    path, why = plan_problem(plan(rootfs_uri=uri)) or ("", "")
+    assert path == "stages[0].steps[0].config.rootfs_uri"
+    assert why.endswith(f": {instead}")
+    assert plan_problem(plan(rootfs_uri=uri, image_resource=ImageResource(type="registry-image", source={"repository": "a"}))) is None
+
+
 def test_what_a_stage_wants_of_a_worker() -> None:
     one = plan(image="a", privileged=True).stages[0]
     assert plan_problem(Plan(stages=[one])) is None

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from aiodocker.containers import DockerContainer
+from aiodocker.stream import Message
 from aiodocker.stream import Stream as Attached
 
 from services.worker.executors.engine import Engine, EngineGone
 from services.worker.executors.executor import CannotRun, Job
+from services.worker.executors.images import Image
+from services.worker.executors.waiter import BEGUN
 
 LINGER_SECONDS = 5.0
 """For what was written before the end to arrive after it."""
@@ -20,6 +23,8 @@ DEAF_SECONDS = 10.0
 """An engine that has not ended a container so long after it was told to is not waited for."""
 HEARSAY_SECONDS = 1.0
 """For the engine's word that it sent the signal which a step seems to have died of."""
+BEGIN_SECONDS = 5.0
+"""For a container that waits to begin."""
 STOPPED = "the container engine stopped the step, as it restarts or was told to by somebody else"
 _SIGNALLED = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 _STDERR = 2
@@ -30,9 +35,10 @@ class Container:
 
     error = ""
 
-    def __init__(self, engine: Engine, container: DockerContainer, image: str, memory: int, job: Job, on_ended: Callable[[], object]) -> None:
+    def __init__(self, engine: Engine, container: DockerContainer, image: Image, memory: int, job: Job, on_ended: Callable[[], object]) -> None:
         """`memory`: its limit, in bytes."""
-        self.image = image
+        self.image = image.exact
+        self.reference = image.reference
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[int] = self._loop.create_future()
         self._engine = engine
@@ -41,6 +47,8 @@ class Container:
         self._job = job
         self._on_ended = on_ended
         self._stream: Attached | None = None
+        self._early: list[Message] = []
+        """What came while we listened for something else."""
         self._more = asyncio.Event()
         self._over = False
         self._stopped = asyncio.Event()
@@ -60,6 +68,23 @@ class Container:
             await self._close()
             raise
         self._following = self._do(self._follow())
+
+    async def begin(self, stream: Attached, message: bytes) -> bool:
+        """Instead of `start`, if it waits: tell it what to run. False: it is good for nothing, and nothing of the step has run."""
+        self._stream = stream
+        with contextlib.suppress(CannotRun, TimeoutError, AssertionError, RuntimeError):  # aiodocker asserts that it is connected
+            async with asyncio.timeout(BEGIN_SECONDS):
+                with self._engine.translated():
+                    await stream.write_in(message)
+                    while (said := await stream.read_out()) is not None:
+                        if said.stream != _STDERR and said.data.startswith(BEGUN):
+                            if rest := said.data.removeprefix(BEGUN):
+                                self._early.append(Message(said.stream, rest))
+                            self._following = self._do(self._follow())
+                            return True
+                        self._early.append(said)
+        await self._close()
+        return False
 
     def interrupt(self, grace: float) -> None:
         if self._timer is None and not self.ended.done():
@@ -122,7 +147,8 @@ class Container:
 
     async def _read(self) -> None:
         assert self._stream is not None
-        while (message := await self._stream.read_out()) is not None:
+        early, self._early = self._early, []
+        while (message := early.pop(0) if early else await self._stream.read_out()) is not None:
             more = self._job.on_output("stderr" if message.stream == _STDERR else "stdout", message.data)
             if not more and not self._over:
                 self._more.clear()

@@ -1,7 +1,9 @@
-"""Steps in containers of a Docker engine, one for each. Only this worker's own containers are ever touched: they carry its owner's mark."""
+"""Steps in containers of a Docker engine, one for each, which may have been started before its step was known. Only this worker's own containers are
+ever touched: they carry its owner's mark."""
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import re
 import stat
@@ -14,12 +16,17 @@ import structlog
 from aiodocker.containers import DockerContainer
 
 from libs.archives.pump import in_thread
+from proto.plan import RunStep
 from services.worker.executors.commands import NotRunnable
 from services.worker.executors.container import Container
+from services.worker.executors.durable import write_durably
 from services.worker.executors.engine import Engine, EngineGone, Refused
 from services.worker.executors.executor import CannotRun, Job, Running
-from services.worker.executors.hardened import Bind, Limits, binds_of, container_of, name_of
-from services.worker.executors.images import Guarded, Images
+from services.worker.executors.hardened import Bind, Limits, binds_of, can_wait, command_of, container_of, name_of, shape_of
+from services.worker.executors.images import Guarded, Image, Images, named_by
+from services.worker.executors.sandboxes import Folders
+from services.worker.executors.waiter import LARGEST, message
+from services.worker.executors.warm import WarmContainers
 
 logger = structlog.get_logger()
 
@@ -27,17 +34,22 @@ SWEEP_SECONDS = 30.0
 RETRY_SECONDS = 2.0
 """Between two looks for an engine that is gone."""
 _OWNER = "penstock.owner"
+_NOWHERE = Folders.below(Path("/"))
 _INIT_FAILED = re.compile(rb"\[FATAL tini \(\d+\)\] exec (.*) failed: (.*)")
 
 
 class DockerExecutor:
     """`owner` marks this worker's containers, through all its lives, and nobody else's. `labels` are for people. As root a step may be anybody in
-    its container; else it is who the worker is, as it could not work in the worker's folders otherwise."""
+    its container; else it is who the worker is, as it could not work in the worker's folders otherwise. At most `warm` containers wait, in
+    `folder`, the worker's."""
 
     name = "docker"
     wraps = True
 
-    def __init__(self, engine: Engine, images: Images, owner: str, labels: dict[str, str], limits: Limits, privileged: bool) -> None:
+    def __init__(
+        self, engine: Engine, images: Images, owner: str, labels: dict[str, str], limits: Limits, privileged: bool, warm: int, folder: Path
+    ) -> None:
+        """Raises OSError."""
         self._engine = engine
         self._images = images
         self._owner = owner
@@ -47,11 +59,18 @@ class DockerExecutor:
         self._current: set[str] = set()
         self._running: dict[str, Container] = {}
         self._dropping: set[asyncio.Task[None]] = set()
+        mark = f"penstock-warm-{hashlib.sha256(owner.encode()).hexdigest()[:12]}"
+        self._warm = WarmContainers(engine, folder, warm, mark, {**labels, _OWNER: owner}, self._create, self._gone)
 
     @property
     def trouble(self) -> str:
         """Why no container can be run now, "" when it can."""
         return self._engine.trouble
+
+    @property
+    def waiting(self) -> int:
+        """How many containers wait for a step."""
+        return len(self._warm)
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[int]:
@@ -64,6 +83,7 @@ class DockerExecutor:
         finally:
             for part in parts:
                 part.cancel()
+            await self._warm.close()
             await asyncio.wait([*parts, *self._dropping])
 
     async def sweep(self) -> int:
@@ -74,11 +94,17 @@ class DockerExecutor:
             await self._engine.remove(container)
         return len(stray)
 
+    def folders_for(self, step: RunStep) -> Folders | None:
+        return self._warm.take(key) if (key := self._kind_of(step)) else None
+
+    async def release(self, folders: Folders) -> None:
+        await self._warm.release(folders)
+
     async def start(self, job: Job) -> Running:
         attempt, step = job.attempt, job.step
         if step.privileged and not self._privileged:
             raise CannotRun("this worker runs no privileged steps")
-        image = await self._images.ready(step.config, job.team, job.say)
+        image = await self._images.ready(step.config, job.team, attempt.build, job.say)
         binds = _checked(job)
         user = step.config.run.user or ""
         if os.geteuid() != 0:
@@ -95,23 +121,77 @@ class DockerExecutor:
             "penstock.step": step.name,
             "penstock.attempt": str(attempt.number),
         }
-        wanted = container_of(step, image.id, user, job.folders, binds, labels, self._limits)
+
+        def wanted(folders: Folders) -> dict[str, Any]:
+            return container_of(step, image.id, user, folders, binds, labels, self._limits)
+
+        def over(container: str) -> None:
+            self._running.pop(container, None)
+            self._drop(name)
+            if job.fresh and (key := self._kind_of(step)):
+                self._warm.keep(key, binds, wanted)
+
+        def running(made: DockerContainer) -> Container:
+            return Container(self._engine, made, image, self._limits.memory_of(step.config), job, lambda: over(made.id))
+
         self._current.add(name)
+        try:
+            return await self._begun(name, wanted(job.folders), image, job.folders, running) or await self._started(
+                name, wanted(job.folders), running
+            )
+        except BaseException:
+            self._current.discard(name)
+            raise
+
+    async def _started(self, name: str, wanted: dict[str, Any], running: Callable[[DockerContainer], Container]) -> Container:
         making = asyncio.get_running_loop().create_task(self._create(name, wanted))
         try:
             made = await asyncio.shield(making)
-            running = Container(self._engine, made, image.exact, self._limits.memory_of(step.config), job, lambda: self._over(name, made.id))
-            self._running[made.id] = running
-            await running.start()
+            self._running[made.id] = found = running(made)
+            await found.start()
         except BaseException:
             # Nobody may use its folders again before it is gone; and what is asked for may yet be made.
             await asyncio.wait([making])
             if making.exception() is None:
                 self._running.pop(making.result().id, None)
-                await asyncio.wait([self._drop(name)])
-            self._current.discard(name)
+                await self._gone(name)
             raise
-        return running
+        return found
+
+    async def _begun(
+        self, name: str, wanted: dict[str, Any], image: Image, folders: Folders, running: Callable[[DockerContainer], Container]
+    ) -> Container | None:
+        """In the container that waits in these folders. None when there is none, or it would be another one than is wanted: the image's name may
+        mean another image by now."""
+        if (waiting := self._warm.claim(folders)) is None:
+            return None
+        container, begun = waiting.container, False
+        found = self._running[container.id] = running(container)
+        try:
+            said = message(*command_of(wanted, image.environment, container.id))
+            if waiting.shape == shape_of(wanted) and len(said) <= LARGEST:
+                with contextlib.suppress(Refused):
+                    with self._engine.translated():
+                        await container.rename(name)
+                    begun = await found.begin(waiting.stream, said)
+            return found if begun else None
+        finally:
+            if not begun:
+                self._running.pop(container.id, None)
+                await self._warm.end(waiting)
+            self._current.discard(waiting.name)
+
+    def _kind_of(self, step: RunStep) -> str:
+        """What two steps have in common that could be each other's containers, as far as can be told now; "" for one that no container waits for."""
+        config = step.config
+        binds = binds_of(config)
+        try:
+            if step.privileged or not can_wait(config, binds):
+                return ""
+            image = str(named_by(config)[0])
+        except CannotRun:
+            return ""
+        return shape_of(container_of(step, image, config.run.user or "", _NOWHERE, binds, {}, self._limits)).decode()
 
     def complaint(self, code: int, stderr: bytes) -> str:
         if code in (126, 127) and (match := _INIT_FAILED.match(stderr)):
@@ -121,6 +201,7 @@ class DockerExecutor:
 
     async def _create(self, name: str, wanted: dict[str, Any]) -> DockerContainer:
         """A container of ours that has the name is from an earlier life, and in the way."""
+        self._current.add(name)
         for last in (False, True):
             try:
                 with self._engine.translated():
@@ -133,9 +214,9 @@ class DockerExecutor:
                 await self._engine.remove(name)
         raise AssertionError
 
-    def _over(self, name: str, container: str) -> None:
-        self._running.pop(container, None)
-        self._drop(name)
+    async def _gone(self, name: str) -> None:
+        """However often whoever waits for it is cancelled."""
+        await asyncio.wait([self._drop(name)])
 
     def _drop(self, name: str) -> asyncio.Task[None]:
         """What cannot be removed now is swept later."""
@@ -168,6 +249,7 @@ class DockerExecutor:
             if not self.trouble and time.monotonic() - swept < SWEEP_SECONDS:
                 continue
             swept = time.monotonic()
+            await self._warm.expire()
             try:
                 if removed := await self.sweep():
                     logger.info("stray containers removed", number=removed)
@@ -177,15 +259,16 @@ class DockerExecutor:
 
 @contextlib.asynccontextmanager
 async def containers_here(
-    url: str, owner: str, labels: dict[str, str], limits: Limits, *, privileged: bool, pull_seconds: float, folder: Path
+    url: str, owner: str, labels: dict[str, str], limits: Limits, *, privileged: bool, pull_seconds: float, warm: int, folder: Path
 ) -> AsyncIterator[DockerExecutor]:
-    """An executor on the engine at `url`; what an earlier life of this owner left there is gone. In `folder` it notes whose images are on the engine.
-    Raises CannotRun when none answers, OSError."""
+    """An executor on the engine at `url`; what an earlier life of this owner left there is gone. `folder` is the worker's, for
+    which see DockerExecutor; whose images are on the engine is noted there, too. Raises CannotRun when none answers, OSError."""
     engine = Engine(url)
     try:
         if not await engine.probe():
             raise EngineGone(f"the container engine does not answer at {url}")
-        executor = DockerExecutor(engine, Images(engine, pull_seconds, Guarded(folder / "guarded-images")), owner, labels, limits, privileged)
+        images = Images(engine, pull_seconds, Guarded(engine, folder / "guarded-images"))
+        executor = DockerExecutor(engine, images, owner, labels, limits, privileged, warm, folder)
         async with executor.kept() as removed:
             logger.info("containers can be run", engine=url, orphans_removed=removed)
             yield executor
@@ -199,9 +282,7 @@ def owner_of(folder: Path, new: Callable[[], str]) -> str:
     try:
         return file.read_text()
     except FileNotFoundError:
-        made = file.with_suffix(".new")
-        made.write_text(new())
-        made.replace(file)
+        write_durably(file, new().encode())
         return file.read_text()
 
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import aiohttp
+import msgspec
 from aiodocker import Docker, DockerError
 from aiodocker.containers import DockerContainer
 from aiodocker.utils import compose_auth_header
@@ -107,14 +109,43 @@ class Engine:
             with contextlib.suppress(DockerError, aiohttp.ClientError, OSError):
                 await events.stop()
 
-    async def ask_registry(self, image: str, auth: Mapping[str, str] | None) -> None:
-        """Have the image's registry say whether whoever has this login may have it. Raises CannotRun."""
+    async def ask_registry(self, image: str, auth: Mapping[str, str] | None) -> str:
+        """The digest that its registry knows the image by, if whoever has this login may have it. Raises CannotRun."""
         headers = {"X-Registry-Auth": compose_auth_header(dict(auth), image.partition("/")[0])} if auth is not None else {}
         with self.translated():
-            await self.docker._query_json(f"distribution/{image}/json", headers=headers)
+            said: dict[str, Any] = await self.docker._query_json(f"distribution/{image}/json", headers=headers)
+            return str(said["Descriptor"]["digest"])
+
+    async def mark(self, repository: str) -> None:
+        """A note for everybody who uses this engine: an empty volume, as images can be given none. Raises CannotRun."""
+        await self._volume("POST", "create", {"Name": _mark(repository), "Labels": {"penstock.guarded": repository}})
+
+    async def is_marked(self, repository: str) -> bool:
+        """Raises CannotRun."""
+        return await self._volume("GET", _mark(repository))
+
+    async def unmark(self, repository: str) -> None:
+        """Raises CannotRun."""
+        await self._volume("DELETE", _mark(repository))
+
+    async def _volume(self, method: str, path: str, body: dict[str, Any] | None = None) -> bool:
+        """False: there is none. Raises CannotRun."""
+        try:
+            with self.translated():
+                headers = {"Content-Type": "application/json"}
+                async with self.docker._query(f"volumes/{path}", method=method, data=msgspec.json.encode(body) if body else None, headers=headers):
+                    return True
+        except Refused as refused:
+            if refused.status != 404:
+                raise
+            return False
 
     async def pull(self, image: str, auth: Mapping[str, str] | None) -> AsyncIterator[dict[str, Any]]:
         """The engine's words on how far it is. Raises CannotRun."""
         with self.translated():
             async for said in self.docker.images.pull(image, auth=auth, stream=True):
                 yield said
+
+
+def _mark(repository: str) -> str:
+    return f"penstock-guarded-{hashlib.sha256(repository.encode()).hexdigest()[:32]}"

@@ -19,7 +19,8 @@ class CannotRun(Exception):
 
 class Job(msgspec.Struct, frozen=True):
     """One step of an attempt, its inputs in their places. `on_output` says whether it will take more now; if not, `Running.resume` follows. `say`
-    puts a line into the step's log. `link_in` finds the first link on the way to a folder of the workspace: steps make them."""
+    puts a line into the step's log. `link_in` finds the first link on the way to a folder of the workspace: steps make them. `fresh`: no step has
+    run in its folders yet."""
 
     attempt: Attempt
     team: str
@@ -28,6 +29,7 @@ class Job(msgspec.Struct, frozen=True):
     on_output: Callable[[Stream, bytes], bool]
     say: Callable[[str], None]
     link_in: Callable[[str], object | None]
+    fresh: bool = False
 
 
 class Running(Protocol):
@@ -40,6 +42,10 @@ class Running(Protocol):
     @property
     def image(self) -> str:
         """Exactly which image it runs in, "" without."""
+
+    @property
+    def reference(self) -> str:
+        """How its task names that image, made whole."""
 
     @property
     def error(self) -> str:
@@ -71,11 +77,22 @@ class Executor(Protocol):
         """What kept the command from being run, if that is what its exit code and all of its stderr tell; else ""."""
 
 
+class Containers(Executor, Protocol):
+    """They take time to start, and one may wait for its step already, in folders of its own."""
+
+    def folders_for(self, step: RunStep) -> Folders | None:
+        """Those in which the first step of a stage would begin at once, if there are any. Whoever gets them will `start` it in them, or not, and then
+        `release` them."""
+
+    async def release(self, folders: Folders) -> None:
+        """Nothing will be started in them any more: they can be removed when this is done."""
+
+
 class Executors(msgspec.Struct, frozen=True):
     """What this worker has: `containers` only where an engine answered."""
 
     process: Executor
-    containers: Executor | None = None
+    containers: Containers | None = None
 
     def of(self, config: TaskConfig) -> Executor:
         """Raises CannotRun."""
@@ -84,6 +101,15 @@ class Executors(msgspec.Struct, frozen=True):
         if self.containers is None:
             raise CannotRun("this worker runs no images")
         return self.containers
+
+    def folders_for(self, step: RunStep) -> Folders | None:
+        """See Containers."""
+        return self.containers.folders_for(step) if self.containers is not None and image_type(step.config) else None
+
+    async def release(self, folders: Folders) -> None:
+        """See Containers."""
+        if self.containers is not None:
+            await self.containers.release(folders)
 
 
 class Environment(msgspec.Struct, frozen=True):

@@ -1,6 +1,7 @@
 """What the engine is asked for: a container that has what its step needs and nothing else. Pure."""
 
 import posixpath
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -12,6 +13,9 @@ from services.worker.executors.sandboxes import Folders
 
 _LEAST_SHARES = 2
 WORKSPACE, HOME, TEMP = "/workspace", "/home/penstock", "/tmp"  # noqa: S108
+WAITER, INIT = "/.penstock-waiter", "/.penstock-init"
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_COMMAND = ("Entrypoint", "Cmd", "Env", "WorkingDir", "Labels")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +94,44 @@ def container_of(step: RunStep, image: str, user: str, folders: Folders, binds: 
         "Healthcheck": {"Test": ["NONE"]},
         "HostConfig": host,
     }
+
+
+def shape_of(wanted: Mapping[str, Any]) -> bytes:
+    """All of a container but for the command that it runs and what people are told of it: what is equal here may do the same."""
+    return msgspec.json.encode({key: value for key, value in wanted.items() if key not in _COMMAND}, order="sorted")
+
+
+def waiting_of(wanted: Mapping[str, Any], labels: dict[str, str], waiter: str, init: str) -> dict[str, Any]:
+    """The same container, which waits to be told what to run. `waiter` and `init` are programs on the engine's machine: what waits becomes the
+    init that the engine would have given it."""
+    host = wanted["HostConfig"]
+    mounts = [*host["Mounts"], _mount(waiter, WAITER, False), _mount(init, INIT, False)]
+    return {
+        **wanted,
+        "Entrypoint": [WAITER],
+        "Cmd": [],
+        "Env": [],
+        "WorkingDir": "/",
+        "Labels": labels,
+        "AttachStdin": True,
+        "OpenStdin": True,
+        "StdinOnce": True,
+        "HostConfig": {**host, "Init": False, "Mounts": mounts},
+    }
+
+
+def command_of(wanted: Mapping[str, Any], image: Sequence[str], container: str) -> tuple[list[str], dict[str, str], str]:
+    """What one that waited becomes, in which environment and where: as the engine does it. `image` is the image's own environment."""
+    said = (each.partition("=")[::2] for each in (*image, *wanted["Env"]))
+    environment = {"PATH": _PATH, "HOSTNAME": container[:12], **dict(said)}
+    return [INIT, "--", *wanted["Entrypoint"], *wanted["Cmd"]], environment, wanted["WorkingDir"]
+
+
+def can_wait(config: TaskConfig, binds: Sequence[Bind]) -> bool:
+    """Whether its folders can be mounted before anything is in them: an input's must still be empty when it comes."""
+    inner = [bind.path for bind in binds if bind.path != "."]
+    apart = not any(_inside(path, other) for path in inner for other in inner if path != other)
+    return binds[0].writable and apart and not any(each.optional for each in config.inputs)
 
 
 def _mount(source: str, target: str, writable: bool) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Spawned:
     Raises OSError when it cannot be spawned."""
 
     image = ""
+    reference = ""
     error = ""
 
     def __init__(
