@@ -1,4 +1,5 @@
-"""Secrets: set and removed when the gateway asks, forgotten when nobody may need them any more. (Packages take them from the vault.)
+"""Secrets: set and removed when the gateway asks, forgotten when nobody may need them any more; and the keys around them, renewed. (Packages take
+them from the vault.)
 
 A value is stored before the event that makes it count; one that no event ever tells of is dropped in time."""
 
@@ -12,25 +13,28 @@ from libs.bus.bus import Bus
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
-from libs.sealing import NotSealed, unseal
+from libs.sealing import NotSealed
 from proto.catalogue import UnknownEvent, decode
 from proto.events.base import Event
 from proto.events.build import BuildFinished
-from proto.events.secret import SecretRemoved, SecretSet
-from proto.messages import KeepForBuild, KeepSecret, SecretAnswer, SecretRequest, SecretValues
+from proto.events.secret import SealingKeyMade, SecretRemoved, SecretSet
+from proto.messages import KeepForBuild, KeepSecret, RotateKeys, SecretAnswer, SecretRequest, SecretValues
 from proto.messages import RemoveSecret as RemoveRequest
 from proto.secrets import OWN
 from services.scheduler.commands import Command, RemoveSecret, SetSecret, secret_stream
 from services.scheduler.decider import State
-from services.scheduler.kept import Entry, Kept
-from services.scheduler.keys import Keyring
+from services.scheduler.master_keys import Keyring
+from services.scheduler.sealing import SealingKeys
+from services.scheduler.secret_index import Entry, SecretIndex
 from services.scheduler.vault import Vault
 
 logger = structlog.get_logger()
 
 GROUP = "scheduler"
 LOOK_EVERY = 1.0
-"""Seconds between two looks for builds that have ended."""
+"""Seconds between two looks for builds that have ended, and at the keys."""
+AT_FIRST = 0.1
+"""The same, while there is no key to seal to."""
 SWEEP_EVERY = 600.0
 SETTLED = 600.0
 """Seconds after which what was stored has its event, or never will."""
@@ -41,7 +45,7 @@ _VALUES = msgspec.msgpack.Decoder(SecretValues)
 
 
 class Secrets:
-    """`sealing_key` opens what the gateway seals; `keys` gives the master keys as they are now, `kept` the fold of the log."""
+    """`index` gives the fold of the log; `leads`: whether this instance leads, and has read the log. `clock` is monotonic seconds."""
 
     def __init__(
         self,
@@ -50,9 +54,8 @@ class Secrets:
         bus: Bus,
         commands: CommandLoop[Command, State],
         vault: Vault,
-        sealing_key: str,
-        keys: Callable[[], Keyring],
-        kept: Callable[[], Kept],
+        sealing: SealingKeys,
+        index: Callable[[], SecretIndex],
         leads: Callable[[], bool],
         ids: Callable[[], str],
         clock: Callable[[], float],
@@ -61,15 +64,19 @@ class Secrets:
         self._bus = bus
         self._commands = commands
         self._vault = vault
-        self._sealing_key = sealing_key
-        self._keys = keys
-        self._kept = kept
+        self._sealing = sealing
+        self._index = index
         self._leads = leads
         self._ids = ids
         self._clock = clock
         self._created = False
         self._minded: Keyring | None = None
-        self.problem: str | None = "has not looked at its keys yet"
+        self._trouble: str | None = "has not looked at its keys yet"
+
+    @property
+    def problem(self) -> str | None:
+        """Why a secret cannot be set, or read."""
+        return self._trouble or (None if self._index().sealing is not None else "there is no key to seal to yet")
 
     # --- for the gateway
 
@@ -84,23 +91,26 @@ class Secrets:
             await self._create()
             answer = await self._do(team, _REQUEST.decode(question))
         except (NotSealed, msgspec.MsgspecError):
-            answer = SecretAnswer(refused="it was not sealed to this scheduler's key")
+            answer = SecretAnswer(refused="it was not sealed to a key of the schedulers'")
         return msgspec.msgpack.encode(answer)
 
     async def _do(self, team: str, request: SecretRequest) -> SecretAnswer:
         match request:
             case KeepSecret():
-                ((name, value),) = self._unsealed(team, request.sealed).items()
+                ((name, value),) = (await self._unsealed(team, request)).items()
                 return await self._set(team, name, value, request.by)
             case KeepForBuild():
-                own = {name: value for name, value in self._unsealed(team, request.sealed).items() if name.startswith(f"{OWN}{request.build}/")}
+                values = await self._unsealed(team, request)
+                own = {name: value for name, value in values.items() if name.startswith(f"{OWN}{request.build}/")}
                 await self._vault.store({Entry(name, team, name, request.build): value for name, value in own.items()})
                 return SecretAnswer()
             case RemoveRequest():
                 return await self._remove(team, request.name, request.by)
+            case RotateKeys():
+                return await self._renew(request.by)
 
-    def _unsealed(self, team: str, sealed: bytes) -> Mapping[str, str]:
-        values = _VALUES.decode(unseal(self._sealing_key, sealed))
+    async def _unsealed(self, team: str, request: KeepSecret | KeepForBuild) -> Mapping[str, str]:
+        values = _VALUES.decode(await self._sealing.opened(request.key, request.sealed))
         if values.team != team:
             raise NotSealed
         return values.values
@@ -117,16 +127,22 @@ class Secrets:
         await self._vault.remove(outcome.state.secret.entry)
         return SecretAnswer(position=outcome.position, version=outcome.state.secret.version)
 
+    async def _renew(self, by: str) -> SecretAnswer:
+        await self._look()
+        outcome = await self._sealing.make(by)
+        under = {key_id: count for key_id, count in (await self._vault.under()).items() if count}
+        return SecretAnswer(position=outcome.position, version=outcome.state.secret.version, master=self._vault.keys.first, under=under)
+
     # --- housekeeping
 
     async def tidy(self) -> None:
-        """For ever: mind the master keys, forget what was kept for builds that are over, and now and then what nothing tells of."""
+        """For ever: mind the keys, forget what was kept for builds that are over, and now and then what nothing tells of."""
         swept = self._clock()
         while True:
             try:
                 await self._create()
                 await self.mind_keys()
-                over = self._kept().over
+                over = self._index().over
                 builds = [over.popleft() for _ in range(len(over))]
                 if self._leads() and builds:
                     await self._vault.forget_builds(builds)
@@ -136,7 +152,7 @@ class Secrets:
                     await self._rotate()  # another instance may have had older keys for longer
             except (LogUnavailable, UnknownEvent) as error:
                 logger.warning("secrets are not minded now", error=str(error))
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(LOOK_EVERY if self._index().sealing is not None else AT_FIRST)
 
     async def _create(self) -> None:
         if not self._created:
@@ -144,20 +160,28 @@ class Secrets:
             self._created = True
 
     async def mind_keys(self) -> None:
-        """Once for each change of the master keys: what is under others than the first is encrypted anew. What nothing opens is said."""
-        try:
-            keys = await asyncio.to_thread(self._keys)
-        except (ValueError, OSError) as error:  # BadKeys, and what is no text
-            self.problem = f"the master keys cannot be read: {error}"
+        """Once for each change of the master keys: what is under others than the first is encrypted anew. What nothing opens is said. Whoever leads
+        sees to it that what the gateway seals to is new enough, too."""
+        if (keys := await self._look()) is None:
             return
         if self._minded is not keys:
-            self._vault.keys = keys
             await self._rotate()
             self._minded = keys
+        latest = self._index().sealing
+        if self._leads() and self._sealing.due(latest, keys.first):
+            made = await self._sealing.make(GROUP, after=latest.version if latest else 0)
+            logger.info("what is sealed to has changed", version=made.state.secret.version)
+
+    async def _look(self) -> Keyring | None:
+        try:
+            return await self._vault.look()
+        except (ValueError, OSError) as error:  # BadKeys, and what is no text
+            self._trouble, self._minded = f"the master keys cannot be read: {error}", None
+            return None
 
     async def _rotate(self) -> None:
         renewed, missing = await self._vault.rotate()
-        self.problem = "; ".join(f"the master key `{key_id}` is missing: {count} values cannot be read" for key_id, count in missing.items()) or None
+        self._trouble = "; ".join(f"the master key `{key_id}` is missing: {count} values cannot be read" for key_id, count in missing.items()) or None
         logger.info("the secrets' master keys are minded", first=self._vault.keys.first, renewed=renewed, missing=sorted(missing))
 
     async def sweep(self, settled: float) -> None:
@@ -170,6 +194,8 @@ class Secrets:
             told = await self._log.read_streams(list(set(streams.values())))
             histories = {stream: [decode(row.type, row.data) for row in rows] for stream, rows in told.items()}
             await self._vault.drop([entry.entry for entry, old in page if not _counts(entry, histories[streams[entry]], old)])
+        if (latest := self._index().sealing) is not None:
+            await self._sealing.forget(latest)
 
 
 def _counts(entry: Entry, history: Sequence[Event], old: bool) -> bool:
@@ -178,6 +204,8 @@ def _counts(entry: Entry, history: Sequence[Event], old: bool) -> bool:
         return bool(entry.build) and not old
     if entry.build:
         return not any(isinstance(event, BuildFinished) for event in history)
+    if isinstance(history[-1], SealingKeyMade):
+        return any(isinstance(event, SealingKeyMade) and event.entry == entry.entry for event in history)  # earlier ones, too, for a while
     last = next(event for event in reversed(history) if isinstance(event, SecretSet | SecretRemoved))
     return isinstance(last, SecretSet) and last.entry == entry.entry
 

@@ -1,15 +1,18 @@
 """Where the values of secrets are: rows of `secret`, encrypted. Nothing else of this service holds one for longer than it takes to pass it on."""
 
-from collections.abc import Collection, Mapping, Sequence
+import asyncio
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import asyncpg
 import msgspec
 
 from libs.eventlog.postgres import Pool, unavailable
+from proto.private import Private
 from proto.secrets import MAX_TOGETHER
-from services.scheduler.kept import Entry, Wanted
-from services.scheduler.keys import Keyring, MissingKey, Tampered
+from services.scheduler.master_keys import Keyring, MissingKey, Tampered
+from services.scheduler.secret_index import Entry, Wanted
 
 _TABLES = Path(__file__).with_name("secrets.sql")
 _STORE = """
@@ -22,13 +25,18 @@ _REMOVE = """
 DELETE FROM secret s USING secret removed
 WHERE removed.entry = $1 AND s.team = removed.team AND s.name = removed.name AND s.build = '' AND s.stored_at <= removed.stored_at
 """
+_FORGET_BEFORE = """
+DELETE FROM secret s USING secret latest
+WHERE latest.entry = $1 AND s.team = latest.team AND s.name = latest.name AND s.stored_at < latest.stored_at
+AND latest.stored_at < now() - make_interval(secs => $2)
+"""
 _FORGET = "DELETE FROM secret WHERE build = ANY ($1)"
 _STALE = """
 SELECT entry, team, name, build, stored_at < now() - interval '1 day' AS old FROM secret
 WHERE entry > $1 AND stored_at < now() - make_interval(secs => $2) ORDER BY entry LIMIT $3
 """
 _DROP = "DELETE FROM secret WHERE entry = ANY ($1)"
-_KEYS = "SELECT key_id, count(*) FROM secret GROUP BY key_id"
+_KEYS = "SELECT key_id, count(*) FILTER (WHERE team <> '') FROM secret GROUP BY key_id"
 _OLDER = "SELECT entry, team, name, key_id, ciphertext FROM secret WHERE key_id = $1 AND entry > $2 ORDER BY entry LIMIT 100"
 _RENEW = "UPDATE secret SET key_id = $3, ciphertext = $4 WHERE entry = $1 AND key_id = $2"
 
@@ -39,25 +47,28 @@ class Unreadable(msgspec.Struct, frozen=True):
     why: str
 
 
-class Given(msgspec.Struct, frozen=True):
+class Given(Private, frozen=True):
     """What a stage's references stand for: values by name, and why others are not to be had."""
 
     values: dict[str, str] = {}
     unreadable: dict[str, str] = {}
-
-    def __repr__(self) -> str:
-        return f"Given({', '.join(self.values)})"
 
 
 _NOTHING = Given()
 
 
 class Vault:
-    """All calls raise LogUnavailable."""
+    """All calls raise LogUnavailable. `source` gives the master keys as they are now (raising ValueError, OSError), `keys` are those last seen."""
 
-    def __init__(self, pool: Pool, keys: Keyring) -> None:
+    def __init__(self, pool: Pool, source: Callable[[], Keyring]) -> None:
         self._pool = pool
-        self.keys = keys
+        self._source = source
+        self.keys = source()
+
+    async def look(self) -> Keyring:
+        """The master keys, read again. Raises ValueError, OSError."""
+        self.keys = await asyncio.to_thread(self._source)
+        return self.keys
 
     async def create(self) -> None:
         """Make the table if it is not there."""
@@ -81,6 +92,9 @@ class Vault:
         wanted = {entry.entry: entry for entry in entries}
         with unavailable():
             rows = await self._pool.fetch(_READ, list(wanted))
+        if any(row["key_id"] not in self.keys for row in rows):
+            with contextlib.suppress(ValueError, OSError):  # another instance may have seen a new one a moment earlier
+                await self.look()
         return {wanted[row["entry"]]: self._value(row) for row in rows if row["team"] == wanted[row["entry"]].team}
 
     def _value(self, row: asyncpg.Record) -> str | Unreadable:
@@ -117,6 +131,11 @@ class Vault:
         with unavailable():
             await self._pool.execute(_REMOVE, entry)
 
+    async def forget_before(self, entry: str, seconds: float) -> None:
+        """What was stored before this one for the same name, if this one was stored longer ago."""
+        with unavailable():
+            await self._pool.execute(_FORGET_BEFORE, entry, seconds)
+
     async def forget_builds(self, builds: Sequence[str]) -> None:
         """What was kept for these builds."""
         with unavailable():
@@ -132,17 +151,21 @@ class Vault:
         with unavailable():
             await self._pool.execute(_DROP, entries)
 
+    async def under(self) -> dict[str, int]:
+        """How many values are under which master key (0: none but of the schedulers' own)."""
+        with unavailable():
+            return {row[0]: row[1] for row in await self._pool.fetch(_KEYS)}
+
     async def rotate(self) -> tuple[int, dict[str, int]]:
         """Encrypt anew, under the first key, what is under others. (how many values, and how many are under each key that is missing)."""
+        known, renewed = await self.under(), 0
         with unavailable():
-            known: dict[str, int] = {row[0]: row[1] for row in await self._pool.fetch(_KEYS)}
-            renewed = 0
             for key_id in known.keys() - {self.keys.first}:
                 after = ""
                 while key_id in self.keys and (rows := await self._pool.fetch(_OLDER, key_id, after)):
                     after = rows[-1]["entry"]
                     renewed += await self._renew(rows)
-        return renewed, {key_id: count for key_id, count in known.items() if key_id not in self.keys}
+        return renewed, {key_id: count for key_id, count in known.items() if count and key_id not in self.keys}
 
     async def _renew(self, rows: Sequence[asyncpg.Record]) -> int:
         fresh: list[tuple[object, ...]] = []

@@ -5,7 +5,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
+import stat
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,7 +16,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.e2e.conftest import COMMAND, Cli, read_until
+from tests.controls import eventually
+from tests.e2e.conftest import COMMAND, Cli, System, read_until
 from tests.encodings import encodings
 
 TELLS = """
@@ -90,6 +93,35 @@ def test_a_step_whose_secret_was_removed_ends_with_an_error_that_names_it(cli: C
     result = cli("watch", str(build["number"]))
     assert result.returncode == 2
     assert "the secret `word` is not set" in result.stderr
+
+
+def test_keys_are_renewed_while_secrets_stay(cli: Cli, system: System, tmp_path: Path) -> None:
+    """The one that values are sealed to, and the master key, in a file that the running scheduler looks at."""
+    kept(cli, "word", "abracadabra")
+    file = system.data / "master-keys"
+    before = file.read_text()
+    refused = cli("secret", "rotate")
+    assert refused.returncode == 1 and "the keys are the first team's" in refused.stderr
+    owner = Cli(system, tmp_path)
+    sealed = json.loads(owner("secret", "rotate", "--json").stdout)["sealing_version"]
+    renewed = owner("secret", "rotate", "--master-keys", file)
+    (version,) = re.findall(r"sealed to key (\d+) from now on", renewed.stderr)
+    assert renewed.returncode == 0 and int(version) > sealed, renewed.stderr
+    new, _, old = file.read_text().partition("\n")
+    assert old == before and stat.S_IMODE(file.stat().st_mode) == 0o600 and new.partition(":")[2] not in renewed.stderr + renewed.stdout
+    master = new.partition(":")[0]
+
+    def all_under_it() -> bool:
+        shown = json.loads(owner("secret", "rotate", "--json").stdout)
+        return shown["master_key"] == master and list(shown["values"]) == [master]
+
+    asyncio.run(eventually(all_under_it))
+    file.write_text(f"{new}\n")  # the old one is needed no more
+    script = 'test "$A" = abracadabra && test "$MY_KEY" = "of this build"'
+    done = cli("execute", "-c", cli.task(script, more='"params": {"A": "((word))", "MY_KEY": "of this build"}'))
+    assert done.returncode == 0, done.stderr
+    missing = owner("secret", "rotate", "--master-keys", "nothing")
+    assert (missing.returncode, missing.stderr) == (2, "Error: cannot change nothing: No such file or directory\n")
 
 
 def call(cli: Cli, method: str, path: str, body: object = None) -> dict[str, object]:
@@ -182,6 +214,8 @@ def files(data: Path) -> Iterator[tuple[str, bytes]]:
     assert {"pg", "nats", "logs", "workers", "blobs"} <= seen
 
 
-@pytest.mark.parametrize("arguments", [["secret", "--help"], ["secret", "set", "--help"], ["secret", "ls", "-h"], ["secret", "rm", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["secret", "--help"], ["secret", "set", "--help"], ["secret", "ls", "-h"], ["secret", "rm", "-h"], ["secret", "rotate", "-h"]]
+)
 def test_help_says_what_it_is_for(cli: Cli, arguments: list[str]) -> None:
     assert "secret" in cli(*arguments).stdout

@@ -1,7 +1,11 @@
 """Two schedulers: one leads, the other is warm, and takes over when the first is gone."""
 
+import hashlib
+import secrets
 import time
+from typing import Any
 
+from penstock.client import Client
 from proto.events.lease import LeaseExpired, StageLeased
 from tests.controls import eventually
 from tests.faults.system import LEASE_SECONDS, System
@@ -57,3 +61,43 @@ async def test_builds_go_on_when_the_leading_scheduler_is_killed_and_what_runs_i
         await eventually(lambda: leads(system, "local"), timeout=FAILOVER_SECONDS)
         await traffic.submit(INSTANT)
         await traffic.verify()
+
+
+def checking(system: System, **params: str) -> dict[str, Any]:
+    """A plan whose step succeeds if its params have these values; they are given as `((secret))=value`."""
+    pairs = {name: text.partition("=") for name, text in params.items()}
+    checks = [f'[ "$(printf %s "${name}" | sha256sum)" = "{hashlib.sha256(v.encode()).hexdigest()}  -" ]' for name, (_, _, v) in pairs.items()]
+    config = {
+        "run": {"path": "sh", "args": ["-ec", "\n".join(checks)]},
+        "params": {"MARK": system.mark} | {n: ref for n, (ref, _, _) in pairs.items()},
+    }
+    return {"stages": [{"name": "main", "steps": [{"step": "run", "name": "task", "config": config}]}]}
+
+
+async def ran(client: Client, plan: dict[str, Any]) -> str:
+    """How it ended."""
+    build = await client.create_build(plan)
+
+    async def over() -> str:
+        now = await client.build(build.id)
+        return f"{now.status} {now.error}".strip() if now.ended else ""
+
+    return await eventually(over, timeout=2 * FAILOVER_SECONDS)
+
+
+async def test_a_secret_that_one_scheduler_was_given_is_leased_by_the_other_and_keys_are_renewed_meanwhile(system: System) -> None:
+    """Whoever took it is dead when it is needed; what is sealed to a key that the dead one had made is opened by the living one."""
+    one, two, literal = (f"{secrets.token_urlsafe(9)}/+ {n}" for n in range(3))
+    async with system.client() as client:
+        await client.set_secret("one", one)
+        with second(system.data, "scheduler", LEASE_SECONDS, {"MARK": system.mark}):
+            await eventually(lambda: "started" in (system.data.logs / "scheduler-second.log").read_text(), timeout=30)
+            with system.without("scheduler"):
+                await eventually(lambda: leads(system, "second"), timeout=FAILOVER_SECONDS)
+                assert await ran(client, checking(system, A=f"((one))={one}", MY_TOKEN=f"{literal}={literal}")) == "succeeded"
+                before = await client.rotate_secret_keys()
+                await client.set_secret("two", two)
+            await system.ready()
+        await eventually(lambda: leads(system, "local"), timeout=FAILOVER_SECONDS)
+        assert await ran(client, checking(system, A=f"((one))={one}", B=f"((two))={two}", MY_TOKEN=f"{literal}={literal}")) == "succeeded"
+        assert (await client.rotate_secret_keys()).sealing_version == before.sealing_version + 1

@@ -9,14 +9,20 @@ import asyncpg
 import msgspec
 import pytest
 
+from libs.bus.jetstream import connect_jetstream
+from libs.runtime.http import Problem
 from libs.tokens import new_seed
-from proto.catalogue import UnknownEvent
+from proto.catalogue import UnknownEvent, decode
 from proto.events.build import BuildCreated, BuildFinished
+from proto.events.secret import SealingKeyMade
 from proto.plan import Plan
-from services.scheduler.kept import Entry
-from services.scheduler.keys import BadKeys, Keyring
+from services.gateway.projection import SealingKeyRow
+from services.gateway.secrets import SecretKeeper
+from services.scheduler.master_keys import BadKeys, Keyring
+from services.scheduler.secret_index import Entry
 from tests.controls import eventually
-from tests.gateway_fixture import SEALING_KEY, Gateway, running_gateway
+from tests.gateway_fixture import Gateway, running_gateway
+from tests.nats_fixture import SEEDS
 from tests.secrets_fixture import Keeper, keeping_secrets
 
 VALUE = "hunter2-and-more"
@@ -25,7 +31,7 @@ FIRST = f"k1:{new_seed()}"
 
 @pytest.fixture
 async def keeper(database: Any, nats_server: Any) -> AsyncIterator[Keeper]:
-    async with keeping_secrets(database, nats_server.url, SEALING_KEY, FIRST) as keeper:
+    async with keeping_secrets(database, nats_server.url, FIRST) as keeper:
         yield keeper
 
 
@@ -255,6 +261,136 @@ async def test_another_first_key_encrypts_everything_anew_and_a_missing_one_is_n
     assert keeper.secrets.problem == "the master key `k2` is missing: 1 values cannot be read"
     why = (await keeper.given(read(plan({"A": "((a))"})))).unreadable["a"]
     assert why == "cannot be read: the scheduler was not given the master key `k2`"
+
+
+def gateway_that_knows(bus: Any, *keys: SealingKeyRow) -> SecretKeeper:
+    """What it knows of the key to seal to, each time that it looks; the last one ever after."""
+    known = list(keys)
+
+    async def key() -> SealingKeyRow:
+        return known.pop(0) if len(known) > 1 else known[0]
+
+    return SecretKeeper(bus, key)
+
+
+async def sealing_keys(keeper: Keeper) -> list[SealingKeyRow]:
+    """All that were announced."""
+    made = [decode(row.type, row.data) for row in await keeper.log.read(0, 1000, {"secret"}) if row.type == "sealing.key_made"]
+    return [SealingKeyRow(id="", version=event.version, entry=event.entry, key=event.key) for event in made if isinstance(event, SealingKeyMade)]
+
+
+async def grown_old(keeper: Keeper) -> None:
+    """What was stored so far is two hours old."""
+    await keeper.log.pool.execute("UPDATE secret SET stored_at = stored_at - interval '2 hours'")
+
+
+async def test_what_is_sealed_to_changes_with_age_and_what_was_on_its_way_arrives(
+    gateway: Gateway, keeper: Keeper, nats_server: Any, database: Any
+) -> None:
+    await put(gateway, "a", VALUE)
+    await keeper.secrets.mind_keys()
+    (old,) = await sealing_keys(keeper)
+    keeper.late = 31 * 86_400.0
+    await keeper.read()
+    await keeper.secrets.mind_keys()
+    keeper.late = 0.0
+    await keeper.read()
+    await keeper.secrets.mind_keys()
+    _, new = await sealing_keys(keeper)
+    assert (old.version, new.version) == (1, 2) and old.key != new.key
+    await put(gateway, "a", "sealed to the new one")
+    async with connect_jetstream(nats_server.url, SEEDS["gateway"], "gateway") as bus:
+        await gateway_that_knows(bus, old).set("main", "b", "sealed to the old one", "me")
+        await keeper.secrets.sweep(0.0)
+        assert await keeper.sealing_keys() == [old.entry, new.entry]
+        await grown_old(keeper)
+        await keeper.secrets.sweep(3600.0)
+        assert await keeper.sealing_keys() == [new.entry]
+        with pytest.raises(Problem, match="not sealed to a key"):  # nothing opens it any more, whoever recorded it
+            await gateway_that_knows(bus, old).set("main", "b", "too late", "me")
+        assert (await gateway_that_knows(bus, old, new).set("main", "b", "slept, and looked again", "me")).version == 2
+        with pytest.raises(Problem, match="not sealed to a key"):
+            await gateway_that_knows(bus, msgspec.structs.replace(new, entry=(await keeper.rows())[0]["entry"])).set("main", "b", "x", "me")
+    given = await keeper.given(read(plan({"A": "((a))((b))"})))
+    assert given.values == {"a": "sealed to the new one", "b": "slept, and looked again"}
+    (private,) = (await keeper.vault.read([Entry(new.entry, "", "sealing-key")])).values()
+    assert isinstance(private, str) and private not in await everything(database)
+
+
+async def test_a_scheduler_that_is_started_again_opens_what_was_sealed_for_the_one_before(database: Any, nats_server: Any) -> None:
+    async with running_gateway(database, nats_server.url) as gateway:
+        async with keeping_secrets(database, nats_server.url, FIRST) as keeper:
+            await put(gateway, "a", "one")
+        await put(gateway, "a", "nobody is there", 503)
+        async with keeping_secrets(database, nats_server.url, FIRST) as keeper:
+            assert len(await sealing_keys(keeper)) == 1
+            await put(gateway, "a", "two")
+
+
+async def test_of_two_schedulers_one_makes_the_new_key_and_each_opens_what_is_sealed_to_it(database: Any, nats_server: Any) -> None:
+    async with (
+        running_gateway(database, nats_server.url) as gateway,
+        keeping_secrets(database, nats_server.url, FIRST) as one,
+        keeping_secrets(database, nats_server.url, FIRST) as other,
+    ):
+        one.late = other.late = 31 * 86_400.0
+        await asyncio.gather(one.secrets.mind_keys(), other.secrets.mind_keys())  # both believe that they lead
+        made = await sealing_keys(one)
+        assert [key.version for key in made] == [1, 2]
+        async with connect_jetstream(nats_server.url, SEEDS["gateway"], "gateway") as bus:
+            for n in range(20):  # any of them answers, though neither has read of the key
+                await gateway_that_knows(bus, made[n % 2]).set("main", f"s{n}", "value", "me")
+        await grown_old(one)
+        await one.read()
+        await one.secrets.sweep(3600.0)
+        assert await one.sealing_keys() == [made[1].entry], "what the one that was later had made is nobody's"
+        await put(gateway, "a", VALUE)
+
+
+async def test_a_new_first_master_key_brings_a_new_sealing_key_and_no_scheduler_lacks_it_that_has_the_file(database: Any, nats_server: Any) -> None:
+    async with (
+        running_gateway(database, nats_server.url) as gateway,
+        keeping_secrets(database, nats_server.url, FIRST) as one,
+        keeping_secrets(database, nats_server.url, FIRST) as other,
+    ):
+        await put(gateway, "a", VALUE)
+        one.keys = other.keys = Keyring(f"k2:{new_seed()},{FIRST}")
+        await one.secrets.mind_keys()
+        assert [key.version for key in await sealing_keys(one)] == [1, 2]
+        assert {row["key_id"] for row in await one.rows()} == {"k2"}
+        # The other has not looked at the file since, and is asked for what is under the new key.
+        assert (await other.given(read(plan({"A": "((a))"})))).values == {"a": VALUE}
+        await one.secrets.mind_keys()
+        await one.read()
+        await one.secrets.mind_keys()
+        assert len(await sealing_keys(one)) == 2
+
+
+async def test_keys_are_renewed_for_an_owner_of_the_first_team(gateway: Gateway, keeper: Keeper) -> None:
+    await put(gateway, "a", VALUE)
+    assert await gateway.json("POST", "/secret-keys", 200) == {"sealing_version": 2, "master_key": "k1", "values": {"k1": 1}}
+    second = f"k2:{new_seed()}"
+    keeper.keys = Keyring(f"{second},{FIRST}")
+    assert await gateway.json("POST", "/secret-keys", 200) == {"sealing_version": 3, "master_key": "k2", "values": {"k1": 1}}
+    await keeper.secrets.mind_keys()
+    assert (await gateway.json("POST", "/secret-keys", 200))["values"] == {"k2": 1}
+    await put(gateway, "a", "another")
+    await gateway.json("POST", "/secret-keys", 403, token=await gateway.token("main", "member"))
+    await gateway.json("POST", "/secret-keys", 403, token=await gateway.token("other", "owner"))
+
+
+async def test_master_keys_that_cannot_be_read_are_told_of_until_they_can(gateway: Gateway, keeper: Keeper, monkeypatch: Any) -> None:
+    def unreadable() -> Keyring:
+        raise FileNotFoundError(2, "No such file or directory", "keys")
+
+    await keeper.secrets.mind_keys()
+    with monkeypatch.context() as patched:
+        patched.setattr(keeper.vault, "_source", unreadable)
+        await keeper.secrets.mind_keys()
+        assert keeper.secrets.problem is not None and "cannot be read" in keeper.secrets.problem
+        await put(gateway, "a", VALUE)  # those it knows are good still
+    await keeper.secrets.mind_keys()
+    assert keeper.secrets.problem is None
 
 
 async def test_a_ciphertext_counts_only_for_what_it_was_made_for(gateway: Gateway, keeper: Keeper) -> None:

@@ -13,8 +13,8 @@ from proto.secrets import looks_secret, misplaced, parts, plan_references, stage
 from services.gateway.secrecy import is_name, set_apart
 from services.scheduler.commands import RemoveSecret, SetSecret, secret_stream
 from services.scheduler.decider import SchedulerDecider
-from services.scheduler.kept import Kept
-from services.scheduler.keys import Keyring, MissingKey, Tampered
+from services.scheduler.master_keys import Keyring, MissingKey, Tampered
+from services.scheduler.secret_index import SecretIndex
 from services.scheduler.wiring import Settings, master_keys
 from services.worker.secrets import NoSecret, filled_in
 
@@ -97,7 +97,7 @@ def test_what_looks_secret_is_set_apart_piece_by_piece():
 
 
 def test_a_build_can_have_only_its_own_and_its_teams():
-    kept = Kept()
+    kept = SecretIndex()
     kept.apply("t", SecretSet(name="a", version=1, entry="e1"))
     kept.apply("t", SecretSet(name="a", version=2, entry="e2"))
     stage = plan(params={"A": "((a))((build/x1/1))((build/x2/1))((gone))"}).stages[0]
@@ -177,7 +177,7 @@ def test_no_struct_shows_a_value():
 
 def test_the_master_keys_come_from_a_setting_or_a_file_which_may_change(tmp_path):
     def settings(**more):
-        return Settings(database_url="", nats_url="", nats_seed="", server_key="", callout_seed="", artifacts_url="", sealing_key="", **more)
+        return Settings(database_url="", nats_url="", nats_seed="", server_key="", callout_seed="", artifacts_url="", **more)
 
     file = tmp_path / "keys"
     first, second = (f"k{n}:{new_seed()}" for n in (1, 2))

@@ -9,6 +9,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "set": ("secret.setting", "set_", "Set a secret, or replace it."),
     "ls": ("secret.listing", "ls", "List the names of the team's secrets."),
     "rm": ("secret.setting", "rm", "Remove secrets, and every value that they had."),
+    "rotate": ("secret.rotating", "rotate", "Renew the keys around all secrets."),
 }
 
 

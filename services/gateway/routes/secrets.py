@@ -1,11 +1,11 @@
-"""A team's secrets: set, listed by name, removed. No route gives a value back."""
+"""A team's secrets: set, listed by name, removed; and the keys around all teams'. No route gives a value back."""
 
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from libs.runtime.http import read_body, strict_json, unavailable
-from proto.api import Secret, SecretPage, SecretValue
+from libs.runtime.http import Problem, read_body, strict_json, unavailable
+from proto.api import Secret, SecretKeys, SecretPage, SecretValue
 from proto.secrets import MAX_VALUE
 from services.gateway.auth import Principal
 from services.gateway.queries import Queries
@@ -20,12 +20,14 @@ MAX_BODY = 6 * MAX_VALUE + (1 << 10)
 
 
 class SecretRoutes:
-    """Owners may change them: whoever may run builds can use each one, and so learn it. `passed(position, timeout)` waits for the read models."""
+    """Owners may change them: whoever may run builds can use each one, and so learn it. `passed(position, timeout)` waits for the read models.
+    The keys are for owners of `first`, the team that the deployment began with."""
 
-    def __init__(self, *, queries: Queries, keeper: SecretKeeper, passed: Callable[[int, float], Awaitable[bool]]) -> None:
+    def __init__(self, *, queries: Queries, keeper: SecretKeeper, passed: Callable[[int, float], Awaitable[bool]], first: str) -> None:
         self._queries = queries
         self._keeper = keeper
         self._passed = passed
+        self._first = first
 
     def endpoints(self) -> list[Endpoint]:
         secrets, one = "/teams/{team}/secrets", "/teams/{team}/secrets/{secret}"
@@ -59,6 +61,14 @@ class SecretRoutes:
                 least="owner",
                 answers={204: None},
             ),
+            Endpoint(
+                method="POST",
+                path="/secret-keys",
+                summary="Make a new key that secrets are sealed to on their way, and look at the master keys; done twice it does no harm",
+                handler=self.rotate,
+                least="owner",
+                answers={200: SecretKeys},
+            ),
         ]
 
     async def list(self, request: web.Request, principal: Principal) -> web.Response:
@@ -91,6 +101,12 @@ class SecretRoutes:
         kept = await self._keeper.remove(principal.team, name, principal.actor)
         await self._passed(kept.position, 1.0)
         return web.Response(status=204)
+
+    async def rotate(self, request: web.Request, principal: Principal) -> web.Response:
+        if principal.team != self._first:
+            raise Problem(403, "forbidden", "This token may not do that", "the keys are the first team's to decide about")
+        made = await self._keeper.rotate(principal.team, principal.actor)
+        return answer(SecretKeys(sealing_version=made.version, master_key=made.master, values=made.under))
 
 
 def _name(request: web.Request) -> str:

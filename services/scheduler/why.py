@@ -1,4 +1,4 @@
-"""What other services ask of the schedulers, over the bus."""
+"""`why.<build>`, asked by the gateway over the bus: why stages wait (waiting.py knows)."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Which secrets teams have, as a fold of the log, and which of them a stage needs. No values. Pure."""
+"""Which secrets teams have, which of them a stage needs, and what the gateway seals to, as a fold of the log. No values. Pure."""
 
 from collections import deque
 
@@ -14,6 +14,15 @@ class Secret(msgspec.Struct, frozen=True):
 
     version: int
     entry: str
+
+
+class SealingKey(msgspec.Struct, frozen=True):
+    """What the gateway seals to by now: under what the private key is stored, the id of the master key that was first, and when (unix seconds)."""
+
+    version: int
+    entry: str
+    master: str
+    made_at: float
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -32,11 +41,13 @@ class Wanted(msgspec.Struct, frozen=True):
     versions: dict[str, int] = {}
 
 
-class Kept:
-    """`of_team` by team and name; `over` are builds that have ended, for whoever drains it."""
+class SecretIndex:
+    """`of_team` by team and name; `sealing` is the latest key (None: there was none yet); `over` are builds that have ended, for whoever
+    drains it."""
 
-    def __init__(self, of_team: dict[str, dict[str, Secret]] | None = None) -> None:
+    def __init__(self, of_team: dict[str, dict[str, Secret]] | None = None, sealing: SealingKey | None = None) -> None:
         self.of_team = of_team if of_team is not None else {}
+        self.sealing = sealing
         self.over: deque[str] = deque(maxlen=10_000)
 
     def apply(self, team: str, event: SecretSet | SecretRemoved) -> None:
