@@ -5,14 +5,16 @@ a JWT that confines the connection, and ends it when the JWT lapses: the client 
 `<worker>.<key>`, so that one key's connections can be told from another's.
 """
 
+import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
 import structlog
+from prometheus_client import CollectorRegistry, Counter
 
 from libs.bus.accounts import CalloutKeys, permissions
 from libs.bus.connection import Connection, Login, connect
@@ -21,7 +23,12 @@ from libs.tokens import is_signed, public_key
 
 GROUP = "callout"
 _ASKED = "$SYS.REQ.USER.AUTH"
+_EVENTS = "$SYS.ACCOUNT.WORKERS."
 _PAGE = 1024
+MOST = 2
+"""Connections that a key may have: whoever renews one has two for a moment. The oldest goes."""
+LOOK = 0.25
+"""Seconds between two looks whether we still know whom to admit."""
 
 logger = structlog.get_logger()
 
@@ -60,6 +67,8 @@ class _Held(msgspec.Struct, frozen=True):
 
 class _Page(msgspec.Struct, frozen=True):
     connections: list[_Held] | None = None
+    offset: int = 0
+    total: int = 0
 
 
 class _Connections(msgspec.Struct, frozen=True):
@@ -67,8 +76,19 @@ class _Connections(msgspec.Struct, frozen=True):
     data: _Page = _Page()
 
 
+class _Whose(msgspec.Struct, frozen=True):
+    id: int
+    user: str = ""
+
+
+class _Event(msgspec.Struct, frozen=True):
+    server: _Server
+    client: _Whose
+
+
 _request = msgspec.json.Decoder(_Request).decode
 _connections = msgspec.json.Decoder(_Connections).decode
+_event = msgspec.json.Decoder(_Event).decode
 
 
 def answer(question: bytes, key_of: Callable[[str], str | None], issuer: str, seconds: float) -> tuple[bytes, str]:
@@ -96,22 +116,50 @@ def user_name(worker: str, key: str) -> str:
 
 
 class Doorkeeper:
-    """Answers while it is entered (see `keeping_the_door`). `cut` ends connections."""
+    """Answers while it is kept (see `keeping_the_door`) and `knows` who is a worker. `cut` and `sweep` end connections; of those of one key that are
+    too many the oldest are ended by themselves."""
 
-    def __init__(self, asked: Connection, system: Connection, key_of: Callable[[str], str | None], issuer: str, seconds: float) -> None:
+    def __init__(
+        self, asked: Connection, system: Connection, key_of: Callable[[str], str | None], issuer: str, seconds: float, knows: Callable[[], bool]
+    ) -> None:
         self._asked = asked
         self._system = system
         self._key_of = key_of
         self._issuer = issuer
         self._seconds = seconds
-        self._pages = system.new_inbox()
+        self._knows = knows
+        self._refused: Counter | None = None
+        self._pages, self._lists = system.new_inbox(), system.new_inbox()
         self._unwanted: set[str] = set()
-        asked.subscribe(_ASKED, self._answer, GROUP)
-        system.subscribe(self._pages, self._kick)
+        self._held: dict[str, list[tuple[str, int]]] = {}
+        """By user: server and number of each connection, the oldest first, as the servers tell."""
+        self._seen = 0
+        system.subscribe(self._pages, self._kick_unwanted)
+        system.subscribe(self._lists, self._listed)
+        system.subscribe(f"{_EVENTS}CONNECT", self._came)
+        system.subscribe(f"{_EVENTS}DISCONNECT", self._went)
+        system.watchers.add(self._reconnected)
+        self._reconnected()
 
     @property
     def connected(self) -> bool:
         return self._asked.connected and self._system.connected
+
+    def measure(self, registry: CollectorRegistry) -> None:
+        """How many were not admitted."""
+        self._refused = Counter("penstock_bus_strangers", "Connections to the bus that were not admitted", registry=registry)
+
+    async def keep(self) -> None:
+        """Answer for ever, but only while it is known who is a worker: meanwhile the server asks others."""
+        answering = None
+        while True:
+            if self._knows() and answering is None:
+                answering = self._asked.subscribe(_ASKED, self._answer, GROUP)
+            elif not self._knows() and answering is not None:
+                logger.warning("nobody is admitted by what may have changed: the log cannot be read")
+                await self._asked.unsubscribe(answering)
+                answering = None
+            await asyncio.sleep(LOOK)
 
     def cut(self, worker: str, key: str) -> None:
         """End the connections of a worker with this key, without waiting for it; whoever wants to be sure says it again."""
@@ -120,32 +168,97 @@ class Doorkeeper:
         query = {"auth": True, "acc": "WORKERS", "user": user, "limit": _PAGE}
         self._system.write(b"$SYS.REQ.SERVER.PING.CONNZ", self._pages.encode(), msgspec.json.encode(query))
 
-    def _kick(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-        """One server's list of connections. What asks for no answer is ignored there."""
+    def sweep(self) -> None:
+        """End the connections of all who are no workers (any more), as `cut` does."""
+        self._list("PING", 0)
+
+    def _list(self, server: str, offset: int) -> None:
+        query = {"auth": True, "acc": "WORKERS", "limit": _PAGE, "offset": offset}
+        self._system.write(f"$SYS.REQ.SERVER.{server}.CONNZ".encode(), self._lists.encode(), msgspec.json.encode(query))
+
+    def _listed(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        """A page of one server's connections."""
+        found = _connections(data)
+        held = found.data.connections or []
+        for one in held:
+            name, _, key = one.authorized_user.rpartition(".")
+            if self._knows() and self._key_of(name) != key:
+                self._kick(found.server.id, one.cid, one.authorized_user)
+            else:
+                self._note(one.authorized_user, found.server.id, one.cid)
+        if held and found.data.offset + len(held) < found.data.total:
+            self._list(found.server.id, found.data.offset + len(held))
+
+    def _kick_unwanted(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         found = _connections(data)
         for held in found.data.connections or ():
             if held.authorized_user in self._unwanted:
-                logger.info("a connection is ended", user=held.authorized_user)
-                kick = f"$SYS.REQ.SERVER.{found.server.id}.KICK".encode()
-                self._system.write(kick, self._system.new_inbox().encode(), msgspec.json.encode({"cid": held.cid}))
+                self._kick(found.server.id, held.cid, held.authorized_user)
+
+    def _kick(self, server: str, cid: int, user: str) -> None:
+        """What asks for no answer is ignored there."""
+        logger.info("a connection is ended", user=user)
+        self._system.write(f"$SYS.REQ.SERVER.{server}.KICK".encode(), self._system.new_inbox().encode(), msgspec.json.encode({"cid": cid}))
+
+    def _came(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        event = _event(data)
+        self._note(event.client.user, event.server.id, event.client.id)
+
+    def _note(self, user: str, server: str, cid: int) -> None:
+        held = self._held.setdefault(user, [])
+        if (server, cid) not in held:
+            held.append((server, cid))
+        while len(held) > MOST:
+            self._kick(*held.pop(0), user)
+
+    def _went(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        event = _event(data)
+        left = [one for one in self._held.get(event.client.user, ()) if one != (event.server.id, event.client.id)]
+        if left:
+            self._held[event.client.user] = left
+        else:
+            self._held.pop(event.client.user, None)
+
+    def _reconnected(self) -> None:
+        """What happened meanwhile nobody told us."""
+        if self._system.connections != self._seen:
+            self._seen = self._system.connections
+            self._held.clear()
+            self.sweep()
 
     def _answer(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        if not self._knows():
+            return
         text, admitted = answer(data, self._key_of, self._issuer, self._seconds)
         if not admitted:
             asked = _request(_decoded(data.split(b".")[1])).nats
             logger.warning("a stranger wants to join", name=asked.connect_opts.name[:64], host=asked.client_info.host)
+            if self._refused is not None:
+                self._refused.inc()
         self._asked.write(reply, b"", text)
 
 
 @asynccontextmanager
 async def keeping_the_door(
-    url: str, seeds: CalloutKeys, key_of: Callable[[str], str | None], seconds: float, patience: float = 2.0
+    url: str,
+    seeds: CalloutKeys,
+    key_of: Callable[[str], str | None],
+    seconds: float,
+    knows: Callable[[], bool] = lambda: True,
+    patience: float = 2.0,
 ) -> AsyncIterator[Doorkeeper]:
-    """Answer for workers, each admitted for `seconds`, as one of the schedulers that do."""
+    """Answer for workers, each admitted for `seconds`, as one of the schedulers that do; only while `knows()`."""
     async with AsyncExitStack() as stack:
         asked = await stack.enter_async_context(connect(Login(url, seeds.asked, "callout"), "_INBOX", patience))
         system = await stack.enter_async_context(connect(Login(url, seeds.system, "callout"), "_INBOX", patience))
-        yield Doorkeeper(asked, system, key_of, seeds.issuer, seconds)
+        door = Doorkeeper(asked, system, key_of, seeds.issuer, seconds, knows)
+        keeping = asyncio.create_task(door.keep(), name="door")
+        try:
+            yield door
+        finally:
+            keeping.cancel()
+            with suppress(asyncio.CancelledError):
+                await keeping
 
 
 def _is_its_own(key: str, said: _Connecting, nonce: str) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import web
 
-from libs.runtime.http import Problem
 from proto.events.team import Role
 from services.gateway.projection import TokenRow
+from services.gateway.refusals import Denied
 
 REMEMBERED = 10.0
 """Seconds for which a token is taken as known without asking the database."""
@@ -28,6 +28,10 @@ class Principal(msgspec.Struct, frozen=True):
         return _RANK[self.role] >= _RANK[least]
 
 
+PRINCIPAL = web.RequestKey("principal", Principal)
+"""Whom a request was found to be from."""
+
+
 class Authenticator:
     """Finds the principal of a request. The token itself is neither kept nor logged."""
 
@@ -40,14 +44,14 @@ class Authenticator:
         """Raises Problem 401 without a known token."""
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
-            raise unauthorized("a bearer token is needed")
+            raise unauthorized("no token")
         sha256 = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
         known = self._known.get(sha256)
         if known is not None and known[0] > self._clock():
             return known[1]
         row = await self._find(sha256)
         if row is None:
-            raise unauthorized("this token is not known")
+            raise unauthorized("no known token")
         principal = Principal(row.team, row.role, f"token:{row.token_id}")
         if len(self._known) >= MANY:
             self._known.clear()
@@ -55,11 +59,12 @@ class Authenticator:
         return principal
 
 
-def unauthorized(detail: str) -> Problem:
-    return Problem(401, "unauthorized", "Say who you are", detail, headers={"WWW-Authenticate": 'Bearer realm="penstock"'})
+def unauthorized(why: str) -> Denied:
+    """The same answer whatever the reason is."""
+    return Denied(401, "Say who you are", "a valid bearer token is needed", why=why)
 
 
 def require(principal: Principal, least: Role) -> None:
     """Raises Problem 403 when the role is too low."""
     if not principal.may(least):
-        raise Problem(403, "forbidden", "This token may not do that", f"it takes the role {least}; this token is {principal.role}")
+        raise Denied(403, "This token may not do that", f"it takes the role {least}; this token is {principal.role}", why="role")

@@ -2,7 +2,7 @@
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -58,8 +58,8 @@ class Worker(msgspec.Struct, kw_only=True):
 
 
 class Fleet:
-    """Workers by name, and the pool of them that placement reads. Of two with one name the newer wins: a boot that was followed by another is
-    retired. Whoever comes too often is not heard until it may come again."""
+    """Workers by name, and the pool of them that placement reads. Of two with one name the newer wins: a boot that was followed by another, here or
+    in the log, is retired. Whoever comes too often is not heard until it may come again."""
 
     def __init__(self) -> None:
         self.pool = Pool()
@@ -72,12 +72,17 @@ class Fleet:
     def get(self, name: str) -> Worker | None:
         return self._workers.get(name)
 
-    def on_heartbeat(self, name: str, heartbeat: Heartbeat, trusted: bool, now: float) -> Worker | None:
+    def on_heartbeat(self, name: str, heartbeat: Heartbeat, trusted: bool, now: float, recorded: Sequence[str] = ()) -> Worker | None:
         """Take note of a heartbeat; None when it is old, of a retired boot, or of one that comes too often. Its credits count only if it quotes a
-        recent challenge (`trusted`)."""
+        recent challenge (`trusted`). `recorded` are the boots that the log knows, the newest last: one that it does not know yet is newer."""
         comings = self._comings.setdefault(name, _Comings(COMINGS, now))
         worker = self._workers.get(name)
-        if heartbeat.boot in comings.retired:
+        if worker is not None and worker.heartbeat.boot in recorded[:-1]:
+            self.remove(name)
+            worker = None
+        if heartbeat.boot in comings.retired or heartbeat.boot in recorded[:-1]:
+            return None
+        if worker is not None and heartbeat.boot in recorded and worker.heartbeat.boot not in recorded:
             return None
         if worker is None or worker.heartbeat.boot != heartbeat.boot:
             if not comings.take(now):

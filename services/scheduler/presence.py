@@ -1,6 +1,6 @@
 """The workers as this instance hears them: heartbeats that are signed, and who waits for an answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import structlog
@@ -19,39 +19,45 @@ _HEARTBEAT = msgspec.msgpack.Decoder(Heartbeat)
 
 
 class Presence:
-    """`heard` are the workers whose heartbeat nobody has answered yet, `strangers` those whose boot another has followed."""
+    """`heard` are the workers whose heartbeat nobody has answered yet, `strangers` those whose boot another has followed. `lives`: the boots of a
+    worker that the log knows, the newest last. `refused` counts heartbeats that were nobody's."""
 
-    def __init__(self, roster: Callable[[], Roster], clock: Callable[[], float]) -> None:
+    def __init__(self, roster: Callable[[], Roster], lives: Callable[[str], Sequence[str]], clock: Callable[[], float]) -> None:
         self._roster = roster
+        self._lives = lives
         self._clock = clock
         self.fleet = Fleet()
         self.challenges = Challenges(clock())
         self.heard: dict[str, Worker] = {}
         self.strangers: dict[str, Heartbeat] = {}
+        self.refused = 0
 
     def hear(self, subject: str, data: bytes) -> bool:
         """Take note of one heartbeat, `presence.<worker>`; whether it wants an answer. One that its worker did not sign is nobody's."""
         name = subject.partition(".")[2]
         member = self._roster().get(name)
         if member is None:
+            self.refused += 1
             logger.warning("a heartbeat of an unknown worker", worker=name)
             return False
         try:
             heartbeat = _HEARTBEAT.decode(verify(member.key, "presence", _SIGNED.decode(data)))
         except (BadSignature, msgspec.MsgspecError) as error:
+            self.refused += 1
             logger.warning("a heartbeat that is not its worker's", worker=name, exc_info=error)
             return False
         if member.tags:
             offers = replace(heartbeat.availability.offers, tags=member.tags)
             heartbeat = replace(heartbeat, availability=replace(heartbeat.availability, offers=offers))
         trusted = self.challenges.knows(heartbeat.availability.challenge)
-        worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock())
+        lives = self._lives(name)
+        worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock(), lives)
         self.fleet.drain(name, member.draining)
         if worker is not None:
             self.heard[name] = worker
             return True
         known = self.fleet.get(name)
-        if known is None or known.heartbeat.boot == heartbeat.boot:
+        if heartbeat.boot not in lives[:-1] and (known is None or known.heartbeat.boot == heartbeat.boot):
             return False
         self.strangers[name] = heartbeat
         return True
@@ -60,6 +66,11 @@ class Presence:
         """Who was heard of within so many seconds."""
         since = self._clock() - seconds
         return {worker.name: worker for worker in self.fleet if worker.heard >= since}
+
+    def forget_followed(self) -> None:
+        """Whom another has followed, as the log has come to say, is not there."""
+        for worker in [worker for worker in self.fleet if worker.heartbeat.boot in self._lives(worker.name)[:-1]]:
+            self.dismiss(worker.name)
 
     def forget_silent(self, seconds: float) -> None:
         """Whom nobody has heard of for so long is not there; whoever leads does this for itself, with evidence."""

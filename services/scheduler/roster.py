@@ -1,6 +1,7 @@
 """Who may be a worker, as a fold of the gateway's `fleet-` streams. Pure."""
 
 from collections import deque
+from collections.abc import Iterable
 
 import msgspec
 from msgspec.structs import replace
@@ -22,21 +23,24 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Roster:
-    """Fold events with `apply`; drain `news`, the workers that something has happened to, with the key that they had."""
+    """Fold events with `apply`; drain `news`, the workers that something has happened to, with the key that they had. `revoked` are keys that nobody
+    works by any more, by whatever name and token they may come back."""
 
-    def __init__(self, members: dict[str, Member] | None = None) -> None:
+    def __init__(self, members: dict[str, Member] | None = None, revoked: Iterable[str] = ()) -> None:
         self.members = members or {}
+        self.revoked = set(revoked)
         self.news: deque[tuple[str, str]] = deque(maxlen=10_000)
 
     def get(self, name: str) -> Member | None:
         """A worker that may work here."""
-        member = self.members.get(name)
-        return None if member is None or member.barred else member
+        return None if self.barred(name) else self.members[name]
 
     def barred(self, name: str) -> str:
         """Why one may not; "" if it may."""
         member = self.members.get(name)
-        return member.barred if member is not None else "is not registered"
+        if member is None:
+            return "is not registered"
+        return member.barred or ("bears a key that was revoked" if member.key in self.revoked else "")
 
     def draining(self, name: str) -> bool:
         member = self.members.get(name)
@@ -57,6 +61,8 @@ class Roster:
                 self.members[name] = replace(known, draining=False)
             case WorkerRevoked() if known is not None:
                 self.members[name] = replace(known, barred=f"was revoked: {event.reason}" if event.reason else "was revoked")
+                self.revoked.add(known.key)
+                self.news.extend((other, known.key) for other, member in self.members.items() if member.key == known.key and other != name)
             case WorkerDeleted():
                 self.members.pop(name, None)
             case _:

@@ -9,12 +9,14 @@ import structlog
 from aiohttp import web
 from prometheus_client import Counter
 
+from libs.runtime.addresses import address_of
 from libs.runtime.commands import CommandLoop, Outcome
 from libs.runtime.decisions import Cause, Refused
 from libs.runtime.http import Problem, read_body, strict_json
 from libs.tokens import BadSignature, BadToken, key_bytes, read_token, sign_token, signature_bytes, verify
-from proto.api import Challenge, NewRegistration, NewWorker, ProblemDetails, RegisteredWorker, Registration, Why
+from proto.api import Challenge, Myself, NewRegistration, NewWorker, ProblemDetails, RegisteredWorker, Registration, Why, WorkerStanding
 from proto.messages import Signed
+from proto.private import Private
 from services.gateway import decider
 from services.gateway.auth import Principal
 from services.gateway.commands import (
@@ -30,18 +32,18 @@ from services.gateway.commands import (
 )
 from services.gateway.queries import Queries
 from services.gateway.rates import Rate
-from services.gateway.refusals import absent
+from services.gateway.refusals import Denied, absent
 from services.gateway.routes.endpoint import Endpoint, answer
 from services.gateway.routes.teams import sha256_of
 
 MAX_BODY = 16 << 10
 CHALLENGE_SECONDS = 60.0
-CONTEXT = "penstock-register"
+CONTEXT, STANDING_CONTEXT = "penstock-register", "penstock-standing"
 
 logger = structlog.get_logger()
 
 
-class Site(msgspec.Struct, frozen=True, kw_only=True):
+class Site(Private, frozen=True, kw_only=True):
     """What a new worker is told. `challenge_key` is the seed that challenges are signed with, by every instance of the gateway."""
 
     server_public_key: str
@@ -111,6 +113,15 @@ class WorkerRoutes:
                 body=NewWorker,
                 answers={201: RegisteredWorker, 401: ProblemDetails, 409: ProblemDetails, 422: ProblemDetails, 429: ProblemDetails},
             ),
+            Endpoint(
+                method="POST",
+                path="/workers/standing",
+                summary="What has become of a worker, for itself; 404 when it is none (any more)",
+                handler=self.standing,
+                least=None,
+                body=Myself,
+                answers={200: WorkerStanding, 401: ProblemDetails, 404: ProblemDetails, 429: ProblemDetails},
+            ),
             *(
                 Endpoint(
                     method="PUT",
@@ -152,36 +163,54 @@ class WorkerRoutes:
         return answer(issued, status=201)
 
     async def challenge(self, request: web.Request, _: Principal) -> web.Response:
-        self._rate.take(request.remote or "")
+        self._rate.take(address_of(request))
         nonce = sign_token(self._site.challenge_key, {"register": secrets.token_urlsafe(16)}, CHALLENGE_SECONDS, self._now())
         return answer(Challenge(server=self._site.server_public_key, nonce=nonce))
 
     async def register(self, request: web.Request, _: Principal) -> web.Response:
-        self._rate.take(request.remote or "")
+        self._rate.take(address_of(request))
         wanted = strict_json(await read_body(request, MAX_BODY), NewWorker)
         sha256 = sha256_of(wanted.token)
         actor = f"registration:{token_id_of(sha256)}"
         use = UseRegistration(token_id=token_id_of(sha256), sha256=sha256, worker=wanted.name, key=wanted.key, now=self._now(), trial=True)
         enrol = RegisterWorker(worker=wanted.name, key=wanted.key, token_id=use.token_id, trial=True)
         try:
-            self._check(wanted)
+            self._check(wanted, CONTEXT)
             await self._execute(use, actor)
             await self._execute(enrol, actor)
+            if await self._queries.revoked_key(wanted.key) is not None:
+                raise Refused("conflict", decider.REVOKED)
             used = (await self._execute(msgspec.structs.replace(use, trial=False), actor)).state
             assert isinstance(used, decider.Token)
             enrol = msgspec.structs.replace(enrol, tags=used.tags, trial=False)
             await self._execute(enrol, actor)
-        except (Refused, BadSignature) as error:
-            taken = isinstance(error, Refused) and error.kind == "conflict"
+        except Refused as error:
+            taken = error.kind == "conflict"
             self._registrations.labels("taken" if taken else "refused").inc()
-            logger.warning("a worker was not registered", worker=wanted.name, address=request.remote, why=str(error) or type(error).__name__)
-            if taken:
-                raise
-            raise Problem(401, "unauthorized", "The worker cannot be registered") from None
+            if not taken:
+                raise _stranger("no good token", wanted) from None
+            logger.warning("a worker was not registered", worker=wanted.name, address=address_of(request), why=error.message)
+            if error.message == decider.REVOKED:
+                raise Problem(409, "key-revoked", "The worker cannot be registered", error.message) from None
+            raise
+        except Denied:
+            self._registrations.labels("refused").inc()
+            raise
         self._registrations.labels("registered").inc()
-        logger.info("a worker was registered", worker=wanted.name, address=request.remote)
+        logger.info("a worker was registered", worker=wanted.name, address=address_of(request))
         registered = RegisteredWorker(worker=wanted.name, server_public_key=self._site.server_public_key, nats_url=self._site.nats_url)
         return answer(registered, status=201)
+
+    async def standing(self, request: web.Request, _: Principal) -> web.Response:
+        self._rate.take(address_of(request))
+        wanted = strict_json(await read_body(request, MAX_BODY), Myself)
+        self._check(wanted, STANDING_CONTEXT)
+        if await self._queries.revoked_key(wanted.key) is not None:
+            return answer(WorkerStanding(standing="revoked"))
+        row = await self._queries.worker(wanted.name)
+        if row is None or row.standing == "deleted" or row.key != wanted.key:
+            raise Problem(404, "worker-unknown", "There is no such worker")
+        return answer(WorkerStanding(standing="registered"))
 
     async def drain(self, request: web.Request, principal: Principal) -> web.Response:
         return await self._change(principal, DrainWorker(worker=request.match_info["worker"], reason=await self._reason(request, principal)))
@@ -215,17 +244,20 @@ class WorkerRoutes:
 
     def _own(self, principal: Principal) -> None:
         if principal.team != self._first:
-            raise Problem(403, "forbidden", "This token may not do that", "workers are the first team's to decide about")
+            raise Denied(403, "This token may not do that", "workers are the first team's to decide about", why="another team")
 
-    def _check(self, wanted: NewWorker) -> None:
-        """Whether it has the key that it names, and means this server and this very time. Raises BadSignature."""
+    def _check(self, wanted: NewWorker | Myself, context: str) -> None:
+        """Whether it has the key that it names, and means this server and this very time. Raises Denied."""
         try:
             read_token(self._site.challenge_public_key, wanted.nonce, self._now(), _Challenge)
+        except BadToken:
+            raise _stranger("no good challenge", wanted) from None
+        try:
             key_bytes(wanted.key)
             said = "\0".join((self._site.server_public_key, wanted.nonce, wanted.name, wanted.key))
-            verify(wanted.key, CONTEXT, Signed(said.encode(), signature_bytes(wanted.signature)))
-        except (BadToken, ValueError) as error:
-            raise BadSignature from error
+            verify(wanted.key, context, Signed(said.encode(), signature_bytes(wanted.signature)))
+        except (BadSignature, ValueError):
+            raise _stranger("not signed by its key", wanted) from None
 
     async def _execute(self, command: FleetCommand, actor: str) -> Outcome:
         cause = Cause(team=self._first, correlation_id=self._ids(), causation_id=actor, actor=actor)
@@ -233,3 +265,10 @@ class WorkerRoutes:
         if outcome.position:
             await self._passed(outcome.position, 1.0)
         return outcome
+
+
+def _stranger(why: str, wanted: NewWorker | Myself) -> Denied:
+    """The same answer whatever the reason is."""
+    return Denied(
+        401, "The worker cannot be registered" if isinstance(wanted, NewWorker) else "This is not signed", why=why, named={"worker": wanted.name}
+    )
