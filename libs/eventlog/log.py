@@ -103,8 +103,9 @@ class Wakeup:
         elif self._later is None:
             self._later = self._loop.call_later(self._linger, self._rung.set)
 
-    async def wait(self, timeout: float) -> None:
-        """Return at once if it rang since the last wait returned (or since it was made), else when it rings, or after `timeout` seconds."""
+    async def wait(self, timeout: float) -> bool:
+        """Return at once if it rang since the last wait returned (or since it was made), else when it rings, or after `timeout` seconds.
+        Whether it rang, or was about to."""
         if not self._rung.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
@@ -115,7 +116,9 @@ class Wakeup:
         if self._credit < 1:
             await asyncio.sleep((1 - self._credit) / self.PACE)
         self._credit -= 1
+        rung = self._rung.is_set() or self._later is not None
         self._quiet()
+        return rung
 
     def close(self) -> None:
         self._quiet()

@@ -34,6 +34,8 @@ SELECT (SELECT version_num FROM eventlog.schema_version) AS version,
        (SELECT json_agg(nspname) FROM pg_namespace)::text AS schemas
 """
 
+_RAISE = "UPDATE eventlog.epoch SET number = greatest(number + 1, (extract(epoch FROM clock_timestamp()) / 60)::integer) RETURNING number"
+
 
 def role_of(service: str) -> str:
     """The database role of a service."""
@@ -59,10 +61,11 @@ async def migrate(admin_dsn: str, passwords: Mapping[str, str]) -> None:
 
 
 async def raise_epoch(admin_dsn: str) -> int:
-    """After a restore, or a failover that lost a tail: positions may now name other events, so everyone who follows starts over. The new epoch."""
+    """After a restore, or a failover that lost a tail: positions may now name other events, so everyone who follows starts over. The new epoch, a
+    number that no log which was put back had: what is restored does not know how often it was raised since."""
     connection = await asyncpg.connect(admin_dsn, timeout=10, command_timeout=60)
     try:
-        epoch: int = await connection.fetchval("UPDATE eventlog.epoch SET number = number + 1 RETURNING number")
+        epoch: int = await connection.fetchval(_RAISE)
         return epoch
     finally:
         await connection.close()

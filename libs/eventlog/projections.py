@@ -14,6 +14,7 @@ import msgspec
 from asyncpg.pool import PoolConnectionProxy
 from msgspec import Struct
 
+from libs.eventlog.log import LogUnavailable
 from libs.eventlog.postgres import Pool, unavailable
 from proto.catalogue import category_of, decode
 from proto.envelope import Fact
@@ -78,6 +79,14 @@ class Superseded(Exception):
     """Other code has taken over the projection while this ran; this instance must not write any more."""
 
 
+class Unprojectable(Exception):
+    """The projection stays before the event at `position`: what its code or the database said of it is the cause."""
+
+    def __init__(self, position: int, stream: str, tag: str, cause: Exception) -> None:
+        super().__init__(f"event {position} ({tag} on {stream}) cannot be projected: {type(cause).__name__}: {cause}")
+        self.position = position
+
+
 class _Place(Struct, frozen=True):
     generation: int
     position: int
@@ -92,6 +101,8 @@ class StoredProjection:
         self._pool = pool
         self._spec = projection
         self._batch = batch
+        self._limit = batch
+        self._page: Sequence[asyncpg.Record] = ()
         self._tables = {table.row: table for table in projection.tables}
         self._decoders = {table.row: msgspec.json.Decoder(list[table.row]) for table in projection.tables}  # type: ignore[name-defined]
         self._load = "SELECT " + ", ".join(_load_sql(table, number) for number, table in enumerate(projection.tables, 1))
@@ -122,22 +133,40 @@ class StoredProjection:
     async def advance(self) -> int:
         """Apply the next batch, at most `batch` events; the position reached, unchanged when there was nothing to do or it was another's turn.
 
-        Raises UnknownEvent when it meets a tag it does not know (and stays before it), Superseded, or whatever `project` raises."""
+        A batch that fails by itself is tried again by halves, so that all before the event that is to blame is applied, and it is known which it is.
+        Raises Unprojectable when that is the next one, and Superseded."""
         try:
-            return await self._advance()
+            position = await self._advance()
+        except (LogUnavailable, Superseded):
+            self._drop_ahead()
+            raise
+        except Exception as error:
+            self._drop_ahead()
+            self._place = None  # it may have been the tables
+            if not self._page:
+                raise
+            if len(self._page) == 1:
+                position, stream, _, _, tag, *_ = self._page[0]
+                raise Unprojectable(position, stream, tag, error) from error
+            self._limit = max(1, self._limit // 2)
+            self.more = True
+            return (await self._at()).position
         except BaseException:
             self._drop_ahead()
             raise
+        self._limit = min(self._batch, self._limit * 2)
+        return position
 
     async def _advance(self) -> int:
         if self._doubted:
             self._doubted, self._place = False, None
             self._drop_ahead()
+        self._page = ()
         place = await self._at()
         with unavailable():
-            page = await self._page_after(place.position)
-            self.more = bool(page) and page[-1][0] - place.position >= self._batch // 2
-            if self.more:
+            self._page = page = await self._page_after(place.position)
+            self.more = bool(page) and page[-1][0] - place.position >= self._limit // 2
+            if self.more and self._limit == self._batch:
                 # The database reads the next page while this one is folded and stored.
                 self._ahead = page[-1][0], asyncio.create_task(self._fetch_page(page[-1][0]))
                 self._ahead[1].add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -169,7 +198,7 @@ class StoredProjection:
 
     async def _fetch_page(self, after: int) -> list[asyncpg.Record]:
         async with self._pool.acquire(timeout=1.2) as connection:
-            page: list[asyncpg.Record] = await connection.fetch(_PAGE, after, self._batch, list(self._spec.categories), _PAGE_BYTES, timeout=10.0)
+            page: list[asyncpg.Record] = await connection.fetch(_PAGE, after, self._limit, list(self._spec.categories), _PAGE_BYTES, timeout=10.0)
             return page
 
     async def _page_after(self, position: int) -> list[asyncpg.Record]:

@@ -100,6 +100,7 @@ class CommandLoop(Generic[C, S]):
                 try:
                     await self._decide_and_append(batch)
                 except LogUnavailable as error:
+                    self._states.clear()  # a log that was away may have lost its tail
                     self._fail(chain.from_iterable(batch), error)
                 except Exception as error:  # one of them is to blame, and must not take the others with it
                     logger.warning("a batch failed and is tried one by one", size=len(batch), exc_info=error)

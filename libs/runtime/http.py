@@ -37,6 +37,7 @@ _ENOUGH = 1 << 20
 _STRAIGHT = 4 << 20
 """Bytes of a body that is worth reading straight."""
 _STRAIGHTLY = web.RequestKey("straight", bool)
+_REGEX = re.compile(r"Expected `str` matching regex '(.*)'")
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 """A string without an end matches too: looking for one again at each of its quotes would take time with the square of its length."""
 _STATUS_OF_REFUSAL = {"conflict": 409, "invalid": 422, "too-large": 413, "forbidden": 403, "missing": 404}
@@ -109,9 +110,24 @@ def strict_json(body: bytes, cls: type[T]) -> T:
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `")
         path = path.rstrip("`").removeprefix("$").removeprefix(".")
+        if match := _REGEX.fullmatch(message):
+            message = f"must be of this form: {_described(match[1], cls)}"
         raise Problem(422, "invalid", "The request does not say what it must", f"{path}: {message}" if path else message, path=path) from None
     except msgspec.DecodeError as error:
         raise _malformed(str(error)) from None
+
+
+def _described(pattern: str, cls: type[Any]) -> str:
+    """A pattern in the words that its type has for it."""
+    types = msgspec.json.schema(cls)
+
+    def find(schema: Any) -> Iterator[str]:
+        if isinstance(schema, dict) and schema.get("pattern") == pattern and "description" in schema:
+            yield schema["description"]
+        for inner in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+            yield from find(inner)
+
+    return next(find(types), pattern)
 
 
 def _check_depth(body: bytes) -> None:

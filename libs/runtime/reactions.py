@@ -29,6 +29,8 @@ PARK_AFTER = 5
 EARLY_TRIES = 8
 """Deliveries (some 5 s) after which a message whose time has not come is let go: it must not take the place of others for ever. Whoever sent it
 sends it again, a worker by itself, an event's sweep from the log."""
+FOREIGN = "foreign"
+"""The kind of refusal that says: it was not the sender's to ask."""
 REMEMBERED = 1000
 UNKNOWN_AGAIN = 5.0
 
@@ -102,8 +104,10 @@ class ReactionConsumer(Generic[C]):
                 self._count("done")
                 message.ack()
             case Refused():
-                self._count("refused")
-                logger.info("refused", consumer=self._consumer.name, subject=message.subject, kind=error.kind, why=error.message)
+                # What nobody honest asks for is counted by itself: an alarm.
+                self._count(error.kind if error.kind == FOREIGN else "refused")
+                say = logger.warning if error.kind == FOREIGN else logger.info
+                say("refused", consumer=self._consumer.name, subject=message.subject, kind=error.kind, why=error.message)
                 message.ack()
             case Early() if message.deliveries >= EARLY_TRIES:
                 self._count("given up")

@@ -139,17 +139,19 @@ class Relay:
             self._created, self._sequence, self.position = self._saved.stream_created, self._saved.sequence, self._saved.position
         self._published = self.position
         await self._examine()
+        rung = True
         while True:
             self._settle()
             if self._bus.connections != self._connections or self._clock() > self._examined_at + EXAMINE_EVERY:
                 await self._acknowledged(0)
                 await self._examine()
-            more = await self._publish()
+                rung = True
+            more = rung and await self._publish()
             await self._acknowledged(WINDOW)
             await self._save()
             self.problem = None
             if not more:
-                await wakeup.wait(SETTLE if self._in_flight else SAVE_EVERY if self._unsaved() else LOOK_EVERY)
+                rung = await wakeup.wait(SETTLE if self._in_flight else SAVE_EVERY if self._unsaved() else LOOK_EVERY)
             if self._leadership.term != self._term:
                 raise _Deposed
 

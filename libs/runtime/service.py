@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import signal
@@ -20,6 +21,16 @@ from libs.runtime.settings import BadSettings
 logger = structlog.get_logger()
 
 T = TypeVar("T")
+_PR_SET_DUMPABLE = 4
+
+
+class GivenUp(Exception):
+    """What a background task raises to have the process say `text` and end with `code`: to go on is of no use."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
 
 Wire = Callable[["Service", Mapping[str, str], Mapping[str, socket.socket]], Awaitable[web.Application | None]]
 
@@ -34,11 +45,16 @@ class Service:
         self.starting = False
         self._stack = AsyncExitStack()
         self._checks: dict[str, Callable[[], str | None]] = {}
+        self._warnings: dict[str, Callable[[], object]] = {}
         self._died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def depends(self, name: str, check: Callable[[], str | None]) -> None:
         """Count `name` among what readiness needs; `check` says why it is not well, or None."""
         self._checks[name] = check
+
+    def warns(self, name: str, check: Callable[[], object]) -> None:
+        """Have `/readyz` show under `name` what `check` says, unless that is None: something stands still, and the rest is of use nevertheless."""
+        self._warnings[name] = check
 
     async def enter(self, part: AbstractAsyncContextManager[T]) -> T:
         """Start a part; it ends in its turn."""
@@ -64,6 +80,10 @@ class Service:
         if self.draining.is_set():
             found["service"] = "is draining"
         return found
+
+    def warnings(self) -> dict[str, str]:
+        """What somebody must look at, though the service is ready."""
+        return {name: str(what) for name, check in self._warnings.items() if (what := check()) is not None}
 
     def on_drain(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Await `callback` when the service ends, in its turn: after what was started later has ended."""
@@ -92,14 +112,14 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 
 def status_application(service: Service) -> web.Application:
-    """`/livez` (the loop turns), `/readyz` (503 with reasons by dependency), `/metrics` (Prometheus text)."""
+    """`/livez` (the loop turns), `/readyz` (503 with reasons by dependency; with 200, too, what stands still), `/metrics` (Prometheus text)."""
 
     async def livez(_: web.Request) -> web.Response:
         return web.json_response({"service": service.name})
 
     async def readyz(_: web.Request) -> web.Response:
         problems = service.problems()
-        return web.json_response(problems or {"service": "ready"}, status=503 if problems else 200)
+        return web.json_response((problems or {"service": "ready"}) | service.warnings(), status=503 if problems else 200)
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(service.registry), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -155,12 +175,14 @@ async def _serve(name: str, wire: Wire, environ: Mapping[str, str], sockets: Map
 def configure_logging(name: str) -> None:
     """JSON lines on stderr, each with the service's name and what is bound in context (correlation ids); on a terminal lines for people."""
     people = sys.stderr.isatty()
+    # Tracebacks are plain: what a prettier one shows of variables may be secret.
+    lines = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if people else "iso", utc=not people),
-            *([structlog.dev.ConsoleRenderer()] if people else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]),
+            *([lines] if people else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
@@ -175,15 +197,25 @@ def collect_seldom() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def keep_to_oneself() -> None:
+    """No other process of this user (a step may be one) can read this one's environment or memory, which hold keys and secrets; it leaves no core.
+    Programs that it starts are as they would be."""
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
 def run_service(name: str, wire: Wire, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> None:
-    """Run a service until it is told to stop. Exits 2 for bad settings, 1 when a part of it dies."""
+    """Run a service until it is told to stop. Exits 2 for bad settings, as a part says that gives up, and 1 when a part of it dies."""
     configure_logging(name)
     collect_seldom()
+    keep_to_oneself()
     try:
         asyncio.run(_serve(name, wire, environ, sockets))
     except BadSettings as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except GivenUp as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
     except Exception as error:
         logger.error("the service dies", exc_info=error)
         raise SystemExit(1) from None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -30,7 +30,10 @@ def decode(cls: type[T], environ: Mapping[str, str]) -> T:
     except msgspec.ValidationError as error:
         text = str(error)
         message, _, path = text.partition(" - at `$.")
-        raise BadSettings(f"{PREFIX}{path.rstrip('`').upper()}: {message}") from None
+        name = path.rstrip("`")
+        if choices := get_args(fields[name].type) if get_origin(fields[name].type) is Literal else ():
+            message = f"`{given[name]}` is none of {', '.join(choices)}"
+        raise BadSettings(f"{PREFIX}{name.upper()}: {message}") from None
 
 
 def _path(kind: type[object], value: object) -> object:

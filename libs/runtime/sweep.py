@@ -13,7 +13,7 @@ import structlog
 from libs.eventlog.log import EventLog, LogUnavailable, is_full
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Decider, Early, Refused
-from proto.envelope import Fact, fact
+from proto.envelope import Fact, Recorded, fact
 
 logger = structlog.get_logger()
 
@@ -67,8 +67,16 @@ class Sweep(Generic[C]):
         while self._swept < until:
             rows = await self._log.read(self._swept, BATCH, self._categories)
             due = [row for row in rows if row.position <= until]
-            await self._ask([one for row in due for one in self._react(fact(row))])
+            await self._ask([one for row in due for one in self._wanted(row)])
             self._swept = due[-1].position if len(due) == len(rows) and is_full(rows, BATCH) else until
+
+    def _wanted(self, row: Recorded) -> Sequence[tuple[C, Cause]]:
+        """What cannot be read is the reactions' to park; the sweep must get past it."""
+        try:
+            return self._react(fact(row))
+        except Exception as error:
+            logger.error("an event cannot be swept", position=row.position, stream=row.stream, tag=row.type, exc_info=error)
+            return []
 
     async def _ask(self, commands: Sequence[tuple[C, Cause]]) -> None:
         creating = {self._decider.stream(command) for command, _ in commands if self._creates(command)}

@@ -62,3 +62,7 @@ class Alarm:
             await self._commands.execute(command, cause)
         except (Refused, Early) as error:
             logger.info("a stale timer", timer=timer.key, why=str(error))
+        except LogUnavailable:
+            raise
+        except Exception as error:  # of its own stream: the other timers ring
+            logger.error("a timer cannot ring", timer=timer.key, exc_info=error)

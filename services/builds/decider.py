@@ -244,6 +244,7 @@ def _reported(command: RecordReports, build: Build, number: int, body: ReportBod
                     worker=command.worker,
                     sandbox=body.sandbox,
                     image=body.image,
+                    reference=body.reference,
                     timeout=timeout,
                     report=number,
                 )

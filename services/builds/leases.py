@@ -4,13 +4,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import msgspec
+import structlog
 
 from libs.bus.bus import Message
 from libs.eventlog.log import EventLog
-from proto.catalogue import decode
+from proto.catalogue import TAGS, decode
+from proto.envelope import Recorded
 from proto.events.lease import StageLeased
 from proto.messages import Attempt
 from services.builds.reactions import Lease
+
+logger = structlog.get_logger()
 
 
 class _Key(msgspec.Struct):
@@ -18,6 +22,19 @@ class _Key(msgspec.Struct):
 
 
 _KEY = msgspec.msgpack.Decoder(_Key)
+
+
+def _leased(recorded: Recorded) -> StageLeased | None:
+    """None for other events, and for one that cannot be read: then nobody holds that lease, and nobody else's reports wait for it."""
+    if recorded.type != TAGS[StageLeased]:
+        return None
+    try:
+        event = decode(recorded.type, recorded.data)
+    except msgspec.MsgspecError as error:
+        logger.error("a lease cannot be read", position=recorded.position, stream=recorded.stream, exc_info=error)
+        return None
+    assert isinstance(event, StageLeased)
+    return event
 
 
 class Leases:
@@ -45,8 +62,7 @@ class Leases:
             return
         for history in (await self._log.read_streams([f"lease-{build}" for build in unknown])).values():
             for recorded in history:
-                event = decode(recorded.type, recorded.data)
-                if isinstance(event, StageLeased):
+                if (event := _leased(recorded)) is not None:
                     attempt = Attempt(recorded.stream.removeprefix("lease-"), event.stage, event.attempt)
                     self._leases[attempt] = Lease(event.worker, recorded.team, recorded.correlation_id, recorded.event_id)
         while len(self._leases) > self._cached:

@@ -16,9 +16,10 @@ ACTOR = "builds"
 _REPORTS = msgspec.msgpack.Decoder(Reports)
 
 
-def on_event(data: bytes) -> list[tuple[Command, Cause]]:
-    """A message of EVENTS."""
-    return on_fact(fact(decode_cloud_event(data).recorded()))
+def on_event(data: bytes, epoch: int) -> list[tuple[Command, Cause]]:
+    """A message of EVENTS. One of an earlier epoch of the log may tell of what never was; if it is still so, it is published again."""
+    event = decode_cloud_event(data)
+    return on_fact(fact(event.recorded())) if event.epoch >= epoch else []
 
 
 def on_fact(happened: Fact) -> list[tuple[Command, Cause]]:

@@ -5,7 +5,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import structlog
 from aiohttp import web
 
@@ -18,6 +17,7 @@ from libs.eventlog.projections import StoredProjection
 from libs.eventlog.timers import Timers
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
+from libs.runtime.epoch import Epoch
 from libs.runtime.ids import new_id
 from libs.runtime.projector import Projector
 from libs.runtime.reactions import ReactionConsumer
@@ -25,6 +25,7 @@ from libs.runtime.relay import Relay
 from libs.runtime.service import Service
 from libs.runtime.settings import decode
 from libs.runtime.sweep import Sweep
+from proto.private import Private
 from proto.topology import BUILDS_REACTIONS, BUILDS_REPORTS, CONSUMERS, STREAMS
 from services.builds.alarm import Alarm
 from services.builds.commands import Command, CreateBuild
@@ -36,7 +37,7 @@ from services.builds.reactions import on_event, on_fact, on_report
 logger = structlog.get_logger()
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class Settings(Private, frozen=True, kw_only=True):
     """Where the log and the bus are, and who this is to them. `instance` is for whoever sees to it that no two processes run under one name at
     a time: a successor of that name then leads at once, rather than after its predecessor's term."""
 
@@ -64,21 +65,25 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     alarm = Alarm(Timers(log.pool), projector.advanced, leadership, commands)
 
     leases = Leases(log)
+    epoch = Epoch(log, service.draining.set)
 
     def react(message: Message) -> Sequence[tuple[Command, Cause]]:
-        return on_event(message.data)
+        return on_event(message.data, epoch.number)
 
     def record(message: Message) -> Sequence[tuple[Command, Cause]]:
         return on_report(message.subject, message.data, leases.of)
 
-    reactions = ReactionConsumer(bus, BUILDS_REACTIONS, react, commands, service.registry)
+    reactions = ReactionConsumer(bus, BUILDS_REACTIONS, react, commands, service.registry, prepare=epoch.load)
     reports = ReactionConsumer(bus, BUILDS_REPORTS, record, commands, service.registry, prepare=leases.load)
 
     sweep = Sweep(log, frozenset({"request", "lease"}), on_fact, decider, _creates, commands)
 
+    projector.measure(service.registry)
     service.depends("database", lambda: projector.problem)
+    service.warns("projection", lambda: projector.stuck)
     service.depends("nats", lambda: None if bus.connected else "is not connected")
     service.depends("relay", lambda: relay.problem)
+    service.spawn("epoch", epoch.watch())
     service.spawn("commands", commands.run())
     service.on_drain(leadership.resign)  # once it campaigns no more
     service.spawn("leadership", leadership.run())

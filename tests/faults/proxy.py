@@ -28,6 +28,7 @@ class Proxy:
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
+        self._refusals = 0
 
     def __enter__(self) -> "Proxy":
         self._listen()
@@ -41,12 +42,15 @@ class Proxy:
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
-        """Every connection is reset, and no new one made."""
+        """Every connection is reset, and no new one made; by several at once until the last is over."""
+        self._refusals += 1
         self._refuse()
         try:
             yield
         finally:
-            self._listen()
+            self._refusals -= 1
+            if not self._refusals:
+                self._listen()
 
     def _listen(self) -> None:
         listener = _reusable()

@@ -42,10 +42,10 @@ async def nothing_but_what_lives(system: System, client: Client) -> None:
         await database.close()
 
 
-async def nothing_of_attempts(system: System) -> None:
+async def nothing_of_attempts(system: System, folder: Path | None = None, pid: int = 0) -> None:
     """When nothing runs, all that is below the worker's folders for attempts is empty ones of its present life, for those to come; nothing
-    is mounted there, no process is noted, and the journals of earlier lives are gone."""
-    folder = system.data.path / "workers" / "local"
+    is mounted there, no process is noted, and the journals of earlier lives are gone. The local worker is meant, or that of `folder` and `pid`."""
+    folder = folder or system.data.path / "workers" / "local"
 
     def gone() -> bool:
         work, spool = folder / "work", folder / "spool"
@@ -53,7 +53,7 @@ async def nothing_of_attempts(system: System) -> None:
         roots = {path for path in found if "/" not in path}
         assert found == roots | {f"{root}/{name}" for root in roots for name in ("workspace", "home", "tmp")}, found
         assert len({root.partition("-")[0] for root in roots}) <= 1, roots
-        assert str(work) not in Path(f"/proc/{system.process('worker').pid}/mountinfo").read_text()
+        assert str(work) not in Path(f"/proc/{pid or system.process('worker').pid}/mountinfo").read_text()
         assert files_in(spool / "processes") == {}
         assert len(list(spool.glob("*.journal"))) <= 1, list(spool.glob("*.journal"))
         return True

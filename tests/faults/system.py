@@ -21,11 +21,12 @@ from libs.eventlog.migrate import role_of
 from penstock.client import Client
 from penstock.client.targets import read_targets
 from penstock.up.datadir import DataDir, Ports, Run
-from penstock.up.processes import Identity, is_alive, send
+from penstock.up.processes import Identity, identify, is_alive, send
 from penstock.up.service import why_unready
 from proto.catalogue import decode
 from proto.envelope import Fact
 from tests.controls import eventually
+from tests.faults.clocks import environment
 from tests.faults.processes import Process, concerned, descendants
 from tests.nats_fixture import bare_client
 
@@ -37,8 +38,9 @@ BACK_SECONDS = 30.0
 
 class System:
     """`home` holds the data folder and the targets. `mark` is in the environment of every step, so that none can hide. `wrapped` is a command that
-    `up` is run by. `edges`: the folder from which the services' edges are controlled (`tests.faults.edges`). `host`: the address of ours
-    at which the bus and the artifacts service listen."""
+    `up` is run by. `edges`: the folder from which the services' edges are controlled (`tests.faults.edges`). `engine`: a Docker engine's URL.
+    `clocks`: by how many seconds the clock of each service's machine is ahead.
+    `host`: the address of ours at which the bus and the artifacts service listen."""
 
     def __init__(
         self,
@@ -48,7 +50,10 @@ class System:
         slots: int = 4,
         wrapped: Sequence[str] = (),
         edges: Path | None = None,
+        engine: str = "",
+        clocks: Mapping[str, float] | None = None,
         host: str = "127.0.0.1",
+        lease: float = LEASE_SECONDS,
     ) -> None:
         self.home = home
         self.data = DataDir(home / "data")
@@ -62,18 +67,21 @@ class System:
             "PENSTOCK_TARGETS": str(home / "targets.json"),
         }
         self._host = host
+        if engine:
+            self.environ["DOCKER_HOST"] = engine
         if edges is not None or host != "127.0.0.1":
             # What Python imports at its start from the folder `start` changes what the supervisor runs.
             self.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "start"), *sys.path])
             self.environ |= {"PENSTOCK_TEST_HOST": host, **({"PENSTOCK_TEST_EDGES": str(edges)} if edges else {})}
-        self._options = ["--port", "0", "--slots", str(slots), "--lease-seconds", f"{LEASE_SECONDS:g}"]
+        self.environ |= environment(clocks) if clocks else {}
+        self._options = ["--port", "0", "--slots", str(slots), "--lease-seconds", f"{lease:g}"]
         self._options += ["--sandbox", sandbox] if sandbox else []
         self.wrapped = list(wrapped)
 
     # --- the system as a whole
 
-    def up(self) -> None:
-        said = self._penstock("up", "--detach", *self._options, wrapped=self.wrapped)
+    def up(self, *options: str) -> None:
+        said = self._penstock("up", "--detach", *self._options, *options, wrapped=self.wrapped)
         assert said.returncode == 0, f"{said.stderr}\n{self.last_words()}"
         target = read_targets(self.home / "targets.json").targets["local"]
         self.url, self.token, self.team = target.url, target.token, target.team
@@ -92,7 +100,7 @@ class System:
 
     def broken_services(self) -> list[str]:
         """What ended although nobody killed it: no fault of another part may do that to a service."""
-        return re.findall(r"\S+ exited with \d+", self.data.log("supervisor").read_text())
+        return re.findall(r"\S+ exited with [1-9]\d*", self.data.log("supervisor").read_text())
 
     # --- its processes
 
@@ -134,14 +142,14 @@ class System:
     @contextmanager
     def hanging(self, name: str) -> Iterator[None]:
         """As `stopped`, with everything that descends from it."""
-        family = descendants(self.process(name).pid)
-        for pid in family:
-            os.kill(pid, signal.SIGSTOP)
+        family = [process for pid in descendants(self.process(name).pid) if (process := identify(pid))]
+        for process in family:
+            send(process, signal.SIGSTOP)
         try:
             yield
         finally:
-            for pid in family:
-                os.kill(pid, signal.SIGCONT)
+            for process in family:
+                send(process, signal.SIGCONT)
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
@@ -217,8 +225,8 @@ def running(template: Path, **options: Any) -> Iterator[System]:
         system.up()
         yield system
         system.down()
-        assert system.leftovers() == []
-        assert system.broken_services() == []
+        assert (left := system.leftovers()) == [], "\n".join(map(str, left))
+        assert (broken := system.broken_services()) == [], broken
     finally:
         system._penstock("down")
         for process in system.leftovers():

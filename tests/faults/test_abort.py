@@ -39,6 +39,28 @@ async def test_an_abort_that_races_the_end_leaves_one_end(system: System) -> Non
         await eventually(lambda: system.steps() == [])
 
 
+async def test_of_an_aborted_build_the_log_is_whole_to_its_last_words_and_says_so(system: System) -> None:
+    """FAULTS 106: what the step had written, what it wrote when it was told to end, and the worker's mark between them."""
+    script = "trap 'seq 1000; echo last words; exit 1' TERM; echo begin; while :; do sleep 0.05; done"
+    async with Traffic(system) as traffic:
+        build = await traffic.submit(Work("told to end", script, "aborted", 1))
+        await eventually(lambda: says(traffic, build, "begin\n"))
+        await traffic.client.abort(build.id)
+        await traffic.ended()
+        await eventually(lambda: is_complete(traffic, build), timeout=30)
+        lines = [(line.stream, line.text) for line in (await traffic.client.log(build.id, limit=2000)).lines]
+        assert [text for stream, text in lines if stream == "stdout"] == ["begin\n", *(f"{n}\n" for n in range(1, 1001)), "last words\n"]
+        assert ("stderr", "penstock: interrupted: aborted\n") in lines
+
+
+async def says(traffic: Traffic, build: Build, text: str) -> bool:
+    return text in [line.text for line in (await traffic.client.log(build.id)).lines]
+
+
+async def is_complete(traffic: Traffic, build: Build) -> bool:
+    return (await traffic.client.log(build.id, start=10**9)).complete
+
+
 async def test_an_abort_is_carried_out_whoever_dies_meanwhile(system: System) -> None:
     """The wish is recorded before it is answered: killed in turn are builds, scheduler and the bus."""
     async with Traffic(system) as traffic:

@@ -2,13 +2,21 @@
 
 import asyncio
 import shutil
+import time
+import urllib.request
+from datetime import UTC, datetime
 
+import msgspec
 import pytest
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, DeliverPolicy
 
 from penstock.client import PenstockError
+from proto.catalogue import TAGS, encode
+from proto.envelope import Recorded, cloud_event, subject_of
 from proto.events.artifact import LogArchived
+from proto.events.request import BuildRequested
+from proto.plan import Plan
 from proto.topology import CONSUMERS, STREAMS
 from tests.controls import eventually
 from tests.faults.system import System
@@ -187,3 +195,44 @@ async def test_an_unknown_build_is_not_found_while_the_bus_is_down(system: Syste
     async with system.client(patience=0) as client:
         with system.without("nats"), pytest.raises(PenstockError, match="no build `99`"):
             await client.build(99)
+
+
+POISON = 50
+
+
+async def test_a_hundred_poison_messages_are_parked_in_a_minute_and_nobody_waits_for_them(system: System) -> None:
+    """Half of them are no messages at all; the others are read well, and break what decides on them, each time."""
+    stage = {"name": "main", "needs": ["nowhere"], "steps": [{"step": "run", "name": "task", "config": {"run": {"path": "true"}}}]}
+    broken = msgspec.convert({"stages": [stage]}, Plan)
+    async with system.bus() as bus, Traffic(system) as traffic:
+        await traffic.submit(INSTANT)
+        await traffic.ended()
+        epoch = 2**31 - 1  # of whatever epoch the log is, this is no older
+        began = time.monotonic()
+        for number in range(POISON):
+            await bus.jetstream().publish(f"events.request.main.poison-{number}.BuildRequested", b"\xc1")
+            event = BuildRequested(build=f"poison-{number}", plan=broken, inputs={}, name="", body_mac="")
+            recorded = Recorded(
+                position=1,
+                stream=f"request-poison-{number}",
+                version=1,
+                event_id=f"poison-{number}",
+                type=TAGS[BuildRequested],
+                data=encode(event),
+                team="main",
+                correlation_id="c",
+                causation_id="c",
+                actor="test",
+                recorded_at=datetime.now(UTC),
+            )
+            await bus.jetstream().publish(subject_of(recorded), cloud_event(recorded, epoch))
+        await traffic.submit(talking(3, 0.01))
+        await traffic.ended()
+        await eventually(lambda: parked(system), timeout=60 - (time.monotonic() - began))
+        await handled(bus.jetstream())
+        await traffic.verify()
+
+
+async def parked(system: System) -> bool:
+    text = (await asyncio.to_thread(urllib.request.urlopen, f"http://{system.run().status['builds']}/metrics")).read().decode()
+    return 'penstock_builds_reactions_messages_total{outcome="parked"} ' + f"{2 * POISON}.0\n" in text

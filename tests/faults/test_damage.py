@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from proto.topology import CONSUMERS
 from tests.controls import eventually
 from tests.faults.system import System
 from tests.faults.test_bus import relayed
@@ -85,3 +86,19 @@ async def test_positions_that_leap_are_positions_like_others(system: System) -> 
             await eventually(lambda: relayed(system))
         finally:
             await database.close()
+
+
+async def test_a_consumer_whose_file_a_power_cut_has_spoilt_costs_no_build(system: System) -> None:
+    """FAULTS 58, 60: its state is zeroes, or half of what it was; the server would never open it again."""
+    async with Traffic(system) as traffic:
+        async with traffic.trickle():
+            for spoil in (lambda content: bytes(len(content)), lambda content: content[: len(content) // 2]):
+                before = system.process("nats")
+                with system.without("nats"):
+                    spoilt = list(system.data.nats.rglob("obs/*/o.dat"))
+                    assert len(spoilt) == len(CONSUMERS)
+                    for path in spoilt:
+                        path.write_bytes(spoil(path.read_bytes()))
+                await system.back("nats", before)
+                await traffic.under_way()
+        await traffic.verify()

@@ -247,7 +247,9 @@ async def test_nobody_is_hurt_by_what_a_worker_says(system: System, lies: list[L
         await traffic.client.abort(victim.id)
         await traffic.ended()
         if lies is HARMLESS:
-            assert [outcome for outcome in ("refused", "parked", "given up") if not await counted(system, outcome)] == []
+            assert [outcome for outcome in ("refused", "parked", "given up", "foreign") if not await counted(system, outcome)] == []
+            warned = [line for line in system.data.log("builds").read_text().splitlines() if '"level": "warning"' in line and '"foreign"' in line]
+            assert any("a report by liar on an attempt that is not its own" in line for line in warned), "the alarm names who lied (48)"
         facts = await system.log()
         for build in traffic.accepted:
             traffic.verify_events(build, facts)

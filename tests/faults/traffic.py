@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 
@@ -86,7 +86,7 @@ class Traffic:
     async def has_ended(self, build: str) -> bool:
         return (await self._client.build(build)).ended
 
-    async def ended(self) -> dict[str, Build]:
+    async def ended(self, within: float = END_SECONDS) -> dict[str, Build]:
         """Until every accepted build has, as the API tells it."""
         builds: dict[str, Build] = {}
 
@@ -100,7 +100,7 @@ class Traffic:
             return True
 
         try:
-            await eventually(all_of_them, timeout=END_SECONDS)
+            await eventually(all_of_them, timeout=within)
         except AssertionError as error:
             left = sorted(self.accepted.keys() - builds.keys())
             raise AssertionError(f"{error}\n{await self._history(*left[:3])}") from error
@@ -112,17 +112,22 @@ class Traffic:
         await eventually(lambda: self._system.steps() == [])
         facts = await self._system.log()
         self._verify_requests(facts)
-        for build in self.accepted:
+        async for wrong in self.wrong(builds, facts):
+            raise AssertionError(wrong)
+        listed = [build async for build in self._client.builds()]
+        assert {build.id for build in listed} == self.accepted.keys()
+        assert [build.number for build in listed] == list(range(len(listed), 0, -1))
+
+    async def wrong(self, builds: Mapping[str, Build], facts: Sequence[Fact]) -> AsyncIterator[str]:
+        """What is not right about a build that ended, one after the other, with its history."""
+        for build in builds:
             try:
                 self.verify_events(build, facts)
                 self._verify_answer(builds[build], facts)
                 await eventually(lambda build=build: self._verify_log(build), timeout=LOG_SECONDS)  # type: ignore[misc]
                 await self._verify_outputs(builds[build])
             except AssertionError as error:
-                raise AssertionError(f"build {build} ({self.accepted[build].name}): {error}\n{await self._history(build)}") from error
-        listed = [build async for build in self._client.builds()]
-        assert {build.id for build in listed} == self.accepted.keys()
-        assert [build.number for build in listed] == list(range(len(listed), 0, -1))
+                yield f"build {build} ({self.accepted[build].name}): {error}\n{await self._history(build)}"
 
     def _verify_requests(self, facts: Sequence[Fact]) -> None:
         asked = [fact.event.build for fact in facts if isinstance(fact.event, BuildRequested)]

@@ -19,11 +19,11 @@ async def registered(system: System, name: str, tags: Sequence[str] = ()) -> Mem
 
 @asynccontextmanager
 async def worker_process(
-    system: System, member: Membership, wrapped: Sequence[str] = (), slots: int = 4
+    system: System, member: Membership, wrapped: Sequence[str] = (), slots: int = 4, bus: str = ""
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A worker in a folder of its own. `wrapped` is a command that it is run by."""
+    """A worker in a folder of its own. `wrapped` is a command that it is run by, `bus` another address of the bus."""
     settings = {
-        "PENSTOCK_NATS_URL": system.bus_url(),
+        "PENSTOCK_NATS_URL": bus or system.bus_url(),
         "PENSTOCK_WORKER_NAME": member.name,
         "PENSTOCK_WORKER_KEY": member.key,
         "PENSTOCK_SERVER_PUBLIC_KEY": public_key(system.data.secrets().server_key),

@@ -10,5 +10,9 @@ if "penstock.up" in sys.orig_argv:
 
     if edges := os.environ.get("PENSTOCK_TEST_EDGES"):
         watch(Path(edges))
-    if (host := os.environ["PENSTOCK_TEST_HOST"]) != "127.0.0.1":
+    if (host := os.environ.get("PENSTOCK_TEST_HOST", "127.0.0.1")) != "127.0.0.1":
         listen_at(host)
+if (clocks := os.environ.get("TEST_CLOCKS")) and {"penstock.up", "services.worker"} & {*sys.orig_argv}:
+    from tests.faults.clocks import set_clocks
+
+    set_clocks(clocks)
