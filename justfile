@@ -33,11 +33,15 @@ penstock *args:
 
 # Run the tests, with real servers and processes (PENSTOCK_TEST_WORKERS says how many at once)
 test *args:
-    {{ elsewhere }} pytest -n "${PENSTOCK_TEST_WORKERS:-2}" "$@"
+    {{ elsewhere }} pytest -n "${PENSTOCK_TEST_WORKERS:-2}" --dist worksteal "$@"
 
 # Kill things while builds run, and feed in what must be refused
 faults *args:
-    {{ elsewhere }} pytest -n "${PENSTOCK_TEST_WORKERS:-2}" tests/faults "$@"
+    {{ elsewhere }} pytest -n "${PENSTOCK_TEST_WORKERS:-2}" --dist worksteal tests/faults "$@"
+
+# Break a running system for hours, and simulated ones for millions of steps; prints figures (--help says more)
+soak *args:
+    {{ elsewhere }} python -m tests.soak "$@"
 
 # Format, lint, types, imports, schemas: quick, and first in CI
 check:

@@ -2,7 +2,8 @@
 
 `python deploy/compose.py prepare` writes `deploy/generated/`: keys, the database's passwords, the NATS configuration, and one env file for each
 service, so that each container is given only what is its own. Run it once; it never overwrites. `python deploy/compose.py migrate` brings the
-database up to date; the compose file runs it in a container.
+database up to date; the compose file runs it in a container. `migrate --restored` also tells everyone that the database is not what it was: after a
+restore, or a failover that may have lost a tail.
 """
 
 import asyncio
@@ -13,8 +14,7 @@ import sys
 from pathlib import Path
 
 from libs.bus.accounts import callout_keys, server_config
-from libs.eventlog.migrate import migrate, role_of
-from libs.sealing import new_sealing_key, sealing_public_key
+from libs.eventlog.migrate import migrate, raise_epoch, role_of
 from libs.tokens import new_seed, public_key
 from proto.catalogue import SERVICES
 
@@ -28,7 +28,7 @@ def prepare(folder: Path) -> str:
     database = {user: secrets.token_urlsafe(24) for user in ("postgres", *SERVICES)}
     bus = {service: new_seed() for service in SERVICES}
     store = {"key": secrets.token_hex(10), "secret": secrets.token_urlsafe(30)}
-    grant, server, callout, sealing = new_seed(), new_seed(), new_seed(), new_sealing_key()
+    grant, server, callout = new_seed(), new_seed(), new_seed()
     worker_keys = {worker: new_seed() for worker in WORKERS}
     token = f"pst_{secrets.token_urlsafe(32)}"
 
@@ -47,7 +47,6 @@ def prepare(folder: Path) -> str:
     service(
         "gateway",
         PENSTOCK_GRANT_KEY=grant,
-        PENSTOCK_SEALING_PUBLIC_KEY=sealing_public_key(sealing),
         PENSTOCK_SERVER_PUBLIC_KEY=public_key(server),
         PENSTOCK_BOOTSTRAP_TOKEN_SHA256=hashlib.sha256(token.encode()).hexdigest(),
         PENSTOCK_BOOTSTRAP_WORKERS=",".join(f"{worker}={public_key(seed)}" for worker, seed in worker_keys.items()),
@@ -57,7 +56,6 @@ def prepare(folder: Path) -> str:
         "scheduler",
         PENSTOCK_SERVER_KEY=server,
         PENSTOCK_CALLOUT_SEED=callout,
-        PENSTOCK_SEALING_KEY=sealing,
         PENSTOCK_SECRET_KEYS=f"k1:{new_seed()}",
     )
     service(
@@ -88,10 +86,13 @@ def prepare(folder: Path) -> str:
     return token
 
 
-async def bring_up_to_date() -> None:
-    """Wait for the database, then migrate it."""
+async def bring_up_to_date(restored: bool) -> None:
+    """Migrate the database; when it was put back as it was some time ago, begin a new epoch."""
     passwords = {user: os.environ[f"PASSWORD_{user.upper()}"] for user in ("postgres", *SERVICES)}
-    await migrate(f"postgresql://postgres:{passwords.pop('postgres')}@postgres:5432/postgres", passwords)
+    dsn = f"postgresql://postgres:{passwords.pop('postgres')}@postgres:5432/postgres"
+    await migrate(dsn, passwords)
+    if restored:
+        await raise_epoch(dsn)
 
 
 if __name__ == "__main__":
@@ -99,6 +100,8 @@ if __name__ == "__main__":
         case ["prepare"]:
             print(f"The first token, for `penstock login --url http://localhost:7420`: {prepare(GENERATED)}")
         case ["migrate"]:
-            asyncio.run(bring_up_to_date())
+            asyncio.run(bring_up_to_date(restored=False))
+        case ["migrate", "--restored"]:
+            asyncio.run(bring_up_to_date(restored=True))
         case _:
-            sys.exit("usage: compose.py prepare|migrate")
+            sys.exit("usage: compose.py prepare | migrate [--restored]")

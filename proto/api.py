@@ -10,6 +10,7 @@ import msgspec
 
 from proto.events.team import Role
 from proto.plan import Name, Plan
+from proto.private import Private
 
 BuildStatus = Literal["pending", "started", "succeeded", "failed", "errored", "aborted"]
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "errored", "aborted"})
@@ -70,13 +71,10 @@ class Policy(_Request, frozen=True, kw_only=True):
     privileged: bool = False
 
 
-class SecretValue(_Request, frozen=True, kw_only=True):
+class SecretValue(Private, _Request, frozen=True, kw_only=True):
     """The value of a secret: text of at most 64 KiB (UTF-8)."""
 
     value: str
-
-    def __repr__(self) -> str:
-        return "SecretValue(***)"
 
 
 class NewToken(_Request, frozen=True, kw_only=True):
@@ -86,7 +84,7 @@ class NewToken(_Request, frozen=True, kw_only=True):
     description: Annotated[str, msgspec.Meta(max_length=200)] = ""
 
 
-class Token(_Answer, frozen=True, kw_only=True):
+class Token(Private, _Answer, frozen=True, kw_only=True):
     """A new token. `token` is shown this once: the server keeps only its SHA-256."""
 
     id: str
@@ -104,7 +102,7 @@ class NewRegistration(_Request, frozen=True, kw_only=True):
     description: Annotated[str, msgspec.Meta(max_length=200)] = ""
 
 
-class Registration(_Answer, frozen=True, kw_only=True):
+class Registration(Private, _Answer, frozen=True, kw_only=True):
     """A token that registers one worker. `token` is shown this once: the server keeps only its SHA-256."""
 
     id: str
@@ -121,7 +119,7 @@ class Challenge(_Answer, frozen=True, kw_only=True):
     nonce: str
 
 
-class NewWorker(_Request, frozen=True, kw_only=True):
+class NewWorker(Private, _Request, frozen=True, kw_only=True):
     """A worker registers. `key` is its Ed25519 public key, `signature` the key's over `penstock-register`, the challenge's `server` and `nonce`,
     `name` and `key`, with a zero byte between them; both as base64url without padding."""
 
@@ -130,6 +128,21 @@ class NewWorker(_Request, frozen=True, kw_only=True):
     key: Annotated[str, msgspec.Meta(max_length=43, min_length=43)]
     nonce: Annotated[str, msgspec.Meta(max_length=1000)]
     signature: Annotated[str, msgspec.Meta(max_length=86, min_length=86)]
+
+
+class Myself(_Request, frozen=True, kw_only=True):
+    """A worker asks whether it is one still. `signature` is as a NewWorker's, over `penstock-standing` in place of `penstock-register`."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
+    key: Annotated[str, msgspec.Meta(max_length=43, min_length=43)]
+    nonce: Annotated[str, msgspec.Meta(max_length=1000)]
+    signature: Annotated[str, msgspec.Meta(max_length=86, min_length=86)]
+
+
+class WorkerStanding(_Answer, frozen=True, kw_only=True):
+    """What has become of a worker; one that was removed, or never was there, is absent."""
+
+    standing: Literal["registered", "revoked"]
 
 
 class RegisteredWorker(_Answer, frozen=True, kw_only=True):
@@ -191,7 +204,7 @@ class Artifact(_Answer, frozen=True, kw_only=True):
     pinned: bool = False
 
 
-class Direct(_Answer, frozen=True, kw_only=True):
+class Direct(Private, _Answer, frozen=True, kw_only=True):
     """Where bytes may go, or come from, without the gateway in between: `url`, with `Authorization: Bearer` and this token, for so many seconds. It
     takes and answers what the gateway's own route does. Whoever cannot reach it, or is answered 401 or 403, uses that route."""
 
@@ -242,13 +255,16 @@ class Usage(_Answer, frozen=True, kw_only=True):
 
 
 class Step(_Answer, frozen=True, kw_only=True):
-    """A command. `percent` never falls within an attempt; `exit_code` is null when no process ended by itself."""
+    """A command. `percent` never falls within an attempt; `exit_code` is null when no process ended by itself. `image` is exactly the one that it
+    ran in, if in any, by digest where it has one; `reference` is how its task names it, made whole."""
 
     name: str
     status: BuildStatus = "pending"
     percent: int = 0
     exit_code: int | None = None
     error: str = ""
+    image: str = ""
+    reference: str = ""
 
 
 class BuildStage(_Answer, frozen=True, kw_only=True):
@@ -379,6 +395,15 @@ class SecretPage(_Answer, frozen=True, kw_only=True):
     next: str | None = None
 
 
+class SecretKeys(_Answer, frozen=True, kw_only=True):
+    """`sealing_version`: which key secrets are sealed to on their way to the schedulers. `master_key`: the id of the master key that is first;
+    `values`: how many values are under which master key. Those under others than the first are being encrypted anew."""
+
+    sealing_version: int
+    master_key: str
+    values: dict[str, int]
+
+
 class Candidate(_Answer, frozen=True, kw_only=True):
     """A worker that could have had it: the share of its slots in use, and the bytes of the inputs that it was not known to have."""
 
@@ -411,7 +436,8 @@ class Preparation(_Answer, frozen=True, kw_only=True):
     Queued: `since` when, what a worker must offer (`requires`), the `reason` last recorded with `refused` workers counted by reason; then, if the
     scheduler could be asked (`live`): how many stages come before it in the true order (`ahead`, at least so many with `more`), those of the team
     among them (the first of them), the share of the workers that could take it (`able`), and who has their slots.
-    Leased: `why` has the best workers as they were when it was placed, the first one got it."""
+    Leased: `why` has the best workers as they were when it was placed, the first one got it.
+    `lost`: what became of the attempt before, if there was one."""
 
     stage: str
     state: Literal["blocked", "queued", "leased", "over"]
@@ -432,6 +458,7 @@ class Preparation(_Answer, frozen=True, kw_only=True):
     leased_at: datetime | None = None
     started_at: datetime | None = None
     why: list[Candidate] = []
+    lost: str = ""
 
 
 class BuildPreparation(_Answer, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ from proto.events.fleet import (
 )
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
-from proto.events.secret import SecretRemoved, SecretSet
+from proto.events.secret import SealingKeyMade, SecretRemoved, SecretSet
 from proto.events.team import TeamCreated, TeamPolicySet, TokenIssued
 from proto.events.worker import WorkerBooted, WorkerLost
 
@@ -57,7 +57,7 @@ CATEGORIES: tuple[Category, ...] = (
     ),
     Category("lease", "scheduler", (StageLeased, LeaseExpired, StageDeferred)),
     Category("worker", "scheduler", (WorkerBooted, WorkerLost)),
-    Category("secret", "scheduler", (SecretSet, SecretRemoved)),
+    Category("secret", "scheduler", (SecretSet, SecretRemoved, SealingKeyMade)),
     Category("artifact", "artifacts", (ArtifactSealed, ArtifactLifetimeChanged, ArtifactExpired, ArtifactDeleted, LogArchived)),
 )
 

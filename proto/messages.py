@@ -18,6 +18,7 @@ import msgspec
 
 from proto.events.base import ArtifactRef, Status
 from proto.plan import Name, Stage
+from proto.private import Private
 
 Id = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
 """What a worker names must be fit to be a part of a stream's name, whoever sent it."""
@@ -39,11 +40,12 @@ class Attempt(msgspec.Struct, frozen=True, order=True, array_like=True):
 
 
 class ReportStepStarted(_Message, frozen=True, kw_only=True, tag="step.started"):
-    """`image`: exactly which one it runs in, by digest where it has one."""
+    """`image`: exactly which one it runs in, by digest where it has one; `reference`: how its task names it."""
 
     step: str
     sandbox: str = ""
     image: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    reference: Annotated[str, msgspec.Meta(max_length=1024)] = ""
 
 
 class ReportStepProgressed(_Message, frozen=True, kw_only=True, tag="step.progressed"):
@@ -136,7 +138,7 @@ class Offers(_Message, frozen=True, kw_only=True):
 class Credit(msgspec.Struct, frozen=True, array_like=True):
     """A single-use offer of one free slot. `key` is the boot's X25519 public key to seal to."""
 
-    nonce: str
+    nonce: Annotated[str, msgspec.Meta(max_length=64)]
     key: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 
@@ -175,14 +177,15 @@ class Availability(_Message, frozen=True, kw_only=True):
 
     challenge: bytes
     offers: Offers
-    credits: list[Credit] = []
+    credits: Annotated[list[Credit], msgspec.Meta(max_length=MAX_SLOTS)] = []
     cached: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=TREE_HINT)], ...], msgspec.Meta(max_length=MAX_HINTS)] | None = None
 
 
 class Heartbeat(_Message, frozen=True, kw_only=True):
     """Sent every second, and whenever a slot becomes free. `logs` are attempts whose log still waits in the spool for LogArchived.
     `goodbye`: the worker leaves.
-    `busy` are slots in use, `trouble` why it can take no work ("" if it can), `cache_*` bytes of its cache."""
+    `busy` are slots in use, `trouble` why it can take no work ("" if it can), `limited` why it offers less than it could, `cache_*` bytes of its
+    cache."""
 
     boot: Id
     number: int
@@ -194,6 +197,7 @@ class Heartbeat(_Message, frozen=True, kw_only=True):
     goodbye: bool = False
     busy: Slots = 0
     trouble: Short = ""
+    limited: Short = ""
     about: About = About()
     cache_used: Bytes = 0
     cache_limit: Bytes = 0
@@ -276,7 +280,7 @@ class StagesWait(_Message, frozen=True, kw_only=True):
 # --- packages ------------------------------------------------------------------------------------------------------------------------
 
 
-class Package(_Message, frozen=True, kw_only=True):
+class Package(Private, _Message, frozen=True, kw_only=True):
     """An attempt made ready for one credit. It names everything that it is for, because a sealed box authenticates no context.
     `token` is the build token (JWT, EdDSA) for the artifacts service at `artifacts_url`. `secrets` are the values that the stage refers to, by name;
     of those that are not there `unreadable` says why."""
@@ -295,9 +299,6 @@ class Package(_Message, frozen=True, kw_only=True):
     secrets: dict[str, str] = {}
     unreadable: dict[str, str] = {}
 
-    def __repr__(self) -> str:
-        return f"Package({self.attempt!r})"  # never what it holds
-
 
 class Signed(msgspec.Struct, frozen=True, array_like=True):
     """`body` and its Ed25519 signature over `context + body` (context: `presence`, `control.<worker>` or `execute_build_package.<worker>`, so that no
@@ -310,19 +311,17 @@ class Signed(msgspec.Struct, frozen=True, array_like=True):
 # --- secrets -------------------------------------------------------------------------------------------------------------------------
 
 
-class SecretValues(_Message, frozen=True, kw_only=True):
-    """What the gateway seals to the schedulers' key: values by name, and whose they are, because a sealed box authenticates no context."""
+class SecretValues(Private, _Message, frozen=True, kw_only=True):
+    """What the gateway seals to a key of the schedulers': values by name, and whose they are, because a sealed box authenticates no context."""
 
     team: str
     values: dict[str, str]
 
-    def __repr__(self) -> str:
-        return f"SecretValues({', '.join(self.values)})"
-
 
 class KeepSecret(_Message, frozen=True, kw_only=True, tag="set"):
-    """gateway → scheduler, on `secrets.<team>`: set the one secret that is in `sealed`."""
+    """gateway → scheduler, on `secrets.<team>`: set the one secret that is in `sealed`. `key`: the `entry` of the SealingKeyMade it is sealed to."""
 
+    key: str
     sealed: bytes
     by: str
 
@@ -338,15 +337,25 @@ class KeepForBuild(_Message, frozen=True, kw_only=True, tag="build"):
     """gateway → scheduler: keep what is in `sealed` until the build is over. There need not be the build yet."""
 
     build: Id
+    key: str
     sealed: bytes
 
 
-SecretRequest = KeepSecret | RemoveSecret | KeepForBuild
+class RotateKeys(_Message, frozen=True, kw_only=True, tag="rotate"):
+    """gateway → scheduler: make a new key to seal to, and look at the master keys now."""
+
+    by: str
+
+
+SecretRequest = KeepSecret | RemoveSecret | KeepForBuild | RotateKeys
 
 
 class SecretAnswer(_Message, frozen=True, kw_only=True):
-    """`position`: where in the log it is recorded (0: nowhere, or it was so already). `refused`: why nothing was done ("" when it was)."""
+    """`position`: where in the log it is recorded (0: nowhere, or it was so already). `refused`: why nothing was done ("" when it was).
+    To RotateKeys: `master` is the first master key's id, `under` how many values are under which."""
 
     position: int = 0
     version: int = 0
     refused: str = ""
+    master: str = ""
+    under: dict[str, int] = {}

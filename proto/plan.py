@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 
 from proto.image import RUNNABLE, BadImage, parse_image, reference_of
+from proto.private import Private
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$(?!\n)", description="letters, digits, `_`, `-`, `.`; at most 64")]
 StageName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)", description="letters, digits, `_`, `-`; at most 64")]
@@ -55,7 +56,7 @@ class TaskCache(_Closed, frozen=True, kw_only=True):
     path: str
 
 
-class ImageResource(_Closed, frozen=True, kw_only=True):
+class ImageResource(Private, _Closed, frozen=True, kw_only=True):
     """The image a step wants; a placement requirement."""
 
     type: str
@@ -71,7 +72,7 @@ class ContainerLimits(_Closed, frozen=True, kw_only=True):
     memory: int | None = None
 
 
-class TaskConfig(_Closed, frozen=True, kw_only=True):
+class TaskConfig(Private, _Closed, frozen=True, kw_only=True):
     """Concourse's task file. `params` is the step's environment. Ours are `image`, a plain reference (`host:5000/team/img:tag@sha256:…`), and
     `network`: a step in a container has none unless it asks."""
 
@@ -105,7 +106,7 @@ class Stage(_Closed, frozen=True, kw_only=True):
     name: StageName
     steps: Annotated[list[RunStep], msgspec.Meta(min_length=1, max_length=256)]
     needs: list[StageName] = []
-    tags: list[str] = []
+    tags: list[Name] = []
     max_attempts: Annotated[int, msgspec.Meta(ge=1, le=10)] = 3
 
 
@@ -142,7 +143,7 @@ def requirements_of(stage: Stage) -> Requirements:
 
 def image_type(config: TaskConfig) -> str | None:
     """The type of the image that a task wants, if it wants any."""
-    return "image" if config.image else config.image_resource.type if config.image_resource else "rootfs" if config.rootfs_uri else None
+    return "image" if config.image else config.image_resource.type if config.image_resource else None
 
 
 def plan_problem(plan: Plan) -> tuple[str, str] | None:
@@ -200,6 +201,8 @@ def _task_problem(config: TaskConfig) -> tuple[str, str] | None:
 def _image_problem(config: TaskConfig) -> tuple[str, str] | None:
     if config.image is not None and (config.image_resource or config.rootfs_uri):
         return "image", "is named twice: `image_resource` or `rootfs_uri` does it too"
+    if config.rootfs_uri and not config.image_resource:  # beside one Concourse overlooks it, too
+        return "rootfs_uri", f"is for the container engine of a Concourse worker: {_instead_of(config.rootfs_uri)}"
     field, resource = "image", config.image_resource
     try:
         if config.image is not None:
@@ -210,6 +213,17 @@ def _image_problem(config: TaskConfig) -> tuple[str, str] | None:
     except BadImage as bad:
         return field, str(bad)
     return None
+
+
+def _instead_of(rootfs_uri: str) -> str:
+    """Garden's `docker://[host]/repository[#tag]` names an image, all else a place on a machine."""
+    scheme, _, rest = rootfs_uri.partition("://")
+    name, _, tag = rest.removeprefix("/").partition("#")
+    try:
+        parse_image(text := f"{name}:{tag}" if tag else name)
+    except BadImage:
+        scheme = ""
+    return f"write `image: {text}`" if scheme == "docker" else "name an image, by `image` or `image_resource`"
 
 
 def _inside(path: str) -> bool:

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import aiohttp
 import msgspec
+from prometheus_client import CollectorRegistry
 
 from libs.archives.blobstream import END_FRAME, frame_header
 from libs.archives.tar import END, padding, write_header
@@ -110,8 +111,9 @@ class Answer(msgspec.Struct):
 class Api:
     """A client of one artifacts service."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, store: Path) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, store: Path, registry: CollectorRegistry | None = None) -> None:
         self.url = url
+        self.registry = registry
         self.session = session
         self.store = store
 
@@ -214,7 +216,7 @@ async def serving(database: Database, nats: NatsServer, store: Path, **more: str
         await service.enter(await listen(app, sock))
         await eventually(lambda: not service.problems())
         async with aiohttp.ClientSession(auto_decompress=False, headers={"Accept-Encoding": "identity"}) as session:
-            yield Api(f"http://127.0.0.1:{sock.getsockname()[1]}", session, store)
+            yield Api(f"http://127.0.0.1:{sock.getsockname()[1]}", session, store, service.registry)
     finally:
         await service.aclose()
         sock.close()

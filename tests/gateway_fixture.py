@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import ClientResponse, ClientSession, web
+from prometheus_client import CollectorRegistry
 
 from libs.bus.jetstream import JetStreamBus, connect_jetstream
 from libs.eventlog.log import ANY, Appended, NewEvent, Write
@@ -18,7 +19,6 @@ from libs.eventlog.postgres import PostgresLog, open_postgres_log
 from libs.runtime.http import TIMEOUTS, Timeouts, runner
 from libs.runtime.ids import new_id
 from libs.runtime.service import Service
-from libs.sealing import new_sealing_key, sealing_public_key
 from libs.tokens import Grant, new_seed, public_key, read_token
 from proto.catalogue import OWNERS, TAGS, category_of, encode
 from proto.events.artifact import ArtifactDeleted, ArtifactLifetimeChanged, ArtifactSealed
@@ -30,7 +30,6 @@ from tests.nats_fixture import SEEDS
 
 TOKEN = "pst_" + "a" * 43
 SERVER_KEY = new_seed()
-SEALING_KEY = new_sealing_key()
 PLAN: dict[str, Any] = {"stages": [{"name": "main", "steps": [{"step": "run", "name": "run", "config": {"run": {"path": "true"}}}]}]}
 
 
@@ -169,14 +168,23 @@ def _problem(status: int, slug: str, headers: dict[str, str] | None = None) -> w
 
 
 class Gateway:
-    """The gateway and what surrounds it. `log(service)` writes as that service; `bus` as the worker's side."""
+    """The gateway and what surrounds it. `log(service)` writes as that service; `bus` as the worker's side; `registry` has its metrics."""
 
-    def __init__(self, url: str, client: ClientSession, artifacts: FakeArtifacts, logs: Mapping[str, PostgresLog], bus: JetStreamBus | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        client: ClientSession,
+        artifacts: FakeArtifacts,
+        logs: Mapping[str, PostgresLog],
+        bus: JetStreamBus | None,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
         self.url = url
         self.client = client
         self.artifacts = artifacts
         self.logs = logs
         self.bus = bus
+        self.registry = registry
 
     @property
     def address(self) -> tuple[str, int]:
@@ -260,7 +268,6 @@ async def running_gateway(
             "PENSTOCK_NATS_SEED": SEEDS["gateway"],
             "PENSTOCK_ARTIFACTS_URL": artifacts_url,
             "PENSTOCK_GRANT_KEY": key,
-            "PENSTOCK_SEALING_PUBLIC_KEY": sealing_public_key(SEALING_KEY),
             "PENSTOCK_SERVER_PUBLIC_KEY": public_key(SERVER_KEY),
             "PENSTOCK_BOOTSTRAP_TOKEN_SHA256": hashlib.sha256(TOKEN.encode()).hexdigest(),
             **{f"PENSTOCK_{name.upper()}": str(value) for name, value in settings.items()},
@@ -276,7 +283,7 @@ async def running_gateway(
         async with asyncio.timeout(10):
             while service.problems().keys() - {"nats"}:
                 await asyncio.sleep(0.01)
-        yield Gateway(url, client, artifacts, logs, bus)
+        yield Gateway(url, client, artifacts, logs, bus, service.registry)
 
 
 class Sse:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -163,9 +163,11 @@ def fresh_nats(nats_server: NatsServer) -> NatsServer:
 
 
 @contextlib.asynccontextmanager
-async def admitting(server: NatsServer, keys: Mapping[str, str], seconds: float = 600.0) -> AsyncIterator[Doorkeeper]:
+async def admitting(
+    server: NatsServer, keys: Mapping[str, str], seconds: float = 600.0, knows: Callable[[], bool] = lambda: True
+) -> AsyncIterator[Doorkeeper]:
     """What a scheduler does for those who are workers (public keys by name)."""
-    async with keeping_the_door(server.url, callout_seeds(CALLOUT), keys.get, seconds) as door:
+    async with keeping_the_door(server.url, callout_seeds(CALLOUT), keys.get, seconds, knows) as door:
         yield door
 
 

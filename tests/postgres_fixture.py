@@ -70,7 +70,8 @@ async def database(postgres: EmbeddedPostgres) -> AsyncIterator[Database]:
     name = f"test_{uuid4().hex}"
     connection = await asyncpg.connect(postgres.dsn())
     try:
-        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+        # a third of the work of the usual way, which writes every page of it to the log
+        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
         yield Database(postgres, name)
         await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:

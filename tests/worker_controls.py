@@ -55,7 +55,7 @@ from services.worker.folders import FolderPool
 from services.worker.mounts import private_mounts, unmount
 from services.worker.outbox import Outbox
 from services.worker.placing import Means, means_here
-from services.worker.session import Session
+from services.worker.session import HEARTBEAT_SECONDS, Session
 from services.worker.spool import Spool
 from services.worker.stage import Tools
 from services.worker.wiring import Settings
@@ -190,8 +190,17 @@ class Scheduler:
         return attempt
 
     async def package(
-        self, attempt: Attempt, *steps: RunStep, inputs: dict[str, ArtifactRef] | None = None, token: str = "", team: str = "main"
+        self,
+        attempt: Attempt,
+        *steps: RunStep,
+        inputs: dict[str, ArtifactRef] | None = None,
+        token: str = "",
+        team: str = "main",
+        signed_by: str = SERVER,
+        signed_for: str = "",
+        **forged: Any,
     ) -> bytes:
+        """On a fresh credit. `signed_for` is another's name, perhaps, and `forged` are other fields than an honest one has."""
         async with asyncio.timeout(10):
             while (credit := self._credit()) is None:
                 await self._next()
@@ -207,8 +216,8 @@ class Scheduler:
             token=token,
             artifacts_url=self.artifacts_url,
         )
-        sealed = SealedBox(PublicKey(credit.key)).encrypt(msgspec.msgpack.encode(package))
-        return msgspec.msgpack.encode(sign(SERVER, f"execute_build_package.{self.worker}", sealed))
+        sealed = SealedBox(PublicKey(credit.key)).encrypt(msgspec.msgpack.encode(msgspec.structs.replace(package, **forged)))
+        return msgspec.msgpack.encode(sign(signed_by, f"execute_build_package.{signed_for or self.worker}", sealed))
 
     async def finished(self, attempt: Attempt, timeout: float = 20) -> ReportStageFinished:
         """The stage's end, once it is said."""
@@ -336,6 +345,7 @@ async def a_worker(
     mode: Mode = "push",
     condition: Callable[[], Condition] = Condition,
     containers: Executor | None = None,
+    heartbeat: float = HEARTBEAT_SECONDS,
 ) -> AsyncIterator[Running]:
     """A worker in this process; nothing of it is left afterwards. Its trees are copied unless `means` says otherwise."""
     work = folder / "work"
@@ -355,7 +365,8 @@ async def a_worker(
     artifacts = Artifacts(cache, IDENTITY, now, patience)
     executors = Executors(ProcessExecutor(chosen, orphans, path), containers)
     tools = Tools(name, executors, orphans, pool, outbox, artifacts, cache, means or Means(None, False), grace, log_limit)
-    worker = Worker(bus, session, tools, IDENTITY, public_key(SERVER), box, Metrics(CollectorRegistry()), condition=condition)
+    timing = {"condition": condition, "heartbeat_seconds": heartbeat}
+    worker = Worker(bus, session, tools, IDENTITY, public_key(SERVER), box, Metrics(CollectorRegistry()), **timing)
     task = asyncio.ensure_future(worker.run())
     try:
         yield Running(worker, outbox, tools, folder)

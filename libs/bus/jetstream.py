@@ -4,7 +4,7 @@ import asyncio
 import base64
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,6 +27,8 @@ WARN_SECONDS = 10.0
 _STREAM_NOT_FOUND = 10059
 _CONSUMER_NOT_FOUND = 10014
 _NO_MESSAGE = 10037
+_CONSUMER_FAILED, _UNREADABLE = 10012, "creating store"
+"""What the server says of a consumer whose file it cannot read."""
 _STORE_FAILED = 10077
 
 T = TypeVar("T", bound="_Answer")
@@ -112,6 +114,11 @@ class JetStreamBus:
     def connections(self) -> int:
         return self._connection.connections
 
+    @property
+    def refused(self) -> bool:
+        """Whether the server answers, and does not admit us."""
+        return self._connection.refusals > 0
+
     def measure(self, registry: CollectorRegistry) -> None:
         """What says that somebody is too slow for the bus: a reader of ours, or this whole process, whom the server then cuts off."""
         Gauge("penstock_bus_dropped", "Messages that their reader was too slow for", registry=registry).set_function(lambda: self.dropped)
@@ -155,8 +162,7 @@ class JetStreamBus:
 
         sid = self._connection.subscribe(subject, received, group)
         try:
-            if self.connected:
-                await self._connection.flush()
+            await self._settled()
             yield
         finally:
             await self._connection.unsubscribe(sid)
@@ -175,20 +181,21 @@ class JetStreamBus:
 
         sid = self._connection.subscribe(subject, received)
         try:
-            if self.connected:
-                await self._connection.flush()
+            await self._settled()
             async with aclosing(mailbox.messages()) as iterator:
                 yield iterator
         finally:
             await self._connection.unsubscribe(sid)
 
+    async def _settled(self) -> None:
+        """Until the server knows what was subscribed. One that is away, or dies now, is told when it is back."""
+        with suppress(BusUnavailable):
+            await self._connection.flush()
+
     @asynccontextmanager
     async def consume(self, consumer: Consumer) -> AsyncIterator[AsyncIterator[list[Delivery]]]:
         async def prepare() -> Prepared:
-            stream = self._streams.get(consumer.stream)
-            if stream is not None:
-                await self._ensure_stream(stream)
-            info = await self._ensure_consumer(consumer)
+            info = await self._looked_at(consumer)
             return Prepared(consumer.stream, consumer.name, info.created)
 
         pull = StandingPull(self._connection, prepare, consumer.batch, recheck=RECHECK)
@@ -202,10 +209,7 @@ class JetStreamBus:
 
         async def prepare() -> Prepared:
             nonlocal after, created
-            known = self._streams.get(stream)
-            if known is not None:
-                await self._ensure_stream(known)
-            info = await self._api(f"STREAM.INFO.{stream}", {}, _StreamInfo)
+            info = await self._stream_info(stream)
             if created not in ("", info.created):
                 after = 0
             created = info.created
@@ -289,9 +293,42 @@ class JetStreamBus:
             # Somebody else makes it at the same moment, or the refusal stands.
             return await self._api(f"STREAM.UPDATE.{stream.name}", config, _StreamInfo)
 
+    async def _stream_info(self, name: str) -> _StreamInfo:
+        """Of the stream as it is, made again if it was ours and is gone: to ask is cheap, and making what is there rewrites two files."""
+        try:
+            return await self._api(f"STREAM.INFO.{name}", {}, _StreamInfo)
+        except _Refusal as refusal:
+            if refusal.number != _STREAM_NOT_FOUND or name not in self._streams:
+                raise
+        return await self._ensure_stream(self._streams[name])
+
+    async def _looked_at(self, consumer: Consumer) -> _ConsumerInfo:
+        """The consumer as it is, made again if it is gone."""
+        try:
+            return await self._not_ahead(consumer, await self._api(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}", {}, _ConsumerInfo))
+        except _Refusal as refusal:
+            if refusal.number not in (_STREAM_NOT_FOUND, _CONSUMER_NOT_FOUND):
+                raise
+        await self._stream_info(consumer.stream)
+        return await self._ensure_consumer(consumer)
+
     async def _ensure_consumer(self, consumer: Consumer) -> _ConsumerInfo:
+        """One whose file a power cut has spoilt the server can neither read nor delete, but with its stream: then that is made anew, which everyone
+        can bear."""
+        try:
+            info = await self._create_consumer(consumer)
+        except _Refusal as refusal:
+            stream = self._streams.get(consumer.stream)
+            if refusal.number != _CONSUMER_FAILED or _UNREADABLE not in str(refusal) or stream is None:
+                raise
+            self._log.warning("a consumer is spoilt, and its stream is made anew", consumer=consumer.name, stream=stream.name, why=str(refusal))
+            await self._api(f"STREAM.DELETE.{stream.name}", {}, _Answer)
+            await self._ensure_stream(stream)
+            info = await self._create_consumer(consumer)
+        return await self._not_ahead(consumer, info)
+
+    async def _not_ahead(self, consumer: Consumer, info: _ConsumerInfo) -> _ConsumerInfo:
         """One that is ahead of its stream (which lost its end) would wait until the stream has grown that far again: it is made anew."""
-        info = await self._create_consumer(consumer)
         ahead = max(info.delivered.stream_seq, info.ack_floor.stream_seq)
         if ahead and ahead > (await self._api(f"STREAM.INFO.{consumer.stream}", {}, _StreamInfo)).state.last_seq:
             self._log.warning("a consumer is ahead of its stream and is made anew", consumer=consumer.name, stream=consumer.stream)

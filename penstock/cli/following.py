@@ -3,7 +3,7 @@
 from contextlib import aclosing
 
 from penstock.cli.terminal import STATUS_COLOURS, Terminal
-from penstock.client import Build, BuildEnded, BuildLogged, BuildStatus, Client, StreamBroken
+from penstock.client import Build, BuildEnded, BuildLogged, BuildStatus, Client, Stage, StreamBroken
 
 EXIT_CODES = {"succeeded": 0, "failed": 1, "errored": 2, "aborted": 3}
 
@@ -32,21 +32,34 @@ class _Teller:
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._reason = ""
+        self._reasons: dict[str, str] = {}
         self._placed: set[tuple[str, int]] = set()
+        self._runs: dict[str, Stage] = {}
+        """Each stage's last attempt that was placed."""
+        self._imaged: set[tuple[str, int, str]] = set()
         self._attempts: dict[str, int] = {}
 
     def tell(self, build: Build) -> None:
-        """Why it waits while it does; where each attempt runs, and in which sandbox."""
-        if build.status == "pending" and build.reason and build.reason != self._reason:
-            self._reason = build.reason
-            self._terminal.say(f"waiting: {build.reason}", "yellow")
+        """Why a stage waits while it does; where each attempt runs, in which sandbox, and each step in which image; that one was lost."""
         for stage in build.stages:
+            named = f"{stage.name}: " if len(build.stages) > 1 else ""
+            if (ran := self._runs.get(stage.name)) and stage.attempt > ran.attempt:
+                del self._runs[stage.name]
+                self._terminal.say(f"{named}attempt {ran.attempt} was lost with its worker, {ran.worker}; attempt {stage.attempt} follows", "yellow")
+            if stage.reason != self._reasons.get(stage.name, ""):
+                self._reasons[stage.name] = stage.reason
+                if stage.reason:
+                    self._terminal.say(f"{named}waiting: {stage.reason}", "yellow")
             if stage.sandbox and stage.attempt and (stage.name, stage.attempt) not in self._placed:
                 self._placed.add((stage.name, stage.attempt))
-                named = f"{stage.name}: " if len(build.stages) > 1 else ""
+                self._runs[stage.name] = stage
                 again = f", attempt {stage.attempt}" if stage.attempt > 1 else ""
                 self._terminal.say(f"{named}running on {stage.worker}, sandbox {stage.sandbox}{again}", "cyan")
+            for step in stage.steps:
+                if step.image and (stage.name, stage.attempt, step.name) not in self._imaged:
+                    self._imaged.add((stage.name, stage.attempt, step.name))
+                    called = f"step `{step.name}`: " if len(stage.steps) > 1 else ""
+                    self._terminal.say(f"{called}image {step.reference}, exactly {step.image}", "cyan")
 
     def attempt(self, stage: str, number: int) -> None:
         """The log starts again when a stage does."""

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+_ALSO = {"delete": "rm", "remove": "rm", "list": "ls"}
+"""What other programs call it."""
+
 
 class LazyGroup(click.Group):
     """`lazy`: module below penstock.cli, command in it, and what the list of commands says, by name."""
@@ -29,7 +32,7 @@ class LazyGroup(click.Group):
         if args and args[0] not in self._lazy and not args[0].startswith("-"):
             from difflib import get_close_matches
 
-            near = get_close_matches(args[0], self._lazy, n=1)
+            near = [_ALSO[args[0]]] if _ALSO.get(args[0]) in self._lazy else get_close_matches(args[0], self._lazy, n=1)
             ctx.fail(f"there is no command `{args[0]}`" + (f": did you mean `{near[0]}`?" if near else ""))
         return super().resolve_command(ctx, args)
 

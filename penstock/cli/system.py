@@ -21,6 +21,7 @@ data_option = click.option("--data", type=click.Path(path_type=Path), envvar="PE
     help="Where artifacts are kept: s3://bucket/prefix, gs://…, az://… (with AWS_…, GOOGLE_… or AZURE_… variables), file:///folder; "
     "a folder in the data folder by default.",
 )
+@click.option("--restored", is_flag=True, help="Say that the database was put back as it was some time ago: what followed it starts anew.")
 @click.pass_context
 def up(
     ctx: click.Context,
@@ -31,11 +32,14 @@ def up(
     sandbox: str | None,
     lease_seconds: float | None,
     store: str | None,
+    restored: bool,
 ) -> None:
     """Start the whole system on this machine: database, bus, services, one worker. Ctrl-C stops it; data stays."""
     from penstock.up import command
 
-    ctx.exit(command.up(data=data, detach=detach, port=port, slots=slots, sandbox=sandbox, lease_seconds=lease_seconds, store=store))
+    ctx.exit(
+        command.up(data=data, detach=detach, port=port, slots=slots, sandbox=sandbox, lease_seconds=lease_seconds, store=store, restored=restored)
+    )
 
 
 @click.command(short_help="Stop what `up` started.")

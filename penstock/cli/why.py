@@ -68,6 +68,8 @@ def _for(stage: Preparation, now: float) -> str:
 
 
 def _details(stage: Preparation) -> Iterator[str]:
+    if stage.lost:
+        yield f"attempt {stage.attempt - 1} was lost: {printable(stage.lost)}"
     if stage.state == "leased" and stage.why:
         yield "why there: " + "; ".join(f"{printable(one.worker)} had {one.load:.0%} of its slots in use{_fetch(one.missing)}" for one in stage.why)
     if stage.state != "queued":

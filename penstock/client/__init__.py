@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from penstock.client.model import Problem as Problem
     from penstock.client.model import Progress as Progress
     from penstock.client.model import Secret as Secret
+    from penstock.client.model import SecretKeys as SecretKeys
     from penstock.client.model import Stage as Stage
     from penstock.client.model import Step as Step
     from penstock.client.model import Transfer as Transfer
@@ -87,6 +88,7 @@ _NAMES = {
         "Problem",
         "Progress",
         "Secret",
+        "SecretKeys",
         "Stage",
         "Step",
         "Transfer",

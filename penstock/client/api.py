@@ -30,6 +30,7 @@ from penstock.client.model import (
     Policy,
     Progress,
     Secret,
+    SecretKeys,
     SecretPage,
     Transfer,
     TreeEntry,
@@ -269,6 +270,10 @@ class Client:
     async def remove_secret(self, name: str) -> None:
         """Remove it, and every value that it had. Raises NotFound."""
         await self._http.delete(self._secret(name))
+
+    async def rotate_secret_keys(self) -> SecretKeys:
+        """Have what secrets are sealed to made anew, and the master keys looked at; an owner of the first team may."""
+        return await self._http.send("POST", "/api/v1/secret-keys", SecretKeys)
 
     def _secret(self, name: str) -> str:
         return f"{self._base}/secrets/{quote(name, safe='')}"

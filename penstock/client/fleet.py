@@ -65,6 +65,9 @@ class Registration(_Answer, frozen=True, kw_only=True):
     tags: list[str] = []
     description: str = ""
 
+    def __repr__(self) -> str:
+        return f"Registration({self.id!r})"
+
 
 class Candidate(_Answer, frozen=True, kw_only=True):
     """A worker that could have had a stage: the share of its slots in use then, the bytes that it would have had to fetch."""
@@ -95,7 +98,8 @@ class Holder(_Answer, frozen=True, kw_only=True):
 class Preparation(_Answer, frozen=True, kw_only=True):
     """Why a stage is where it is. `reason` and `refused` (workers by why) are as recorded. Only if `live`, a scheduler has said: what a worker must
     offer (`requires`), how many stages come before it (`ahead`; at least so many with `more`), the first of the team's own among them, how many
-    workers are `able`, and who has their slots. `why`: the best workers when it was placed, the chosen one first."""
+    workers are `able`, and who has their slots. `why`: the best workers when it was placed, the chosen one first. `lost`: what became of the attempt
+    before, if there was one."""
 
     stage: str
     state: Literal["blocked", "queued", "leased", "over"]
@@ -116,6 +120,7 @@ class Preparation(_Answer, frozen=True, kw_only=True):
     leased_at: datetime | None = None
     started_at: datetime | None = None
     why: list[Candidate] = []
+    lost: str = ""
 
 
 class BuildPreparation(_Answer, frozen=True, kw_only=True):

@@ -89,6 +89,15 @@ class Secret(_Answer, frozen=True, kw_only=True):
     set_by: str = ""
 
 
+class SecretKeys(_Answer, frozen=True, kw_only=True):
+    """`sealing_version`: which key secrets are sealed to on their way. `values`: how many of them are under which master key, by id; `master_key` is
+    the first, under which all come to be."""
+
+    sealing_version: int = 0
+    master_key: str = ""
+    values: dict[str, int] = {}
+
+
 class SecretPage(_Answer, frozen=True, kw_only=True):
     """Secrets by name; `next` leads to the following page."""
 
@@ -111,6 +120,9 @@ class Direct(_Answer, frozen=True, kw_only=True):
 
     url: str
     token: str
+
+    def __repr__(self) -> str:
+        return f"Direct({self.url!r})"
 
 
 class PendingUpload(_Answer, frozen=True, kw_only=True):
@@ -138,6 +150,8 @@ class Step(_Answer, frozen=True, kw_only=True):
     percent: int = 0
     exit_code: int | None = None
     error: str = ""
+    image: str = ""
+    reference: str = ""
 
 
 class Stage(_Answer, frozen=True, kw_only=True):

@@ -20,6 +20,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     token: str = ""
     team: str = "main"
 
+    def __repr__(self) -> str:
+        return f"Target({self.url!r}, {self.team!r})"
+
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True):
     """`current` is used when none is named."""

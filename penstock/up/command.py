@@ -31,12 +31,22 @@ def up(
     sandbox: str | None = None,
     lease_seconds: float | None = None,
     store: str | None = None,
+    restored: bool = False,
 ) -> int:
     """Run the whole system here until Ctrl-C, or in the background. Returns the exit code: 1 when it does not come up (or, in the foreground, when it
     runs already), 130 when it was interrupted before it served. Everything is said on stderr."""
     folder = data_dir(data, os.environ)
     targets = targets_path(os.environ).absolute()
-    request = Request(data=str(folder.path), targets=str(targets), port=port, slots=slots, sandbox=sandbox, lease_seconds=lease_seconds, store=store)
+    request = Request(
+        data=str(folder.path),
+        targets=str(targets),
+        port=port,
+        slots=slots,
+        sandbox=sandbox,
+        lease_seconds=lease_seconds,
+        store=store,
+        restored=restored,
+    )
     return _up_detached(folder, request) if detach else _up_here(folder, request)
 
 

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import msgspec
 
-from libs.sealing import new_sealing_key
 from libs.tokens import new_seed
 from penstock.client.private import write_private
 from penstock.up.processes import Identity, free_port, is_free
 from proto.catalogue import SERVICES
+from proto.private import Private
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -22,16 +22,13 @@ LOCAL_WORKER = "local"
 USUAL_PORT = 7420
 
 
-class Secrets(msgspec.Struct, frozen=True, kw_only=True):
+class Secrets(Private, frozen=True, kw_only=True):
     """All that must stay unknown to others. Passwords of the database by user; keys as Ed25519 seeds (`bus_keys` by service, `callout_key` the
-    schedulers'); `sealing_key` opens what is sealed for the schedulers, `secret_keys` are the master keys of the secrets (`id:key`); `token` is the
-    first team's first owner's."""
+    schedulers'); `token` is the first team's first owner's."""
 
     database: dict[str, str]
     bus_keys: dict[str, str]
     callout_key: str
-    sealing_key: str
-    secret_keys: str
     grant_key: str
     server_key: str
     worker_key: str
@@ -67,7 +64,8 @@ class OtherStore(Exception):
 
 
 class DataDir:
-    """One folder that holds everything: `pg nats blobs workers logs`, `secrets.json`, `store.json`, `ports.json`, `run.json` and `lock`."""
+    """One folder that holds everything: `pg nats blobs workers logs`, `secrets.json`, `master-keys`, `store.json`, `ports.json`, `run.json` and
+    `lock`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -76,6 +74,8 @@ class DataDir:
         self.blobs = self.path / "blobs"
         self.workers = self.path / "workers"
         self.logs = self.path / "logs"
+        self.master_keys = self.path / "master-keys"
+        """Those of the secrets, as the schedulers read them: a file of its own, because others may come before the first one."""
         self._run = self.path / "run.json"
 
     def prepare(self) -> None:
@@ -107,7 +107,8 @@ class DataDir:
         self._run.unlink(missing_ok=True)
 
     def secrets(self) -> Secrets:
-        """What was generated at the first start. Raises msgspec.DecodeError for a spoilt file: what it held opens Postgres, and is not made anew."""
+        """What was generated at the first start, a first master key with it. Raises msgspec.DecodeError for a spoilt file: what it held opens
+        Postgres, and is not made anew."""
         path = self.path / "secrets.json"
         if path.exists():
             return msgspec.json.decode(path.read_bytes(), type=Secrets)
@@ -115,13 +116,12 @@ class DataDir:
             database={user: secrets.token_urlsafe(24) for user in ("postgres", *SERVICES)},
             bus_keys={service: new_seed() for service in SERVICES},
             callout_key=new_seed(),
-            sealing_key=new_sealing_key(),
-            secret_keys=f"k1:{new_seed()}",
             grant_key=new_seed(),
             server_key=new_seed(),
             worker_key=new_seed(),
             token=f"pst_{secrets.token_urlsafe(32)}",
         )
+        write_private(self.master_keys, f"k1:{new_seed()}\n".encode())
         write_private(path, msgspec.json.encode(made))
         return made
 

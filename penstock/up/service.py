@@ -10,23 +10,24 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import msgspec
-
 from penstock.up.processes import die_with_parent, name_process
 from penstock.up.signals import Signals
+from proto.private import Private
 
 Main = Callable[[Mapping[str, str], Mapping[str, socket.socket]], None]
 
 
-class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
+class ServiceSpec(Private, frozen=True, kw_only=True):
     """`main` runs in the child until it is told to stop, with `environ` as its whole environment. `sockets` are bound and listening, and outlive the
-    child, so that whoever calls while it restarts waits instead of being refused; `status` among them answers `/readyz`."""
+    child, so that whoever calls while it restarts waits instead of being refused; `status` among them answers `/readyz`. `spare`: the system may
+    serve without it for a while."""
 
     name: str
     main: Main
     environ: dict[str, str]
     sockets: dict[str, socket.socket]
     log: Path
+    spare: bool = False
 
     @property
     def status(self) -> str:

@@ -16,7 +16,6 @@ import services.gateway.__main__
 import services.scheduler.__main__
 import services.worker.__main__
 from libs.eventlog.migrate import role_of
-from libs.sealing import sealing_public_key
 from libs.tokens import public_key
 from penstock.up.datadir import FIRST_TEAM, LOCAL_WORKER, DataDir, Ports, Secrets
 from penstock.up.service import Main, ServiceSpec
@@ -59,9 +58,9 @@ def service_specs(
         # Generated passwords are base64url: nothing in them needs quoting.
         return {"PENSTOCK_DATABASE_URL": f"postgresql://{role_of(service)}:{secrets.database[service]}@127.0.0.1:{ports.postgres}/postgres"}
 
-    def spec(name: str, main: Main, settings: Mapping[str, str], **sockets: socket.socket) -> ServiceSpec:
-        status = socket.create_server(("127.0.0.1", 0), backlog=64)
-        return ServiceSpec(name=name, main=main, environ={**base, **settings}, sockets={"status": status, **sockets}, log=data.log(name))
+    def spec(name: str, main: Main, settings: Mapping[str, str], spare: bool = False, **sockets: socket.socket) -> ServiceSpec:
+        sockets["status"] = socket.create_server(("127.0.0.1", 0), backlog=64)
+        return ServiceSpec(name=name, main=main, environ={**base, **settings}, sockets=sockets, log=data.log(name), spare=spare)
 
     return [
         spec(
@@ -73,7 +72,6 @@ def service_specs(
                 "PENSTOCK_ARTIFACTS_URL": artifacts_url,
                 "PENSTOCK_ARTIFACTS_PUBLIC_URL": artifacts_url,
                 "PENSTOCK_GRANT_KEY": secrets.grant_key,
-                "PENSTOCK_SEALING_PUBLIC_KEY": sealing_public_key(secrets.sealing_key),
                 "PENSTOCK_BOOTSTRAP_TEAM": FIRST_TEAM,
                 "PENSTOCK_BOOTSTRAP_TOKEN_SHA256": hashlib.sha256(secrets.token.encode()).hexdigest(),
                 "PENSTOCK_BOOTSTRAP_WORKERS": f"{LOCAL_WORKER}={public_key(secrets.worker_key)}",
@@ -92,8 +90,7 @@ def service_specs(
                 "PENSTOCK_ARTIFACTS_URL": artifacts_url,
                 "PENSTOCK_SERVER_KEY": secrets.server_key,
                 "PENSTOCK_CALLOUT_SEED": secrets.callout_key,
-                "PENSTOCK_SEALING_KEY": secrets.sealing_key,
-                "PENSTOCK_SECRET_KEYS": secrets.secret_keys,
+                "PENSTOCK_SECRET_KEYS_FILE": str(data.master_keys),
                 **_given("PENSTOCK_LEASE_SECONDS", options.lease_seconds),
             },
         ),
@@ -124,6 +121,7 @@ def service_specs(
                 **_given("PENSTOCK_WORKER_SANDBOX", options.sandbox),
                 **_given("PENSTOCK_WORKER_DOCKER_URL", environ.get("DOCKER_HOST")),
             },
+            spare=True,  # it may have been revoked, and others do the work
         ),
     ]
 

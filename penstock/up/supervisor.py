@@ -61,6 +61,8 @@ class Supervisor:
     called whenever a process comes or goes. One thread, no event loop: it is what every service is forked from."""
 
     START_TIMEOUT = 60.0
+    SPARE_TIMEOUT = 10.0
+    """Seconds that are waited for a service that the system may serve without, once all others are ready."""
     DEATHS_AT_START = 3
     DRAIN = 15.0
     """Seconds that a service may take to end."""
@@ -105,9 +107,13 @@ class Supervisor:
             self._services[service.spec.name] = service
             self._start(service.spec.name, service)
         deadline = time.monotonic() + self.START_TIMEOUT
-        for name, service in self._services.items():
+        for name, service in sorted(self._services.items(), key=lambda each: each[1].spec.spare):
+            patience = time.monotonic() + self.SPARE_TIMEOUT if service.spec.spare else deadline
             while (why := service.unready()) is not None:
-                self._continue_booting(name, f"{name} is not ready after {self.START_TIMEOUT:g} s: {why}", deadline)
+                if service.spec.spare and time.monotonic() > patience:
+                    self._say(f"{name} is not ready: {why}; all else is (its log: {self._logs[name]})")
+                    break
+                self._continue_booting(name, f"{name} is not ready after {self.START_TIMEOUT:g} s: {why}", max(deadline, patience))
 
     def _start(self, name: str, part: Part) -> None:
         if self._signals.stops:

@@ -29,7 +29,8 @@ LOCAL_TARGET = "local"
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What `up` was asked for. `data` and `targets` are absolute paths. `port`: the gateway's, exactly; 0 for a free one; otherwise the
-    usual one, or a free one when that is taken. `store`: the URL of the object store; a folder in `data` by default."""
+    usual one, or a free one when that is taken. `store`: the URL of the object store; a folder in `data` by default. `restored`: the database is not
+    what it was when it was last used."""
 
     data: str
     targets: str
@@ -38,6 +39,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sandbox: str | None = None
     lease_seconds: float | None = None
     store: str | None = None
+    restored: bool = False
 
 
 class AlreadyRunning(Exception):
@@ -179,10 +181,15 @@ class System:
 
     def _migrate(self, signals: Signals, lock: int, postgres: EmbeddedPostgres, secrets: Secrets) -> ForkedService:
         """Bring the database up to date in a child, so that this process never runs an event loop, and meanwhile can import."""
-        from libs.eventlog.migrate import migrate
+        from libs.eventlog.migrate import migrate, raise_epoch
+
+        async def prepare() -> None:
+            await migrate(postgres.dsn(), secrets.database)
+            if self._request.restored:
+                await raise_epoch(postgres.dsn())
 
         def main(environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> None:
-            asyncio.run(migrate(postgres.dsn(), secrets.database))
+            asyncio.run(prepare())
 
         spec = ServiceSpec(name="migrate", main=main, environ={"HOME": str(self._data.path)}, sockets={}, log=self._data.log("migrate"))
         child = ForkedService(spec, signals, descriptors=[lock])

@@ -38,7 +38,8 @@ class StageQueued(Event, frozen=True, kw_only=True):
 
 
 class StepStarted(Event, frozen=True, kw_only=True):
-    """builds, on a worker's report: the step's command runs on `worker`, inside `sandbox`, in exactly this `image` if in any."""
+    """builds, on a worker's report: the step's command runs on `worker`, inside `sandbox`, in exactly this `image` if in any, which its
+    task names by `reference`."""
 
     stage: str
     attempt: int
@@ -46,6 +47,7 @@ class StepStarted(Event, frozen=True, kw_only=True):
     worker: str
     sandbox: str = ""
     image: str = ""
+    reference: str = ""
     timeout: int = 0
     report: int = 0
 

@@ -10,6 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter
 
 from libs.proofs import NOTHING, STREAM, Late, check_proof
+from libs.runtime.addresses import address_of
 from libs.runtime.http import Problem
 from libs.tokens import BadSignature, BadToken, BuildToken, Grant, read_token
 from services.artifacts.queries import Queries
@@ -22,13 +23,16 @@ logger = structlog.get_logger()
 
 
 class Access:
-    """Checks tokens. `now` is unix seconds."""
+    """Checks tokens. `now` is unix seconds by the clock that all services share, `own` by this machine's, which is the one that workers are told."""
 
-    def __init__(self, grant_key: str, server_key: str, queries: Queries, now: Callable[[], float], registry: CollectorRegistry) -> None:
+    def __init__(
+        self, grant_key: str, server_key: str, queries: Queries, now: Callable[[], float], own: Callable[[], float], registry: CollectorRegistry
+    ) -> None:
         self._grant_key = grant_key
         self._server_key = server_key
         self._queries = queries
         self._now = now
+        self._own = own
         self._refusals = Counter("penstock_artifacts_refusals", "Requests that showed no right to what they asked", ["why"], registry=registry)
 
     def grant(self, request: web.Request, subject: str, *actions: Action) -> Grant:
@@ -73,7 +77,7 @@ class Access:
         try:
             shown = _bearer(request)
             token = read_token(self._server_key, shown, self._now(), BuildToken)
-            content = check_proof(token.key, request.headers, shown, request.method, request.rel_url.raw_path_qs, self._now())
+            content = check_proof(token.key, request.headers, shown, request.method, request.rel_url.raw_path_qs, self._own())
         except BadToken:
             raise self._unknown(request, "no build token") from None
         except BadSignature:
@@ -99,7 +103,7 @@ class Access:
     def _note(self, request: web.Request, why: str, token: BuildToken | None) -> None:
         self._refusals.labels(why).inc()
         named = {"worker": token.worker, "build": token.build, "stage": token.stage, "attempt": token.attempt} if token else {}
-        logger.warning("refused", why=why, method=request.method, path=request.path, address=request.remote, **named)
+        logger.warning("refused", why=why, method=request.method, path=request.path, address=address_of(request), **named)
 
 
 def _bearer(request: web.Request) -> str:

@@ -73,9 +73,15 @@ class Archivist:
         async with asyncio.TaskGroup() as tasks, self._bus.consume(ARTIFACTS_ARCHIVE) as batches:
             async for batch in batches:
                 logs: list[tuple[Message, EndedLog]] = []
+                try:
+                    epoch = await self._log.epoch()
+                except LogUnavailable:
+                    for message in batch:
+                        message.nak(1.0)
+                    continue
                 for message in batch:
                     try:
-                        ended = on_event(message.data)
+                        ended = on_event(message.data, epoch)
                     except UnknownEvent as error:  # not poison, but newer than this code
                         logger.error("an event that this version does not know waits for one that does", subject=message.subject, tag=str(error))
                         message.nak(UNKNOWN_AGAIN)

@@ -26,9 +26,11 @@ class EndedLog(msgspec.Struct, frozen=True, kw_only=True):
         return f"logs.*.{self.build}.{self.stage}.{self.attempt}"
 
 
-def on_event(data: bytes) -> EndedLog | None:
-    """A message of EVENTS; None when it ends no attempt, or one without a log."""
-    return ended_log(fact(decode_cloud_event(data).recorded()))
+def on_event(data: bytes, epoch: int) -> EndedLog | None:
+    """A message of EVENTS; None when it ends no attempt, or one without a log, or is of an earlier epoch of the log: what is still so is published
+    again."""
+    event = decode_cloud_event(data)
+    return ended_log(fact(event.recorded())) if event.epoch >= epoch else None
 
 
 def ended_log(happened: Fact) -> EndedLog | None:

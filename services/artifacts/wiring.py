@@ -4,9 +4,9 @@ import asyncio
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from uuid import uuid4
 
-import msgspec
 from aiohttp import web
 
 from libs.archives.rules import Limits
@@ -14,14 +14,19 @@ from libs.archives.selftest import self_test
 from libs.blobstore.store import open_blob_store
 from libs.bus.bus import Bus, BusUnavailable
 from libs.bus.jetstream import connect_jetstream
+from libs.eventlog.clock import SharedClock
+from libs.eventlog.log import LogUnavailable
 from libs.eventlog.postgres import open_postgres_log
 from libs.eventlog.projections import StoredProjection
+from libs.runtime.addresses import PROXIES, networks
 from libs.runtime.commands import CommandLoop
+from libs.runtime.epoch import Epoch
 from libs.runtime.ids import new_id
 from libs.runtime.memory import give_back_memory, keep_memory
 from libs.runtime.projector import Projector
 from libs.runtime.service import Service
 from libs.runtime.settings import decode
+from proto.private import Private
 from proto.topology import CONSUMERS, STREAMS
 from services.artifacts.access import Access
 from services.artifacts.answers import Traffic
@@ -46,12 +51,13 @@ _REST = 60.0
 """Seconds after which all that is free is given back."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class Settings(Private, frozen=True, kw_only=True):
     """`store_url`: where blobs are kept (`file:///folder`, `s3://bucket/prefix`, …). `grant_public_key` is the gateway's, `server_public_key` the
     scheduler's. `max_artifact_bytes` and `max_artifact_files` bound one artifact, `max_uploads` what may come and `max_downloads`
     what may go at once; `log_patience` and
     `tidy_seconds` (how often what nobody needs is looked for) are in seconds. `instance` is for whoever sees to it that no two processes run
-    under one name at a time: what a predecessor of that name left unfinished is collected at once."""
+    under one name at a time: what a predecessor of that name left unfinished is collected at once. `trusted_proxies`: from which networks (CIDRs,
+    comma-separated; none by default) X-Forwarded-For is believed."""
 
     database_url: str
     nats_url: str
@@ -66,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_patience: float = PATIENCE
     tidy_seconds: float = 60.0
     instance: str = ""
+    trusted_proxies: str = ""
 
 
 async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> web.Application | None:
@@ -74,6 +81,9 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     keep_memory(_KEPT)
     self_test()
     log = await service.enter(open_postgres_log(settings.database_url))
+    clock = SharedClock(log.pool, time.time, time.monotonic)
+    with suppress(LogUnavailable):
+        await clock.look()
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "artifacts"))
     bus.measure(service.registry)
     instance = f"{settings.instance}-" if settings.instance else ""
@@ -82,7 +92,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     commands: CommandLoop[Command, State] = CommandLoop(log, ArtifactDecider(), new_id, creates=_creates)
     projector = Projector(log, StoredProjection(log.pool, ARTIFACTS), urgent=frozenset(), linger=0.1)
     queries = Queries(log, log.pool, projector)
-    access = Access(settings.grant_public_key, settings.server_public_key, queries, time.time, service.registry)
+    access = Access(settings.grant_public_key, settings.server_public_key, queries, clock.now, time.time, service.registry)
     limits = Limits(max_bytes=settings.max_artifact_bytes, max_members=settings.max_artifact_files)
     trees, logs, sessions, traffic = Trees(store), Logs(store), Sessions(log.pool), Traffic(service.registry)
     archivist = Archivist(bus, log, commands, logs, service.registry, settings.log_patience)
@@ -92,18 +102,24 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     most_chunks = settings.max_artifact_files + (settings.max_artifact_bytes >> 23)
     serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, janitor.wake, settings.max_downloads)
 
+    projector.measure(service.registry)
     service.depends("database", lambda: projector.problem)
+    service.warns("projection", lambda: projector.stuck)
     service.depends("nats", lambda: None if bus.connected else "is not connected")
     service.depends("store", lambda: store.problem)
     service.depends("uploads", lambda: janitor.problem)
+    service.spawn("epoch", Epoch(log, service.draining.set).watch())
     service.spawn("store", store.run())
+    service.spawn("clock", clock.run())
     service.spawn("commands", commands.run())
     service.spawn("projector", projector.run())
     service.spawn("archivist", _archiving(bus, archivist))
     service.spawn("late logs", LateLogs(bus, queries, archivist, settings.log_patience).run())
     service.spawn("janitor", janitor.run())
     service.spawn("memory", _giving_back())
-    return application(receiving, serving)
+    app = application(receiving, serving)
+    app[PROXIES] = networks("PENSTOCK_TRUSTED_PROXIES", settings.trusted_proxies)
+    return app
 
 
 def _creates(command: Command) -> bool:

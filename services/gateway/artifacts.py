@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 from yarl import URL
 
+from libs.runtime.addresses import address_of
 from libs.runtime.http import unavailable
 from libs.tokens import sign_token
 from proto.api import Direct
@@ -102,7 +103,7 @@ class ArtifactsClient:
     def direct(self, deed: DirectDeed, whose: Whose, below: str, request: web.Request) -> Direct | None:
         """Where the client who asks may do this itself. An address of this machine is only for who asked for an address of this machine, and is on
         it: what comes through a proxy does not see that address, or another one there."""
-        if not self._public_url or (_is_here(URL(self._public_url).host) and not (_is_here(request.remote) and _is_here(request.url.host))):
+        if not self._public_url or (_is_here(URL(self._public_url).host) and not (_is_here(address_of(request)) and _is_here(request.url.host))):
             return None
         url = f"{self._public_url}/artifacts/{whose.artifact}{below}"
         return Direct(url=url, token=self._signed(deed, whose, DIRECT_SECONDS), seconds=DIRECT_SECONDS)

@@ -80,7 +80,7 @@ class RequestDecider:
             case RecallBuild(), Unasked():
                 raise Refused("missing", "there was no such request")
             case ((RequestBuild() | RecallBuild()), Asked()):
-                if state.body_mac != command.body_mac:
+                if not hmac.compare_digest(state.body_mac, command.body_mac):
                     raise Refused("conflict", "this Idempotency-Key came with another body before")
                 return []
             case AbortBuild(), Unasked():
@@ -170,21 +170,24 @@ class Token(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A worker by its key, and the token that it came with ("" if the deployment names it)."""
+    """A worker by its key, and the token that it came with ("" if the deployment names it). `burnt`: keys of this name that were revoked."""
 
     key: str
     token_id: str = ""
     draining: bool = False
     revoked: bool = False
+    burnt: frozenset[str] = frozenset()
 
 
 class Deleted(msgspec.Struct, frozen=True):
-    """There was a worker of this name. What let it in lets it in no more."""
+    """There was a worker of this name. What let it in lets it in no more, nor is a key that was revoked ever good again."""
 
     token_id: str
+    burnt: frozenset[str] = frozenset()
 
 
 Fleet = Token | Member | Deleted | None
+REVOKED = "this key was revoked"
 
 
 class FleetDecider:
@@ -220,6 +223,8 @@ class FleetDecider:
                 raise Refused("unknown", "the token is of no use")
             case RegisterWorker(), Deleted() if command.token_id in ("", state.token_id):  # the deployment names it at each start
                 raise Refused("conflict", f"`{command.worker}` was deleted")
+            case RegisterWorker(), Deleted() if command.key in state.burnt:
+                raise Refused("conflict", REVOKED)
             case RegisterWorker(), None | Deleted():
                 registered = WorkerRegistered(worker=command.worker, key=command.key, tags=command.tags, token_id=command.token_id)
                 return [] if command.trial else [registered]
@@ -239,15 +244,15 @@ class FleetDecider:
             case RegistrationTokenUsed(), Token():
                 return msgspec.structs.replace(state, used=(event.worker, event.key))
             case WorkerRegistered(), _:
-                return Member(event.key, event.token_id)
+                return Member(event.key, event.token_id, burnt=state.burnt if isinstance(state, Deleted) else frozenset())
             case WorkerDrained(), Member():
                 return msgspec.structs.replace(state, draining=True)
             case WorkerResumed(), Member():
                 return msgspec.structs.replace(state, draining=False)
             case WorkerRevoked(), Member():
-                return msgspec.structs.replace(state, revoked=True)
+                return msgspec.structs.replace(state, revoked=True, burnt=state.burnt | {state.key})
             case WorkerDeleted(), Member():
-                return Deleted(state.token_id)
+                return Deleted(state.token_id, state.burnt)
             case _:
                 raise TypeError(f"{type(event).__name__} on a fleet stream")
 

@@ -6,7 +6,7 @@ It reads only while someone watches. Whoever watches is told of every event afte
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import takewhile
 
 import msgspec
@@ -164,5 +164,6 @@ def build_of(recorded: Recorded) -> str:
     if category in ("build", "lease"):
         return recorded.stream.partition("-")[2]
     if recorded.type == "log.archived":
-        return msgspec.json.decode(recorded.data, type=_ArchivedLog).build
+        with suppress(msgspec.MsgspecError):  # the projection is who says so
+            return msgspec.json.decode(recorded.data, type=_ArchivedLog).build
     return ""

@@ -16,6 +16,7 @@ NOT_CREATED = "it was not taken up yet"
 def prepared(stages: Iterable[BuildStage], facts: Iterable[Fact]) -> list[Preparation]:
     """`stages` as they are known to be; `facts` of the build's own stream and of its leases, in order."""
     found = {stage.name: Preparation(stage=stage.name, state="blocked", reason=NOT_CREATED) for stage in stages}
+    lost: dict[tuple[str, int], str] = {}
     for fact in facts:
         event = fact.event
         match event:
@@ -24,10 +25,13 @@ def prepared(stages: Iterable[BuildStage], facts: Iterable[Fact]) -> list[Prepar
             case BuildFinished():
                 found = {name: replace(one, state="over") for name, one in found.items()}
             case StageQueued(stage=name, attempt=attempt):
-                found[name] = Preparation(stage=name, state="queued", attempt=attempt, needs=found[name].needs, since=fact.recorded_at)
+                why = lost.get((name, attempt - 1), "")
+                found[name] = Preparation(stage=name, state="queued", attempt=attempt, needs=found[name].needs, since=fact.recorded_at, lost=why)
             case StageDeferred() | StageLeased() | StepStarted() | LeaseExpired() | StageFinished():
                 if found[event.stage].attempt == event.attempt and found[event.stage].state != "over":
                     found[event.stage] = _after(found[event.stage], fact)
+                if isinstance(event, LeaseExpired):
+                    lost[event.stage, event.attempt] = event.evidence
             case _:
                 pass
     return list(found.values())

@@ -38,9 +38,13 @@ class Presence:
                 self.hear(message.subject.partition(".")[2], message.data)
 
     def hear(self, worker: str, data: bytes) -> None:
-        """Keep it."""
-        if worker in self._newest or len(self._newest) < MANY:
-            self._newest[worker] = bytes(data), self._now()
+        """Keep it, and forget who was silent longest when there are too many."""
+        self._newest.pop(worker, None)
+        self._newest[worker] = bytes(data), self._now()
+        if len(self._newest) > MANY:
+            silent = next(iter(self._newest))
+            del self._newest[silent]
+            self._read.pop(silent, None)
 
     def of(self, worker: str, key: str, boot: str) -> Heard | None:
         """What it said last; None when nothing was heard of it, or nothing that bears `key` and is of its present `boot`."""

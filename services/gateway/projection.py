@@ -34,12 +34,12 @@ from proto.events.fleet import (
 )
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.request import BuildAbortRequested, BuildRequested
-from proto.events.secret import SecretRemoved, SecretSet
+from proto.events.secret import SealingKeyMade, SecretRemoved, SecretSet
 from proto.events.team import DEFAULT_POLICY, Role, TeamCreated, TeamPolicySet, TokenIssued
 from proto.events.worker import WorkerBooted, WorkerLost
 from services.gateway.workers import LeaseRow, WorkerRow, lease_keys, leases_after, of_worker, worker_after
 
-CODE_VERSION = "4"
+CODE_VERSION = "6"
 """Raised when a row's meaning changes: the tables are then rebuilt from the log."""
 
 CATEGORIES = frozenset({"team", "request", "build", "lease", "artifact", "fleet", "worker", "secret"})
@@ -139,14 +139,35 @@ class SecretRow(msgspec.Struct, frozen=True, kw_only=True):
     set_by: str
 
 
+class SealingKeyRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What secrets are sealed to on their way to the schedulers: the public `key`, whose private one is stored as `entry`. There is one row."""
+
+    id: str
+    version: int
+    entry: str
+    key: str
+
+
+class RevokedKeyRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's key that is good for nothing any more, and the last name that it had."""
+
+    key: str
+    worker: str
+
+
+SEALING = "latest"
+"""The id of that row."""
+
 TABLES = (
     Table(TeamRow, "teams", "name"),
     Table(TokenRow, "tokens", "sha256"),
     Table(BuildRow, "builds", "id"),
     Table(ArtifactRow, "artifacts", "id"),
     Table(WorkerRow, "workers", "name"),
+    Table(RevokedKeyRow, "revoked_keys", "key"),
     Table(LeaseRow, "leases", "key"),
     Table(SecretRow, "secrets", "id"),
+    Table(SealingKeyRow, "sealing_keys", "id"),
 )
 
 
@@ -193,7 +214,9 @@ def keys(fact: Fact) -> Iterable[tuple[type[Any], str]]:
             yield WorkerRow, fact.event.worker
         case WorkerDrained() | WorkerResumed() | WorkerRevoked() | WorkerDeleted():
             yield WorkerRow, of_worker(fact)
-        case TokenIssued() | BuildAbortRequested() | RegistrationTokenIssued() | RegistrationTokenUsed() | SecretSet() | SecretRemoved():
+        case TokenIssued() | BuildAbortRequested() | RegistrationTokenIssued() | RegistrationTokenUsed():
+            pass
+        case SecretSet() | SecretRemoved() | SealingKeyMade():
             pass
         case _:
             raise TypeError(f"{type(fact.event).__name__} is not projected")
@@ -242,11 +265,15 @@ def project(fact: Fact, get: Get) -> Iterable[Any]:
         case WorkerDrained() | WorkerResumed() | WorkerRevoked() | WorkerDeleted():
             if worker := worker_after(get(WorkerRow, of_worker(fact)), fact):
                 yield worker
+                if isinstance(event, WorkerRevoked):
+                    yield RevokedKeyRow(key=worker.key, worker=worker.name)
         case SecretSet():
             id_ = f"{fact.team}/{event.name}"
             yield SecretRow(id=id_, team=fact.team, name=event.name, version=event.version, set_at=fact.recorded_at, set_by=event.by)
         case SecretRemoved():
             yield Gone(SecretRow, f"{fact.team}/{event.name}")
+        case SealingKeyMade():
+            yield SealingKeyRow(id=SEALING, version=event.version, entry=event.entry, key=event.key)
         case BuildAbortRequested() | RegistrationTokenIssued() | RegistrationTokenUsed():
             pass
         case LogArchived():
@@ -348,7 +375,7 @@ def _stage_after(stage: BuildStage, event: StageEvent) -> BuildStage:
             return replace(stage, worker=event.worker, reason="")
         case StepStarted():
             stage = replace(stage, status="started", worker=event.worker, sandbox=event.sandbox, reason="")
-            return _step(stage, event.step, status="started")
+            return _step(stage, event.step, status="started", image=_text(event.image), reference=_text(event.reference))
         case StepProgressed():
             return _step(stage, event.step, percent=event.percent)
         case StepFinished():

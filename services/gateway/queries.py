@@ -9,7 +9,7 @@ import msgspec
 
 from libs.eventlog.log import LogUnavailable
 from libs.eventlog.postgres import unavailable
-from services.gateway.projection import ArtifactRow, BuildRow, SecretRow, TeamRow, TokenRow
+from services.gateway.projection import SEALING, ArtifactRow, BuildRow, RevokedKeyRow, SealingKeyRow, SecretRow, TeamRow, TokenRow
 from services.gateway.workers import LeaseRow, WorkerRow
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -96,6 +96,8 @@ class Queries:
         self.team = Lookup(pool, TeamRow, "teams", "name").get
         self.secret = Lookup(pool, SecretRow, "secrets", "id").get
         self.worker = Lookup(pool, WorkerRow, "workers", "name").get
+        self.revoked_key = Lookup(pool, RevokedKeyRow, "revoked_keys", "key").get
+        self._sealing_key = Lookup(pool, SealingKeyRow, "sealing_keys", "id").get
 
     async def position(self) -> int:
         """Up to where in the log the rows are what it says."""
@@ -127,6 +129,10 @@ class Queries:
     async def secrets(self, team: str, limit: int, after: str) -> list[SecretRow]:
         """The team's, by name, from the first one after `after`."""
         return await self._rows(SecretRow, _SECRETS, team, after, limit)
+
+    async def sealing_key(self) -> SealingKeyRow | None:
+        """What secrets are sealed to now; None before any scheduler has led."""
+        return await self._sealing_key(SEALING)
 
     async def workers(self, limit: int, after: str) -> list[WorkerRow]:
         """Those that were not deleted, by name, from the first one after `after`."""

@@ -1,10 +1,22 @@
 """What the gateway says no with, in the same words everywhere."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Literal
 
 from libs.runtime.http import Problem
 
 GONE = {"expired": "has expired", "deleted": "was deleted"}
+
+
+class Denied(Problem):
+    """Whoever asks may not, or is nobody that we know (401, 403). `why`, and who it is by its own word (`named`), are for our own log."""
+
+    def __init__(self, status: Literal[401, 403], title: str, detail: str = "", *, why: str, named: Mapping[str, str] = {}) -> None:
+        headers = {"WWW-Authenticate": 'Bearer realm="penstock"'} if status == 401 else None
+        super().__init__(status, "unauthorized" if status == 401 else "forbidden", title, detail, headers)
+        self.why = why
+        self.named = named
 
 
 def absent(what: str, name: str) -> Problem:

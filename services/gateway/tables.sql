@@ -80,6 +80,11 @@ CREATE TABLE workers (
     build_finished_at timestamptz
 );
 
+CREATE TABLE revoked_keys (
+    key text PRIMARY KEY,
+    worker text NOT NULL
+);
+
 CREATE TABLE leases (
     key text PRIMARY KEY,
     build text NOT NULL,
@@ -103,3 +108,10 @@ CREATE TABLE secrets (
 );
 
 CREATE INDEX secrets_by_name ON secrets (team, name);
+
+CREATE TABLE sealing_keys (
+    id text PRIMARY KEY,
+    version bigint NOT NULL,
+    entry text NOT NULL,
+    key text NOT NULL
+);

@@ -7,6 +7,7 @@ import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -15,21 +16,26 @@ import msgspec
 from aiohttp import web
 from prometheus_client import Counter
 
-from libs.bus.bus import Bus
 from libs.bus.jetstream import connect_jetstream
+from libs.eventlog.clock import SharedClock
+from libs.eventlog.log import LogUnavailable
 from libs.eventlog.postgres import open_postgres_log
 from libs.eventlog.projections import StoredProjection
+from libs.runtime.addresses import PROXIES, networks
 from libs.runtime.commands import CommandLoop
+from libs.runtime.epoch import Epoch
 from libs.runtime.http import problems
 from libs.runtime.ids import new_id
 from libs.runtime.memory import keep_memory
 from libs.runtime.projector import Projector
 from libs.runtime.service import Service
-from libs.runtime.settings import BadSettings, decode
+from libs.runtime.settings import decode
 from libs.tokens import public_key
 from proto.api import Build, TeamName
+from proto.private import Private
 from services.gateway import decider
 from services.gateway.artifacts import ArtifactsClient
+from services.gateway.audit import Audit
 from services.gateway.auth import Authenticator
 from services.gateway.bootstrap import Bootstrap
 from services.gateway.certainty import ReadModels
@@ -64,12 +70,13 @@ URGENT = frozenset({"request", "team", "artifact", "fleet", "secret"})
 LINGER = 0.002
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class Settings(Private, frozen=True, kw_only=True):
     """`artifacts_public_url` is where clients reach the artifacts service, to move bytes past the gateway ("": they do not); `grant_key` signs grants
-    for it; `sealing_public_key` is the schedulers', to seal secrets to; `server_public_key` is the scheduler's, which workers trust;
+    for it; `server_public_key` is the scheduler's, which workers trust;
     `worker_nats_url`: where workers reach the bus, if not by `nats_url`. `bootstrap_*` name the first team, the SHA-256 (hex) of its first token, and
     the first workers (`name=public key`, comma-separated);
-    `public_url` is what clients reach the gateway by; `max_submissions`: submissions under way at once, past that 429;
+    `public_url` is what clients reach the gateway by; `trusted_proxies`: from which networks (CIDRs, comma-separated; none by default)
+    X-Forwarded-For is believed; `max_submissions`: submissions under way at once, past that 429;
     `sse_*`: seconds between heartbeats, seconds in which a client must take something, bytes buffered for the watchers of one build;
     `log_wait_seconds`: how long the rest of a finished log is waited for."""
 
@@ -79,13 +86,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     artifacts_url: str
     artifacts_public_url: str = ""
     grant_key: str
-    sealing_public_key: str
     server_public_key: str
     worker_nats_url: str = ""
     bootstrap_team: TeamName = "main"
     bootstrap_token_sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-fA-F]{64})?$")] = ""
     bootstrap_workers: Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9_-]{1,64}=[A-Za-z0-9_-]{43}(,|$))*$")] = ""
     public_url: str = ""
+    trusted_proxies: str = ""
     max_submissions: int = 1000
     sse_heartbeat_seconds: float = 15.0
     sse_stall_seconds: float = 15.0
@@ -99,6 +106,9 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     keep_memory(8 << 20)
     public_url = settings.public_url.rstrip("/") or _url_of(sockets.get("http"))
     log = await service.enter(open_postgres_log(settings.database_url, size=6))
+    clock = SharedClock(log.pool, time.time, time.monotonic)
+    with suppress(LogUnavailable):
+        await clock.look()
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "gateway"))
     bus.measure(service.registry)
     session = await service.enter(
@@ -117,8 +127,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     fleet: CommandLoop[FleetCommand, decider.Fleet] = CommandLoop(log, decider.FleetDecider(), new_id)
     feed = LogFeed(log)
     queries = Queries(log.pool)
-    keeper = _keeper(bus, settings)
-    artifacts = ArtifactsClient(session, settings.artifacts_url, settings.grant_key, time.time, settings.artifacts_public_url)
+    keeper = SecretKeeper(bus, queries.sealing_key)
+    artifacts = ArtifactsClient(session, settings.artifacts_url, settings.grant_key, clock.now, settings.artifacts_public_url)
     authenticator = Authenticator(queries.token, time.monotonic)
     presence = Presence(time.time)
     streams = Streams(settings.sse_heartbeat_seconds, settings.sse_stall_seconds)
@@ -167,26 +177,36 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
             ),
             first=settings.bootstrap_team,
             ids=new_id,
-            now=time.time,
+            now=clock.now,
             rate=Rate(2.0, 30, time.monotonic),
             registrations=Counter("penstock_registrations", "Workers that wanted to be registered", ["result"], registry=service.registry),
         ).endpoints(),
         *FleetRoutes(queries=queries, presence=presence, first=settings.bootstrap_team, now=time.time).endpoints(),
-        *SecretRoutes(queries=queries, keeper=keeper, passed=projector.passed).endpoints(),
+        *SecretRoutes(queries=queries, keeper=keeper, passed=projector.passed, first=settings.bootstrap_team).endpoints(),
         *PreparationRoutes(queries=queries, log=log, bus=bus).endpoints(),
         *EventRoutes(feed=feed, streams=streams).endpoints(),
     ]
     about = AboutRoutes(version=importlib.metadata.version("penstock"), authenticator=authenticator, public_url=public_url, known=known)
     app = web.Application(middlewares=[problems])
-    add(app, [*known, *about.endpoints()], authenticator, ReadModels(projector, log, queries.position))
+    app[PROXIES] = networks("PENSTOCK_TRUSTED_PROXIES", settings.trusted_proxies)
+    add(app, [*known, *about.endpoints()], authenticator, ReadModels(projector, log, queries.position), Audit(service.registry))
 
     async def close_streams(_: web.Application) -> None:
         streams.close()
 
+    async def say_if_stale(_: web.Request, response: web.StreamResponse) -> None:
+        if projector.stuck is not None:
+            response.headers["Penstock-Stale"] = str(projector.position)
+
     app.on_shutdown.append(close_streams)
+    app.on_response_prepare.append(say_if_stale)
+    projector.measure(service.registry)
     service.depends("database", lambda: projector.problem)
+    service.warns("projection", lambda: projector.stuck)
     service.depends("bootstrap", lambda: bootstrap.problem)
     service.depends("nats", lambda: None if bus.connected else "is not connected")
+    service.spawn("epoch", Epoch(log, service.draining.set).watch())
+    service.spawn("clock", clock.run())
     service.spawn("requests", requests.run())
     service.spawn("teams", teams.run())
     service.spawn("fleet", fleet.run())
@@ -204,13 +224,6 @@ def new_token() -> str:
 
 def _pairs(text: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in text.split(",") if pair)
-
-
-def _keeper(bus: Bus, settings: Settings) -> SecretKeeper:
-    try:
-        return SecretKeeper(bus, settings.sealing_public_key)
-    except ValueError as error:
-        raise BadSettings(f"PENSTOCK_SEALING_PUBLIC_KEY: {error}") from None
 
 
 def _mac_with(grant_key: str) -> Callable[[bytes], str]:

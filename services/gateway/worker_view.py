@@ -68,7 +68,7 @@ def _status(row: WorkerRow, heard: Heard | None, leases: Sequence[LeaseRow], now
     if said.draining or row.standing == "drained":
         return "draining", row.reason
     if _in_use(said, leases) >= said.slots:
-        return "busy", ""
+        return "busy", said.limited
     if said.availability.credits:
-        return "available", ""
-    return "idle", "it wants no work now" if said.about.mode == "pull" else ""
+        return "available", said.limited
+    return "idle", "it wants no work now" if said.about.mode == "pull" else said.limited

@@ -10,19 +10,21 @@ from proto.events.artifact import LogArchived
 from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageInterrupted, StageQueued, StepFinished, StepProgressed, StepStarted
 from proto.events.fleet import WorkerDeleted, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
-from proto.events.secret import SecretRemoved, SecretSet
+from proto.events.secret import SealingKeyMade, SecretRemoved, SecretSet
 from proto.events.worker import WorkerBooted, WorkerLost
 from proto.messages import ArchivedLog, Attempt
 from proto.plan import Stage
-from services.scheduler.kept import Kept, Secret
 from services.scheduler.queue import Queue, Queued
 from services.scheduler.roster import Member, Roster
+from services.scheduler.secret_index import SealingKey, Secret, SecretIndex
 from services.scheduler.spooled import archive_of
 
 CATEGORIES = frozenset({"build", "lease", "worker", "fleet", "artifact", "secret"})
-CODE_VERSION = "3"
+CODE_VERSION = "5"
 REMEMBERED = 10_000
 """How many archived logs, and plans of builds, are remembered; the log knows the others."""
+LIVES = 16
+"""Boots of a worker that are remembered."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,8 +46,11 @@ class _Snapshot(msgspec.Struct, kw_only=True):
     queued: list[Queued]
     leases: list[Lease]
     boots: dict[str, str]
+    lives: dict[str, list[str]]
     members: dict[str, Member]
+    revoked: set[str]
     secrets: dict[str, dict[str, Secret]]
+    sealing: SealingKey | None
 
 
 class Board:
@@ -60,8 +65,10 @@ class Board:
         self.leases: dict[Attempt, Lease] = {}
         self.held: dict[str, dict[Attempt, Lease]] = {}
         self.boots: dict[str, str] = {}
+        self.lives: dict[str, list[str]] = {}
+        """Of each worker the last boots in the order in which they came first."""
         self.roster = Roster()
-        self.secrets = Kept()
+        self.secrets = SecretIndex()
         self.archived: OrderedDict[Attempt, ArchivedLog] = OrderedDict()
         self.plans: OrderedDict[str, dict[str, Stage]] = OrderedDict()
         self.news: deque[tuple[str, Attempt]] = deque(maxlen=REMEMBERED)
@@ -134,6 +141,10 @@ class Board:
                 self.secrets.over.append(build)
             case WorkerBooted() as event:
                 self.boots[event.worker] = event.boot
+                lives = self.lives.setdefault(event.worker, [])
+                if event.boot not in lives:
+                    lives.append(event.boot)
+                    del lives[:-LIVES]
             case WorkerLost() as event:
                 if self.boots.get(event.worker) == event.boot:
                     del self.boots[event.worker]
@@ -146,6 +157,8 @@ class Board:
                 self.roster.apply(build, fact.event)
             case SecretSet() | SecretRemoved() as event:
                 self.secrets.apply(fact.team, event)
+            case SealingKeyMade() as event:
+                self.secrets.sealing = SealingKey(event.version, event.entry, event.master, fact.recorded_at.timestamp())
             case _:
                 pass
 
@@ -170,8 +183,11 @@ class Board:
             queued=queued,
             leases=list(self.leases.values()),
             boots=self.boots,
+            lives=self.lives,
             members=self.roster.members,
+            revoked=self.roster.revoked,
             secrets=self.secrets.of_team,
+            sealing=self.secrets.sealing,
         )
         return msgspec.msgpack.encode(stored)
 
@@ -182,8 +198,9 @@ class Board:
         board = cls()
         board.position = position
         board.boots = stored.boots
-        board.roster = Roster(stored.members)
-        board.secrets = Kept(stored.secrets)
+        board.lives = stored.lives
+        board.roster = Roster(stored.members, stored.revoked)
+        board.secrets = SecretIndex(stored.secrets, stored.sealing)
         for queued in stored.queued:
             board.queue.add(queued)
             board.now = max(board.now, queued.queued_at)

@@ -77,10 +77,25 @@ class RemoveSecret(_OnSecret, frozen=True, kw_only=True):
     """The team shall have it no more."""
 
 
+class MakeSealingKey(msgspec.Struct, frozen=True, kw_only=True):
+    """From now on the gateway shall seal to `key`; the private one is stored as `entry`. `after`: only if so many were made before (None: in any
+    case)."""
+
+    entry: str
+    key: str
+    master: str
+    by: str
+    after: int | None = None
+
+
 LeaseCommand = LeaseStage | ExpireLease | DeferStage
 WorkerCommand = BootWorker | LoseWorker
-SecretCommand = SetSecret | RemoveSecret
+SecretCommand = SetSecret | RemoveSecret | MakeSealingKey
 Command = LeaseCommand | WorkerCommand | SecretCommand
+
+
+NOBODY, SEALING = "", "sealing-key"
+"""Whose secret the private keys are that open what the gateway seals, and what it is called: no team has an empty name."""
 
 
 def secret_stream(team: str, name: str) -> str:

@@ -8,15 +8,18 @@ import msgspec
 from libs.runtime.decisions import Refused
 from proto.events.base import Event
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
-from proto.events.secret import SecretRemoved, SecretSet
+from proto.events.secret import SealingKeyMade, SecretRemoved, SecretSet
 from proto.events.worker import WorkerBooted, WorkerLost
 from services.scheduler.commands import (
+    NOBODY,
+    SEALING,
     BootWorker,
     Command,
     DeferStage,
     ExpireLease,
     LeaseStage,
     LoseWorker,
+    MakeSealingKey,
     RemoveSecret,
     SetSecret,
     secret_stream,
@@ -61,6 +64,8 @@ class SchedulerDecider:
                 return f"worker-{command.worker}-{command.boot}"
             case SetSecret() | RemoveSecret():
                 return secret_stream(command.team, command.name)
+            case MakeSealingKey():
+                return secret_stream(NOBODY, SEALING)
             case _:
                 assert_never(command)
 
@@ -121,6 +126,10 @@ class SchedulerDecider:
                 if not state.secret.there:
                     return []
                 return [SecretRemoved(name=command.name, version=state.secret.version, by=command.by)]
+            case MakeSealingKey():
+                if command.after not in (None, state.secret.version):
+                    return []
+                return [SealingKeyMade(version=state.secret.version + 1, entry=command.entry, key=command.key, master=command.master, by=command.by)]
             case _:
                 assert_never(command)
 
@@ -138,7 +147,7 @@ class SchedulerDecider:
                 return msgspec.structs.replace(state, life="up")
             case WorkerLost():
                 return msgspec.structs.replace(state, life="lost")
-            case SecretSet():
+            case SecretSet() | SealingKeyMade():
                 return msgspec.structs.replace(state, secret=SecretState(event.version, event.entry, True))
             case SecretRemoved():
                 return msgspec.structs.replace(state, secret=msgspec.structs.replace(state.secret, there=False))

@@ -11,6 +11,7 @@ import structlog
 
 from libs.bus.bus import Bus, BusUnavailable, TooLarge
 from libs.eventlog.log import EventLog, LogUnavailable
+from libs.eventlog.projections import Unprojectable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
 from proto.catalogue import UnknownEvent
@@ -21,20 +22,22 @@ from services.scheduler.decider import State
 from services.scheduler.expiry import ends
 from services.scheduler.fleet import Worker, unlisted
 from services.scheduler.grants import Grants
-from services.scheduler.kept import Kept
 from services.scheduler.packages import Packer
 from services.scheduler.placement import Assignment, explain, place
 from services.scheduler.presence import Presence
 from services.scheduler.queue import Queued
 from services.scheduler.reader import Reader, Snapshots
+from services.scheduler.secret_index import SecretIndex
 from services.scheduler.spooled import forgettable
 from services.scheduler.vault import Vault
 from services.scheduler.waiting import waits
 
 logger = structlog.get_logger()
 
-TICK = 0.25
-"""Seconds between two looks at the clock when nothing happens."""
+TICK = 0.5
+"""Seconds between two looks at the clock when nothing happens, for who leads."""
+CANDIDATE_TICK = 0.25
+"""For who does not: as soon, at most, an election is noticed."""
 STALL = 2.0
 """A gap between two turns (seconds) after which this process was stopped, and what it did not hear proves nothing."""
 PATIENCE = 1.0
@@ -50,9 +53,21 @@ LOOK_AROUND = 0.5
 PRUNE_EVERY = 60.0
 CUT_SECONDS, CUT_EVERY = 10.0, 1.0
 """How long, and how often, the connections of one that was expelled are looked for: another instance may admit it until it has read as much."""
+KNOWS_SECONDS = 15.0
+"""So long after the log was last read it is still known who may work here; it is read every 5 s, if nothing happens."""
 URGENT = frozenset({"build", "fleet"})
 """What must be read at once: attempts to place, and their ends; who may be a worker. What became of leases and workers is mostly our own doing."""
 LINGER = 0.1
+SENDING = 3
+"""Turns of the event loop after which an append that was asked for is on its way to the database."""
+
+
+class Door(Protocol):
+    """What ends connections to the bus: `cut` those of a worker and its key, `sweep` those of all who are no workers."""
+
+    def cut(self, worker: str, key: str) -> None: ...
+
+    def sweep(self) -> None: ...
 
 
 class Leading(Protocol):
@@ -63,7 +78,7 @@ class Leading(Protocol):
 
 
 class Scheduler:
-    """`cut(worker, key)` ends the connections of a worker; `clock` is monotonic seconds, `now` unix seconds."""
+    """`clock` is monotonic seconds, `now` unix seconds."""
 
     def __init__(
         self,
@@ -75,7 +90,7 @@ class Scheduler:
         snapshots: Snapshots,
         packer: Packer,
         vault: Vault,
-        cut: Callable[[str, str], None],
+        door: Door,
         lease_seconds: float,
         clock: Callable[[], float],
         now: Callable[[], float],
@@ -90,13 +105,15 @@ class Scheduler:
         self._lease_seconds = lease_seconds
         self._clock = clock
         self._now = now
-        self._presence = Presence(lambda: self._board.roster, clock)
+        self._presence = Presence(lambda: self._board.roster, lambda worker: self._board.lives.get(worker, ()), clock)
         self._fleet = self._presence.fleet
-        self._cut = cut
+        self._door = door
         self._expelled: dict[tuple[str, str], tuple[float, float]] = {}
         """(worker, key): until when it is looked for, and when next."""
         self._grants = Grants()
         self.problem: str | None = "has not read the log yet"
+        self.stuck: Unprojectable | None = None
+        """The event that the board cannot take."""
         self._bell = asyncio.Event()
         self._listening_since = clock()
         self._term: int | None = None
@@ -111,14 +128,28 @@ class Scheduler:
         return self._reader.board
 
     @property
-    def kept(self) -> Kept:
+    def secret_index(self) -> SecretIndex:
         """Which secrets there are, as far as this instance has read."""
         return self._board.secrets
+
+    @property
+    def log_time(self) -> float:
+        """By the log's own clock (unix seconds)."""
+        return self._board.now
 
     def key_of(self, worker: str) -> str | None:
         """The public key of one that may work here, as far as this instance has read."""
         member = self._board.roster.get(worker)
         return member.key if member else None
+
+    @property
+    def refused(self) -> int:
+        """How many heartbeats were nobody's."""
+        return self._presence.refused
+
+    def knows(self) -> bool:
+        """Whether it has read the log lately: who may work here may have changed since."""
+        return self._clock() - self._reader.read_at <= KNOWS_SECONDS
 
     # --- what wakes the loop ---------------------------------------------------------------------------------------------------------
 
@@ -144,8 +175,8 @@ class Scheduler:
                 self.hear(message.subject, message.data)
 
     def hear(self, subject: str, data: bytes) -> None:
-        """Take note of one heartbeat."""
-        if self._presence.hear(subject, data):
+        """Take note of one heartbeat, once it is known whose it may be."""
+        if self._reader.whole and self._presence.hear(subject, data):
             self._bell.set()
 
     def waits(self, attempts: Sequence[Attempt]) -> StagesWait:
@@ -158,7 +189,7 @@ class Scheduler:
         """Turn for ever."""
         while True:
             try:
-                async with asyncio.timeout(TICK):
+                async with asyncio.timeout(TICK if self._term else CANDIDATE_TICK):
                     await self._bell.wait()
             except TimeoutError:
                 pass
@@ -184,19 +215,25 @@ class Scheduler:
         if self._reader.unread or term not in (None, self._term):
             await self._read()
         self.problem = None
+        self._enforce(now)
+        if term not in (None, self._term):
+            self._presence.forget_followed()
         heard, strangers = self._presence.take_heard(), self._presence.take_strangers()
         if term is None:
             self._term = None
             self._board.news.clear()
-            self._board.roster.news.clear()
             self._presence.forget_silent(self._lease_seconds)
             return
         if term != self._term:  # another may have led since
             self._term = term
             self._led_since = self._listening_since = now
             heard = self._presence.recent(RECENT) | heard  # told at once whom to quote, rather than at their next heartbeat
-            self._board.roster.news.extend((name, member.key) for name, member in self._board.roster.members.items() if member.barred)
-        self._enforce(now)
+            self._door.sweep()
+        if self.stuck is not None:  # leases are renewed; to give or end any would rest on half of the truth
+            for worker in heard.values():
+                await self._answer(worker, now)
+            await self._interrupt(now)
+            return
         await self._boot(heard, term)
         for name, heartbeat in strangers.items():
             await self._send_control(name, Control(boot=heartbeat.boot, number=heartbeat.number, challenge=b"", lease_seconds=self._lease_seconds))
@@ -212,13 +249,21 @@ class Scheduler:
 
     async def _read(self) -> None:
         """Whoever may not work here any more is not there from then on: the very turn that reads of it gives it nothing."""
-        await self._reader.read()
+        try:
+            await self._reader.read()
+        except Unprojectable as error:
+            if str(error) != str(self.stuck):
+                logger.error("the board stands still: what is leased goes on, and nothing else is", why=str(error), exc_info=error.__cause__)
+            self.stuck = error
+            self._reader.unread = False  # until something is appended, or the next time that the log is looked at anyway
+        else:
+            self.stuck = None
         for name, key in self._board.roster.news:
             if key and self.key_of(name) != key:
                 self._presence.dismiss(name)
 
     def _enforce(self, now: float) -> None:
-        """Let nobody work who may not: `_expire` ends the leases, and the connections are cut."""
+        """Let nobody work who may not, whoever leads: their connections are cut. `_expire` ends the leases."""
         roster = self._board.roster
         while roster.news:
             name, key = roster.news.popleft()
@@ -231,16 +276,18 @@ class Scheduler:
                 del self._expelled[name, key]
             elif now >= due:
                 self._expelled[name, key] = until, now + CUT_EVERY
-                self._cut(name, key)
+                self._door.cut(name, key)
 
     async def _do(self, commands: Sequence[tuple[Command, Cause]]) -> list[bool]:
         """Execute commands together; whether each was accepted. What another instance decided first is no error."""
         self.log_grew()
         results = await asyncio.gather(*(self._commands.submit(*one) for one in commands), return_exceptions=True)
         for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, Refused):
+            if isinstance(result, LogUnavailable) or (isinstance(result, BaseException) and not isinstance(result, Exception)):
                 raise result
-        return [not isinstance(result, Refused) for result in results]
+            if isinstance(result, Exception) and not isinstance(result, Refused):  # of one stream: the others go on
+                logger.error("a command failed", exc_info=result)
+        return [not isinstance(result, Exception) for result in results]
 
     async def _boot(self, heard: Mapping[str, Worker], term: int) -> None:
         """Record new boots; `_expire` then ends the leases of earlier ones."""
@@ -296,7 +343,11 @@ class Scheduler:
                 await self._send_control(name, control)
 
     async def _send_control(self, worker: str, control: Control) -> None:
-        await self._bus.send(f"control.{worker}", self._packer.control(worker, control))
+        """Whoever asks for more than one answer can hold gets none."""
+        try:
+            await self._bus.send(f"control.{worker}", self._packer.control(worker, control))
+        except TooLarge as error:
+            logger.error("the answer to a heartbeat is too large for the bus", worker=worker, why=str(error))
 
     async def _chase(self, worker: Worker, term: int, now: float) -> None:
         """Send again the packages that a worker does not show, and end the leases that it cannot take any more."""
@@ -347,8 +398,10 @@ class Scheduler:
         wanted = [self._board.secrets.wanted(a.queued.team, a.queued.attempt.build, stage) for a, stage in zip(assignments, stages, strict=True)]
         leases = [(self._lease(a, term, w.versions), self._cause(a.queued)) for a, w in zip(assignments, wanted, strict=True)]
         leasing = asyncio.ensure_future(self._do(leases))
-        packages: list[bytes] = []
+        packages: list[bytes | None] = []
         try:
+            for _ in range(SENDING):
+                await asyncio.sleep(0)
             for a, stage, w in zip(assignments, stages, wanted, strict=True):
                 # Sealed while the leases are being recorded (which gets on at each of these), sent only when they are.
                 await asyncio.sleep(0)
@@ -364,14 +417,17 @@ class Scheduler:
             if ok:
                 await self._send_package(assignment.worker, package)
 
-    async def _send_package(self, worker: str, package: bytes) -> None:
-        """One that the bus does not carry never arrives: its lease expires, and builds gives the stage up in the end."""
+    async def _send_package(self, worker: str, package: bytes | None) -> None:
+        """One that the bus does not carry, or that cannot be sealed, never arrives: its lease expires, and builds gives the stage up in the end."""
+        if package is None:
+            logger.error("nothing can be sealed to a worker's credit", worker=worker)
+            return
         try:
             await self._bus.send(f"execute_build_package.{worker}", package)
         except TooLarge as error:
             logger.error("a package is too large for the bus", worker=worker, why=str(error))
 
-    async def _package(self, queued: Queued, worker: str, boot: str, credit: Credit) -> bytes:
+    async def _package(self, queued: Queued, worker: str, boot: str, credit: Credit) -> bytes | None:
         """Made again; with the secrets as they are now."""
         stage = await self._reader.stage(queued.attempt)
         given = await self._vault.given(self._board.secrets.wanted(queued.team, queued.attempt.build, stage))

@@ -5,7 +5,6 @@ from proto.image import RUNNABLE
 from proto.messages import Offers
 from proto.plan import Requirements
 
-_ROOTFS = "rootfs_uri"
 _ENGINE = "a container engine"
 _USER = "run.user"
 _LIMITS = "container_limits"
@@ -41,4 +40,4 @@ def offered(offers: Offers) -> tuple[str, ...]:
 
 def _image(kind: str) -> str:
     known = f"{_ENGINE} for {kind}" if kind in RUNNABLE else f"image_resource of type {kind}"
-    return {"rootfs": _ROOTFS, "image": _ENGINE}.get(kind, known)
+    return _ENGINE if kind == "image" else known

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import msgspec
+from nacl.exceptions import CryptoError
 from nacl.public import PublicKey, SealedBox
 
 from libs.tokens import BuildToken, sign, sign_token
@@ -24,8 +25,8 @@ class Packer:
         self._lease_seconds = lease_seconds
         self._now = now
 
-    def package(self, queued: Queued, stage: Stage, given: Given, worker: str, key: str, boot: str, credit: Credit) -> bytes:
-        """The message for `execute_build_package.<worker>`; `key` is the worker's."""
+    def package(self, queued: Queued, stage: Stage, given: Given, worker: str, key: str, boot: str, credit: Credit) -> bytes | None:
+        """The message for `execute_build_package.<worker>`; `key` is the worker's. None: nothing can be sealed to the credit's key."""
         attempt = queued.attempt
         claims = BuildToken(
             team=queued.team,
@@ -53,7 +54,10 @@ class Packer:
             secrets=given.values,
             unreadable=given.unreadable,
         )
-        sealed = SealedBox(PublicKey(credit.key)).encrypt(msgspec.msgpack.encode(package))
+        try:
+            sealed = SealedBox(PublicKey(credit.key)).encrypt(msgspec.msgpack.encode(package))
+        except CryptoError:
+            return None
         return msgspec.msgpack.encode(sign(self._key, f"execute_build_package.{worker}", sealed))
 
     def control(self, worker: str, control: Control) -> bytes:

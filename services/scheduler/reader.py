@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from libs.eventlog.log import EventLog, is_full
+from libs.eventlog.projections import Unprojectable
 from proto.catalogue import decode
-from proto.envelope import fact
+from proto.envelope import Recorded, fact
 from proto.events.build import BuildCreated
 from proto.messages import Attempt
 from proto.plan import Stage
@@ -26,7 +27,8 @@ class Snapshots(Protocol):
 
 
 class Reader:
-    """Set `unread` when there may be something to read; `board` is replaced when the log's epoch changes."""
+    """Set `unread` when there may be something to read; `board` is replaced when the log's epoch changes, and is not `whole` until it is at the head
+    of the log. `read_at`: as of when it was there last."""
 
     def __init__(self, log: EventLog, snapshots: Snapshots, clock: Callable[[], float]) -> None:
         self._log = log
@@ -37,15 +39,20 @@ class Reader:
         self._saved_at = 0
         self.board = Board()
         self.unread = True
+        self.whole = False
+        self.read_at = float("-inf")
 
     async def read(self) -> None:
-        """Fold everything up to the head of the log. It is unread again when this fails, when somebody appends, and when we do."""
+        """Fold everything up to the head of the log. It is unread again when this fails, when somebody appends, and when we do.
+        Raises LogUnavailable, and Unprojectable: the board stays before that event."""
         self.unread = False
+        began = self._clock()
         try:
             await self._fold()
         except BaseException:
             self.unread = True
             raise
+        self.whole, self.read_at = True, began
 
     async def _fold(self) -> None:
         if self._clock() - self._epoch_checked > EPOCH_EVERY:
@@ -53,15 +60,24 @@ class Reader:
             self._epoch_checked = self._clock()
             if epoch != self._epoch:
                 stored = await self._snapshots.load(_NAME, CODE_VERSION) if self._epoch is None else None
+                self.whole = False
                 self.board = Board.restore(*stored) if stored else Board()
                 self._saved_at = self.board.position
                 self._epoch = epoch
         while True:
             rows = await self._log.read(self.board.position, BATCH, CATEGORIES)
             for row in rows:
-                self.board.apply(fact(row))
+                self._apply(row)
             if not is_full(rows, BATCH):
                 return
+
+    def _apply(self, row: Recorded) -> None:
+        before = self.board.position
+        try:
+            self.board.apply(fact(row))
+        except Exception as error:
+            self.board.position = before
+            raise Unprojectable(row.position, row.stream, row.type, error) from error
 
     async def save(self) -> None:
         """Store a snapshot, if enough has happened since the last."""

@@ -16,19 +16,19 @@ DISK_WANTED = 1 << 30
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """`load`: processes that run or wait to run, over the last minute; `disk_free`, `disk_size`: bytes; `engine`: why the container engine cannot be
-    used, "" when it can or is not offered."""
+    """`load`: processes that run or wait to run, over the last minute; `disk_free`, `disk_size`: bytes."""
 
     load: float
     disk_free: int
     disk_size: int
-    engine: str = ""
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
-    """What a heartbeat says of it. `trouble`: why no work can be taken; `wants`: whether some is wanted; `cache_*`: bytes."""
+    """What a heartbeat says of it. `trouble`: why no work can be taken; `no_images`: why none with an image, though it offers that else; `wants`:
+    whether some is wanted; `cache_*`: bytes."""
 
     trouble: str = ""
+    no_images: str = ""
     wants: bool = True
     cache_used: int = 0
     cache_limit: int = 0
@@ -54,17 +54,17 @@ def _address(bus: str) -> str:
         return ""
 
 
-def measure(folder: Path, engine: str = "") -> Measured:
+def measure(folder: Path) -> Measured:
     """The machine now; `folder` is on the disk that counts. Raises OSError."""
     disk = os.statvfs(folder)
-    return Measured(load=os.getloadavg()[0], disk_free=disk.f_bavail * disk.f_frsize, disk_size=disk.f_blocks * disk.f_frsize, engine=engine)
+    return Measured(load=os.getloadavg()[0], disk_free=disk.f_bavail * disk.f_frsize, disk_size=disk.f_blocks * disk.f_frsize)
 
 
 def trouble(measured: Measured) -> str:
     """Why nothing can be run, for people; "" when it can."""
     if measured.disk_free < min(DISK_NEEDED, measured.disk_size // 20):
         return f"disk full: {measured.disk_free >> 20} MiB free"
-    return measured.engine
+    return ""
 
 
 def wants(measured: Measured, most_load: float) -> bool:

@@ -24,6 +24,8 @@ LONGEST = 1024
 """Bytes of the longest."""
 FEW = 8
 """Texts, at most, that are compared one by one."""
+_FOR_PAGES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+"""What Go writes otherwise in JSON, as if all of it were for a page."""
 _WRAPS = (64, 76)
 """Columns at which programs break base64."""
 _COMMON = b" etaoinsrldcumpfhg0.-/:1y2_b\",5w3v4k6,8=97[]xA\nETSIROCNDLPM()Uj'B{}FzGVHWq>KXYJ<QZ\t+"
@@ -56,6 +58,7 @@ def _encoded(value: str) -> Iterator[bytes]:
     for text in (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]):
         yield text.encode()
         yield text.replace("/", "\\/").encode()
+    yield json.dumps(value, ensure_ascii=False)[1:-1].translate(_FOR_PAGES).encode()
     for text in (quote(value, safe=""), quote(value), quote_plus(value), quote_plus(value, safe="/")):
         yield text.encode()
         yield re.sub("%[0-9A-F]{2}", lambda match: match[0].lower(), text).encode()

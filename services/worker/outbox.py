@@ -7,6 +7,7 @@ then kept in memory, and the attempt is told.
 
 import asyncio
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -24,6 +25,8 @@ RESEND_REPORTS = (3.0, 15.0)
 RESEND_REFUSED = (0.5, 15.0)
 RESEND_LOGS = (10.0, 300.0)
 """Seconds until what was sent is sent again: at first, and at most (it doubles)."""
+LISTED = 1000
+"""Logs that a heartbeat asks about, which must fit the bus however long nothing is archived."""
 FRESH_AFTER = 3
 """From this repeat on a message gets an id of its own: a purged or lost message is still a duplicate inside the dedup window."""
 
@@ -91,8 +94,8 @@ class Outbox:
 
     @property
     def logs(self) -> list[Attempt]:
-        """Ended attempts whose log waits to be archived."""
-        return [attempt for attempt, said in self._said.items() if said.log_pause is not None]
+        """Ended attempts whose log waits to be archived, the first of them."""
+        return list(islice((attempt for attempt, said in self._said.items() if said.log_pause is not None), LISTED))
 
     def replay(self) -> dict[Attempt, int]:
         """Read the spool of earlier lives. Gives the attempts that had ended, with their last report.
@@ -174,9 +177,9 @@ class Outbox:
         return said is not None and said.window() >= WINDOW_BYTES
 
     def on_recorded(self, attempt: Attempt, number: int) -> None:
-        """Reports up to `number` are events."""
+        """Reports up to `number` are events; fewer than there were, after the log has lost its tail."""
         said = self._said.get(attempt)
-        if said is not None and number > said.recorded:
+        if said is not None and number != said.recorded:
             said.recorded = number
             said.reports_pause = _Pause(RESEND_REPORTS, self._clock())
             if number >= len(said.bodies) and said.ended:

@@ -3,7 +3,8 @@
 One function for each thing that can happen; each answers with what is to be done about it. Invariants:
 
 * a credit is honoured once, in this boot only, and only while it is under `CREDIT_SECONDS` old;
-* in push mode every free slot has one, renewed by itself; in pull mode there is one at a time, and only while work is wanted;
+* in push mode every free slot has one, renewed by itself; in pull mode there is one at a time, and only while work is wanted; none while so many
+  reports wait to be recorded that a heartbeat could not list more;
 * what it has cached is said until somebody answered, and again to whoever may not have heard it (a challenge names them);
 * an attempt is never run past two thirds of its lease counted from the *sending* of the last heartbeat that was answered, so the worker
   kills its own work before the owner gives it to another.
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from proto.messages import MAX_SHORT, About, ArchivedLog, Attempt, Availability, Control, Credit, Heartbeat, Offers, Package, Running
+from proto.messages import MAX_SHORT, MAX_SLOTS, About, ArchivedLog, Attempt, Availability, Control, Credit, Heartbeat, Offers, Package, Running
 from services.worker.condition import FINE, Condition
 
 CREDIT_SECONDS = 10.0
@@ -89,6 +90,11 @@ class _Lease:
         self.interrupted = ""
 
 
+def without_images(offers: Offers) -> Offers:
+    """What is left of them when no container can be run."""
+    return msgspec.structs.replace(offers, images=(), user=False, limits=False, privileged=False)
+
+
 class Session:
     """One boot of a worker. `challenge` is the scheduler's last one; `draining`: it finishes what it has, and offers nothing; `leaving`: it takes
     nothing either."""
@@ -143,7 +149,7 @@ class Session:
             slots=self._slots,
             availability=Availability(
                 challenge=self.challenge,
-                offers=self._offers,
+                offers=self._offers if not condition.no_images else without_images(self._offers),
                 credits=credits,
                 cached=None if self._cached_heard else cached,
             ),
@@ -153,13 +159,14 @@ class Session:
             goodbye=goodbye,
             busy=self._slots - len(self._free),
             trouble=condition.trouble[:MAX_SHORT],
+            limited=f"no images: {condition.no_images}"[:MAX_SHORT] if condition.no_images else "",
             about=self._about,
             cache_used=condition.cache_used,
             cache_limit=condition.cache_limit,
         )
 
     def _credits(self, now: float, condition: Condition) -> list[Credit]:
-        closed = self.draining or self.leaving or condition.trouble or (self.pulls and not condition.wants)
+        closed = self.draining or self.leaving or condition.trouble or (self.pulls and not condition.wants) or len(self._reported) >= MAX_SLOTS
         most = 0 if closed else 1 if self.pulls else self._slots
         credits: list[Credit] = []
         for number, slot in enumerate(self._free):

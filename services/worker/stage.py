@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import signal
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeVar
 
@@ -92,7 +93,7 @@ class StageRun:
             try:
                 if self.package.secrets:  # many take seconds, and the worker has other work
                     self._secrets = self._log.secrets = await in_thread(lambda: Texts(self.package.secrets.values()))
-                folders = self._folders = self._tools.folders.take()
+                folders = self._folders = self._tools.executors.folders_for(self.package.stage.steps[0]) or self._tools.folders.take()
                 # The engine mounts a workspace from outside: it would not see what is mounted in there, in the worker's own namespace.
                 means = self._tools.means._replace(overlays=None) if self._images else self._tools.means
                 workspace = self._workspace = Workspace(folders, self.package, self._tools.artifacts, self._tools.cache, means)
@@ -100,7 +101,8 @@ class StageRun:
             except OSError as failure:
                 ended, error = [], _words(failure)
             except Exception as failure:  # unsaid, the attempt would count as running for as long as the worker lives
-                logger.error("an attempt broke the worker's own code", attempt=self.package.attempt, exc_info=failure)
+                trace = self._masked("".join(traceback.format_exception(failure)))
+                logger.error("an attempt broke the worker's own code", attempt=self.package.attempt, exception=trace)
                 ended, error = [], f"worker: {type(failure).__name__}"
             status: Status = ended[-1].status if ended else self._stop.status if self._stop else "errored"
             self._log.close(self.package.stage.steps[-1].name)
@@ -123,6 +125,7 @@ class StageRun:
         if workspace is not None:
             await workspace.close()
         if folders is not None:
+            await self._tools.executors.release(folders)
             await self._tools.folders.give_back(folders)
 
     def stop(self, stop: Stop) -> None:
@@ -163,9 +166,10 @@ class StageRun:
 
     async def _run_step(self, step: RunStep) -> ReportStepFinished:
         finished = await self._ended(step)
-        if finished.error and self._secrets is not None:
-            return msgspec.structs.replace(finished, error=masked(self._secrets, finished.error))
-        return finished
+        return msgspec.structs.replace(finished, error=self._masked(finished.error)) if finished.error else finished
+
+    def _masked(self, text: str) -> str:
+        return masked(self._secrets, text) if self._secrets is not None else text
 
     async def _ended(self, step: RunStep) -> ReportStepFinished:
         try:
@@ -219,9 +223,12 @@ class StageRun:
             return not outbox.is_full(attempt)
 
         self._stderr = b""
-        job = Job(attempt, self.package.team, step, self._folders, on_output, lambda text: self._log.say(step.name, text), self._workspace.link_in)
+        fresh = step.name == self.package.stage.steps[0].name
+        job = Job(
+            attempt, self.package.team, step, self._folders, on_output, lambda text: self._log.say(step.name, text), self._workspace.link_in, fresh
+        )
         process = await self._or_stopped(self._begin(executor, job))
-        self._report(ReportStepStarted(step=step.name, sandbox=executor.name, image=process.image))
+        self._report(ReportStepStarted(step=step.name, sandbox=executor.name, image=process.image, reference=process.reference))
         stop = Stop("failed", f"interrupted: its timeout of {step.timeout} s is up")
         timeout = asyncio.get_running_loop().call_later(step.timeout, self.stop, stop)
         try:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import structlog
@@ -23,6 +24,7 @@ from libs.runtime.service import Service
 from libs.runtime.settings import BadSettings, decode
 from proto.image import RUNNABLE
 from proto.messages import MAX_SLOTS, Mode, Offers
+from proto.private import Private
 from services.worker.artifacts import Artifacts
 from services.worker.cache import Cache
 from services.worker.condition import Condition, about, measure, trouble, wants
@@ -32,12 +34,13 @@ from services.worker.executors.hardened import Limits
 from services.worker.executors.orphans import Orphans
 from services.worker.executors.process import ProcessExecutor
 from services.worker.executors.sandboxes import Choice, first_that_works, interpreter_folders
-from services.worker.folders import FolderPool, remove_tree
+from services.worker.folders import FolderPool, Taken, alone_in, remove_tree
 from services.worker.outbox import Outbox
 from services.worker.placing import means_here
 from services.worker.session import Session
 from services.worker.spool import Spool
 from services.worker.stage import Tools
+from services.worker.standing import Link, Watch
 from services.worker.worker import Metrics, Worker
 
 logger = structlog.get_logger()
@@ -45,38 +48,42 @@ logger = structlog.get_logger()
 STANDARD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Settings(Private, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`worker_path` is the steps' PATH (default: this Python's programs, then the standard ones); `worker_tags` are separated by commas.
     `worker_renew_seconds`: how often it connects anew, before the bus forgets it (see the scheduler's `worker_login_seconds`).
     `worker_queue_mode`: `push` has the worker offer every free slot; `pull` one at a time, while its load is under `worker_load_limit` (0: as many
     as it has cores) and its disk has room. `worker_cache_bytes` is how much of inputs and outputs is kept for later
-    stages (0: nothing), never more than stays free on the disk.
+    stages (0: nothing), never more than stays free on the disk. `server_url` is the gateway's, to ask there whether it is a worker still while the
+    bus does not admit it ("": it asks nobody, and tries for ever).
 
     `worker_executors`: `process`, `process,docker`, or `auto`, which is both where a Docker engine answers at `worker_docker_url`. A container gets
     `worker_container_memory_bytes` at most (0: its slot's share of the machine's), `worker_container_cpus` (0: all) and so many processes and
-    threads; an image is given `worker_pull_seconds` to come. `worker_privileged`: steps may have all rights on this machine, if their team may."""
+    threads; an image is given `worker_pull_seconds` to come. `worker_warm_containers`: how many are kept started for the next step (0: none).
+    `worker_privileged`: steps may have all rights on this machine, if their team may."""
 
     nats_url: str
     worker_name: str
     worker_key: str
     server_public_key: str
     worker_dir: Path
+    server_url: str = ""
     worker_build_limit: int = 4
     worker_sandbox: Choice = "auto"
     worker_path: str = f"{Path(sys.executable).parent}:{STANDARD_PATH}"
     worker_tags: str = ""
     worker_renew_seconds: float = 480.0
-    grace_seconds: float = 10.0
+    grace_seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 10.0
     log_limit_bytes: int = 64 << 20
     worker_cache_bytes: int = 10_000_000_000
     worker_queue_mode: Mode = "push"
-    worker_load_limit: float = 0.0
+    worker_load_limit: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     worker_executors: str = "auto"
     worker_docker_url: str = "unix:///var/run/docker.sock"
     worker_container_memory_bytes: int = 0
     worker_container_cpus: float = 0.0
     worker_container_pids: int = 4096
     worker_pull_seconds: float = 600.0
+    worker_warm_containers: int = 2
     worker_privileged: bool = False
 
 
@@ -93,6 +100,10 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     folder = settings.worker_dir.absolute()
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
+    try:
+        await service.enter(alone_in(folder))
+    except Taken as error:
+        raise BadSettings(f"PENSTOCK_WORKER_DIR: {error}; a second one on this machine needs a folder, and a name, of its own") from None
 
     orphans = Orphans(folder / "spool" / "processes", work)
     killed = orphans.start()
@@ -144,11 +155,15 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     most_load = settings.worker_load_limit or float(os.cpu_count() or 1)
 
     def condition() -> Condition:
-        measured = measure(folder, containers.trouble if containers else "")
-        return Condition(trouble=trouble(measured), wants=wants(measured, most_load), cache_used=cache.bytes, cache_limit=cache.limit)
+        measured, no_images = measure(folder), containers.trouble if containers else ""
+        wanted = wants(measured, most_load)
+        return Condition(trouble=trouble(measured), no_images=no_images, wants=wanted, cache_used=cache.bytes, cache_limit=cache.limit)
 
     worker = Worker(bus, session, tools, settings.worker_key, settings.server_public_key, box, Metrics(service.registry), condition=condition)
     service.on_drain(worker.close)
+    link = Link(lambda: bus.connected, lambda: bus.refused)
+    watch = Watch(link, name, settings.worker_key, settings.server_public_key, settings.server_url, time.time)
+    service.spawn("standing", watch.run())
     service.spawn("worker", worker.run())
     service.on_drain(worker.drain)
     return None
@@ -173,6 +188,7 @@ async def _containers(service: Service, settings: Settings, folder: Path) -> Doc
                 limits,
                 privileged=settings.worker_privileged,
                 pull_seconds=settings.worker_pull_seconds,
+                warm=settings.worker_warm_containers,
                 folder=folder,
             )
         )

@@ -1,6 +1,7 @@
 """The worker itself: hears packages and control, tells the session, does what it decides, and keeps its heart beating."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import assert_never
@@ -23,6 +24,9 @@ logger = structlog.get_logger()
 COALESCE_SECONDS = 0.005
 """Least time between two heartbeats: what happens within it shares one."""
 TICK_SECONDS = 0.25
+"""Between two looks at the clock while something runs."""
+REST_SECONDS = 1.0
+"""And while nothing does."""
 SETTLE_SECONDS = 5.0
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -40,7 +44,7 @@ class Metrics:
 
 class Worker:
     """One boot. `identity` is the Ed25519 seed to sign with, `server` the public key of the scheduler, `box` this boot's key to unseal with,
-    `condition` how its machine is."""
+    `condition` how its machine is; it beats at least every `heartbeat_seconds`."""
 
     def __init__(
         self,
@@ -53,9 +57,11 @@ class Worker:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         condition: Callable[[], Condition] = Condition,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
         self._bus = bus
         self._condition = condition
+        self._heartbeat_seconds = heartbeat_seconds
         self._session = session
         self._tools = tools
         self._outbox = tools.outbox
@@ -66,6 +72,7 @@ class Worker:
         self._clock = clock
         self._runs: dict[Attempt, tuple[StageRun, asyncio.Task[None]]] = {}
         self._news = asyncio.Event()
+        self._begun = asyncio.Event()
         self._quoted = b""
         self._left = False
         self._told: tuple[str, ...] = ()
@@ -158,13 +165,18 @@ class Worker:
                 await self._heartbeat()
             await asyncio.sleep(COALESCE_SECONDS)
             try:
-                async with asyncio.timeout(HEARTBEAT_SECONDS - COALESCE_SECONDS):
+                async with asyncio.timeout(self._heartbeat_seconds - COALESCE_SECONDS):
                     await self._news.wait()
             except TimeoutError:
                 continue
 
     async def _keep_time(self) -> None:
         while True:
+            if not self._runs:
+                self._begun.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(REST_SECONDS - TICK_SECONDS):
+                        await self._begun.wait()
             await asyncio.sleep(TICK_SECONDS)
             for action in self._session.on_time(self._clock()):
                 self._do(action)
@@ -206,6 +218,7 @@ class Worker:
         self._outbox.open(attempt, run.on_window)
         self._runs[attempt] = run, asyncio.get_running_loop().create_task(self._follow(attempt, run), name=f"attempt {attempt}")
         self._metrics.running.set(len(self._runs))
+        self._begun.set()
 
     def _on_reported(self, attempt: Attempt, number: int) -> None:
         self._session.on_reported(attempt, number)

@@ -39,8 +39,8 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 def number(value: float) -> str:
-    """Three significant digits, thousands apart."""
-    if abs(value) >= 100:
+    """Three significant digits, thousands apart; a whole number as it is."""
+    if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 

@@ -195,10 +195,20 @@ async def test_an_append_while_nobody_waits_is_not_forgotten(log: EventLog) -> N
         wakeup.close()
 
 
-async def test_waiting_ends_at_its_timeout(log: EventLog) -> None:
+async def test_waiting_ends_at_its_timeout_and_says_so(log: EventLog) -> None:
     wakeup = log.wakeup()
-    await asyncio.wait_for(wakeup.wait(0.01), 5)
+    assert not await asyncio.wait_for(wakeup.wait(0.01), 5)
     wakeup.close()
+
+
+async def test_a_wait_that_ends_before_its_linger_is_over_forgets_nothing(log: EventLog) -> None:
+    patient, prompt = log.wakeup(frozenset(), 30.0), log.wakeup()
+    await append(log, BUILD, "a")
+    assert await prompt.wait(5.0)
+    assert await patient.wait(0.0)
+    assert not await patient.wait(0.0)
+    patient.close()
+    prompt.close()
 
 
 async def test_twenty_writers_of_one_version_have_one_winner(log: EventLog) -> None:

@@ -128,7 +128,7 @@ def test_odd_names_modes_and_links_survive_the_whole_way(cli: Cli) -> None:
 
 @pytest.mark.parametrize(
     "requirement",
-    ['"image_resource": {"type": "registry-image", "source": {"repository": "x"}}', '"container_limits": {"memory": "1GB"}', '"rootfs_uri": "x"'],
+    ['"image_resource": {"type": "registry-image", "source": {"repository": "x"}}', '"container_limits": {"memory": "1GB"}'],
 )
 def test_what_no_worker_offers_leaves_the_build_pending_with_the_reason(
     cli: Cli, requirement: str, interrupt: Callable[[subprocess.Popen[str]], None]

@@ -54,7 +54,9 @@ def test_a_worker_joins_runs_builds_comes_back_drains_and_is_cut_off(system: Sys
     worker = start(cli, folder, "--register", token, "--server", system.url, "--name", name)
     becomes(system, name, "available")
     assert stat.S_IMODE((folder / "worker.json").stat().st_mode) == 0o600
-    task, long_task = cli.task("echo here").rename(cli.folder / "short.yml"), cli.task("echo up; sleep 3; echo done")
+    task = cli.task("echo here").rename(cli.folder / "short.yml")
+    endless = cli.task("echo up; sleep 600").rename(cli.folder / "endless.yml")
+    long_task = cli.task("echo up; sleep 3; echo done")
     here = ("execute", "-c", task, "--tag", tag)
     assert cli(*here).stdout == "here\n"
 
@@ -80,7 +82,7 @@ def test_a_worker_joins_runs_builds_comes_back_drains_and_is_cut_off(system: Sys
     assert waiting.communicate(timeout=30)[0] == "here\n"
 
     # nothing that bears its key is heard any more
-    held = cli.start("execute", "-c", long_task, "--tag", tag)
+    held = cli.start("execute", "-c", endless, "--tag", tag)
     read_until(held.stdout, "up")
     assert admin(cli, "worker", "revoke", name, "--reason", "stolen").returncode == 0
     becomes(system, name, "revoked", timeout=5)
@@ -96,6 +98,22 @@ def test_a_worker_joins_runs_builds_comes_back_drains_and_is_cut_off(system: Sys
     worker.wait(30)
     assert admin(cli, "worker", "rm", name).returncode == 0
     assert admin(cli, "worker", "show", name).returncode == 1
+
+
+def test_a_worker_that_is_revoked_finds_out_says_so_and_never_comes_back_by_its_key(system: System, owner: Cli) -> None:
+    cli, name, folder = owner, f"gone-{int(time.time() * 1000)}", owner.folder / "gone"
+
+    def registering() -> tuple[str, ...]:
+        return "--register", admin(cli, "worker", "token", "create").stdout.strip(), "--server", system.url, "--name", name
+
+    worker = start(cli, folder, *registering())
+    becomes(system, name, "available", timeout=60)
+    assert admin(cli, "worker", "revoke", name).returncode == 0
+    said = worker.communicate(timeout=60)[1]
+    assert worker.returncode == 77 and f"{name} was revoked at {system.url}" in said
+    assert admin(cli, "worker", "rm", name).returncode == 0
+    again = cli("worker", "start", "--dir", folder, *registering())
+    assert again.returncode == 1 and "this key was revoked; remove worker.json" in again.stderr
 
 
 def test_what_cannot_be_meant_is_said_in_one_line(cli: Cli) -> None:

@@ -9,6 +9,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from libs.bus.accounts import inbox_prefix
+from libs.bus.callout import GROUP
 from libs.bus.jetstream import JetStreamBus, connect_jetstream
 from libs.tokens import new_seed, public_key
 from proto.topology import STREAMS
@@ -303,3 +304,69 @@ async def test_an_admission_lapses_and_whoever_renews_it_in_time_loses_nothing(f
             assert (await careful.publish("reports.w2.b", b"%d" % said, str(said))).sequence == said + 1
             said += 1
         assert careful.connections == 1 and said > 10
+
+
+async def test_whoever_is_connected_and_is_no_worker_any_more_is_found_by_a_sweep(fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever deleted it is dead, and its successor was never told of it; there are more connections than one answer lists."""
+    monkeypatch.setattr("libs.bus.callout._PAGE", 2)
+    keys = dict(KEYS)
+    async with AsyncExitStack() as stack:
+        others = {f"other{n}": new_seed() for n in range(4)}
+        keys |= {name: public_key(seed) for name, seed in others.items()}
+        admitted = await stack.enter_async_context(AsyncExitStack())
+        await admitted.enter_async_context(admitting(fresh_nats, keys))
+        honest = [await stack.enter_async_context(connect_jetstream(fresh_nats.url, seed, name, inbox_prefix(name))) for name, seed in others.items()]
+        deleted = await stack.enter_async_context(connect_jetstream(fresh_nats.url, W1, "w1", inbox_prefix("w1")))
+        await eventually(lambda: all(bus.connected for bus in (deleted, *honest)))
+        await admitted.aclose()
+        del keys["w1"]
+        door = await stack.enter_async_context(admitting(fresh_nats, keys))
+        door.sweep()
+        await eventually(lambda: not deleted.connected)
+        assert all(bus.connected and bus.connections == 1 for bus in honest)
+
+
+async def test_a_key_has_two_connections_at_most_and_the_newest_win(fresh_nats: NatsServer) -> None:
+    """Also those that were there before the scheduler that counts them."""
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(AsyncExitStack())
+        await first.enter_async_context(admitting(fresh_nats, KEYS))
+        clients = []
+
+        async def another() -> None:
+            clients.append(await bare_client(fresh_nats.url, W1, "w1"))
+            stack.push_async_callback(clients[-1].close)
+
+        for _ in range(5):
+            await another()
+        other = await bare_client(fresh_nats.url, W2, "w2")
+        stack.push_async_callback(other.close)
+        await eventually(lambda: [client.is_connected for client in clients] == [False] * 3 + [True] * 2)
+        await first.aclose()
+        await stack.enter_async_context(admitting(fresh_nats, KEYS))
+        await another()
+        await eventually(lambda: [client.is_connected for client in clients] == [False] * 4 + [True] * 2)
+        assert other.is_connected
+
+
+async def test_who_does_not_know_any_more_who_is_a_worker_is_not_asked(fresh_nats: NatsServer) -> None:
+    """One that lost the database: it would admit whom the log has revoked meanwhile. It admits nobody; another who knows does."""
+    known = True
+    async with admitting(fresh_nats, KEYS, knows=lambda: known) as stale:
+        assert await let_in(fresh_nats)
+        known = False
+        assert not await let_in(fresh_nats)
+        await eventually(lambda: stale._asked._subscriptions.keys() and GROUP not in {s.group for s in stale._asked._subscriptions.values()})
+        async with admitting(fresh_nats, {"w2": KEYS["w2"]}):
+            for _ in range(5):
+                await (await bare_client(fresh_nats.url, W2, "w2")).close()
+            assert not await let_in(fresh_nats)
+        known = True
+        await eventually(lambda: GROUP in {s.group for s in stale._asked._subscriptions.values()})
+        await stale._asked.flush()
+        assert await let_in(fresh_nats)
+
+
+async def let_in(server: NatsServer) -> bool:
+    async with connect_jetstream(server.url, W1, "w1", patience=0.5) as bus:
+        return bus.connected

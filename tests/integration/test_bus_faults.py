@@ -139,6 +139,28 @@ async def test_a_server_that_says_nothing_more_is_given_up_and_found_again(fresh
             await eventually(lambda: "after" in follower.consumed)
 
 
+async def test_who_begins_to_listen_or_to_answer_while_the_server_is_stopped_hears_it_afterwards(fresh_nats: NatsServer) -> None:
+    """Nobody dies of a server that says nothing just then."""
+
+    async def answer(subject: str, data: bytes) -> bytes:
+        return data * 2
+
+    async with connected(fresh_nats) as bus:
+        fresh_nats.pause()
+        async with bus.listen("said.*") as messages, bus.answering("asked", "test", answer):
+            fresh_nats.resume()
+
+            async def answered() -> bytes:
+                try:
+                    return await bus.ask("asked", b"x")
+                except BusUnavailable:
+                    return b""
+
+            assert await eventually(answered, timeout=30) == b"xx"
+            await bus.send("said.now", b"words")
+            assert (await anext(messages)).data == b"words"
+
+
 async def test_a_deleted_stream_is_made_again_and_takes_what_comes(fresh_nats: NatsServer) -> None:
     """FAULTS 59: refilling is the relay's; here the stream and its consumers are back, and everybody goes on."""
     async with connected(fresh_nats) as bus, connected(fresh_nats) as other:
@@ -182,6 +204,24 @@ async def test_a_deleted_consumer_is_made_again(fresh_nats: NatsServer) -> None:
             await other._api(f"CONSUMER.DELETE.WORK.{ALL.name}", {}, _answer())
             await insist(bus, "after")
             await eventually(lambda: "after" in follower.consumed)
+
+
+async def test_what_is_there_is_looked_at_and_not_made_again(fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make a stream or a durable consumer that is there has the server write its files anew."""
+    monkeypatch.setattr("libs.bus.jetstream.RECHECK", 0.01)
+    async with connected(fresh_nats) as bus, connected(fresh_nats) as other, other.listen("$JS.API.>") as calls:
+        follower, heard = Follower(bus), list[str]()
+
+        async def listen() -> None:
+            async for call in calls:
+                heard.append(call.subject.removeprefix("$JS.API."))
+
+        async with background(listen), background(follower.consume):
+            await eventually(lambda: heard.count(f"CONSUMER.INFO.WORK.{ALL.name}") > 5)
+            await insist(bus, "one")
+            async with background(follower.tail):
+                await eventually(lambda: follower.tailed == ["one"])
+        assert {call.rpartition(".tail-")[0] or call for call in heard if "CREATE" in call or "UPDATE" in call} == {"CONSUMER.CREATE.WORK"}
 
 
 async def test_a_tail_outlives_its_consumer_without_a_gap_or_a_repeat(fresh_nats: NatsServer) -> None:

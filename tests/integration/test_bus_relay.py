@@ -131,6 +131,37 @@ async def test_every_event_is_published_once_in_order_with_its_place(outbox: Out
     assert stored.subject == "events.team.main.1203.TeamCreated"
 
 
+async def test_it_reads_the_log_only_when_it_has_grown(memory: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("libs.runtime.relay.LOOK_EVERY", 0.001)
+    read, reads = memory.log.read, itertools.count()
+
+    async def counted(*arguments: object) -> object:
+        next(reads)
+        return await read(*arguments)  # type: ignore[arg-type]
+
+    class Watched(Leader):
+        looks = 0
+
+        @property
+        def term(self) -> int:
+            self.looks += 1
+            return 1
+
+        @term.setter
+        def term(self, _: int) -> None: ...
+
+    leader = Watched()
+    monkeypatch.setattr(memory.log, "read", counted)
+    async with running(Relay(memory.log, memory.bus, memory.checkpoints, leader, clock=lambda: 0.0)):
+        await memory.append(3)
+        await eventually(memory.is_filled)
+        before, looks = next(reads), leader.looks
+        await eventually(lambda: leader.looks > looks + 100)
+        assert next(reads) == before + 1
+        await memory.append()
+        await eventually(memory.is_filled)
+
+
 async def test_a_successor_goes_on_where_the_last_leader_was(memory: Outbox) -> None:
     await memory.append(50)
     async with running(memory.relay(term=1)):

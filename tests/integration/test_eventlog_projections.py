@@ -10,14 +10,14 @@ import msgspec
 import pytest
 from msgspec import Struct
 
-from libs.eventlog.log import LogUnavailable, NewEvent
+from libs.eventlog.log import Appended, LogUnavailable, NewEvent
 from libs.eventlog.postgres import PostgresLog, open_postgres_log
-from libs.eventlog.projections import Get, Gone, Projection, StoredProjection, Superseded, Table
-from proto.catalogue import UnknownEvent
+from libs.eventlog.projections import Get, Gone, Projection, StoredProjection, Superseded, Table, Unprojectable
+from libs.runtime.projector import Projector
 from proto.envelope import Fact
 from proto.events.build import BuildFinished, StepProgressed, StepStarted
 from proto.events.lease import LeaseExpired
-from tests.controls import counter, write
+from tests.controls import counter, eventually, write
 from tests.postgres_fixture import Database
 
 
@@ -242,10 +242,49 @@ async def test_a_tag_that_is_not_known_stops_the_projection_before_it(database: 
     await finish(projection, log)
     before, expected = await log.head(), await contents(database)
     await log.append([write("build-0", NewEvent("new", "build.from_the_future", b"{}"))])
-    with pytest.raises(UnknownEvent, match=r"build\.from_the_future"):
+    with pytest.raises(Unprojectable, match=r"build\.from_the_future on build-0.* UnknownEvent"):
         await projection.advance()
     assert await projection.position() == before
     assert await contents(database) == expected
+
+
+@pytest.mark.parametrize("what", ["its data", "its projection", "its row"])
+async def test_an_event_that_cannot_be_projected_stops_just_there_and_fixed_code_goes_on(
+    database: Database, log: PostgresLog, service: PostgresLog, what: str
+) -> None:
+    """All that was before it is applied, in the middle of a batch too; it is named; nothing is skipped, nothing is applied twice."""
+
+    def broken(fact: Fact, get: Get) -> Iterable[Struct]:
+        if fact.stream == "build-bad":
+            match what:
+                case "its data":
+                    msgspec.json.decode(b"{}", type=StepStarted)
+                case "its projection":
+                    raise ZeroDivisionError
+                case _:
+                    # no column of type integer holds it
+                    return [TeamRow(fact.team, 2**40)]
+        return project(fact, get)
+
+    await history(log, builds=3)
+    [bad] = await log.append([write("build-bad", StepProgressed(stage="s", attempt=1, step="a", percent=1, report=1))])
+    assert isinstance(bad, Appended)
+    await history(log, builds=4, ids=counter("more"))
+    old = Projector(service, StoredProjection(service.pool, msgspec.structs.replace(BUILDS, project=broken)))
+    running = asyncio.create_task(old.run())
+    try:
+        await eventually(lambda: old.stuck)
+        assert old.stuck is not None and old.stuck.position == bad.position and "build-bad" in str(old.stuck)
+        assert old.problem is None
+        assert await old.passed(bad.position - 1) and not await old.passed(bad.position, timeout=0.05)
+        assert [row["percent"] for row in await service.pool.fetch("SELECT percent FROM build_row")] == [30.5] * 3
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    await finish(StoredProjection(service.pool, BUILDS), log)
+    gone_on = await contents(database)
+    await finish(StoredProjection(service.pool, msgspec.structs.replace(BUILDS, code_version="2")), log)
+    assert gone_on == await contents(database)
 
 
 async def test_a_tag_of_a_category_that_is_not_followed_is_passed_over(log: PostgresLog, service: PostgresLog) -> None:
@@ -255,8 +294,10 @@ async def test_a_tag_of_a_category_that_is_not_followed_is_passed_over(log: Post
 
 async def test_a_row_that_was_not_named_beforehand_is_an_error(log: PostgresLog, service: PostgresLog) -> None:
     await history(log, builds=1)
-    with pytest.raises(KeyError):
-        await StoredProjection(service.pool, msgspec.structs.replace(BUILDS, keys=lambda fact: ())).advance()
+    projection = StoredProjection(service.pool, msgspec.structs.replace(BUILDS, keys=lambda fact: ()))
+    with pytest.raises(Unprojectable, match="KeyError"):
+        while True:
+            await projection.advance()
 
 
 def test_rows_that_omit_defaults_are_refused(service: PostgresLog) -> None:

@@ -1,5 +1,7 @@
 """What each role may do to the log, and what nobody may."""
 
+import time
+
 import asyncpg
 import pytest
 
@@ -118,5 +120,6 @@ async def test_an_operator_raises_the_epoch_and_everyone_sees_it(database: Datab
     """FAULTS 73"""
     async with open_postgres_log(database.url("gateway")) as log:
         assert await log.epoch() == 1
-        assert await raise_epoch(database.url("postgres")) == 2
-        assert await log.epoch() == 2
+        raised = await raise_epoch(database.url("postgres"))
+        assert await log.epoch() == raised > time.time() / 60 - 2, "a dump that knows of fewer rises can be raised to none of theirs"
+        assert await raise_epoch(database.url("postgres")) > raised

@@ -45,11 +45,12 @@ async def test_a_build_goes_through_its_life(gateway: Gateway) -> None:
     await eventually(lambda: _is(gateway, build, reason="", status="pending"))
     await gateway.record(
         f"build-{build}",
-        StepStarted(stage="main", attempt=1, step="run", worker="w1", sandbox="bwrap"),
+        StepStarted(stage="main", attempt=1, step="run", worker="w1", sandbox="docker", image="a/b@sha256:1", reference="a/b:1"),
         StepProgressed(stage="main", attempt=1, step="run", percent=40),
     )
     started = await eventually(lambda: _is(gateway, build, status="started", percent=40))
-    assert started["stages"][0]["worker"] == "w1"
+    [stage] = started["stages"]
+    assert (stage["worker"], stage["steps"][0]["image"], stage["steps"][0]["reference"]) == ("w1", "a/b@sha256:1", "a/b:1")
     dist = ArtifactRef(id="a", digest="d", size=1, files=1)
     at = await gateway.record(
         f"build-{build}",

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import CHECKS
 
 from libs.tokens import new_seed
-from tests.gateway_fixture import SEALING_KEY, TOKEN, Gateway, running_gateway
+from tests.gateway_fixture import TOKEN, Gateway, running_gateway
 from tests.secrets_fixture import keeping_secrets
 
 DESCRIBED = (
@@ -31,7 +31,7 @@ def as_bytes(_: Any, value: Any) -> bytes:
 @pytest.mark.parametrize("role", ["owner", "viewer"])
 async def test_the_api_is_what_its_description_says(database, nats_server, role: str) -> None:
     keys = f"k1:{new_seed()}"
-    async with keeping_secrets(database, nats_server.url, SEALING_KEY, keys), running_gateway(database, nats_server.url) as gateway:
+    async with keeping_secrets(database, nats_server.url, keys), running_gateway(database, nats_server.url) as gateway:
         token = TOKEN if role == "owner" else await gateway.token("main", role)
         described = await gateway.json("GET", "/openapi.json", 200)
         await gateway.submit()

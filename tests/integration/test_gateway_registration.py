@@ -188,6 +188,70 @@ async def test_a_worker_that_lives_is_not_deleted_and_one_that_is_lost_is(gatewa
     await eventually(lambda: _deleted(gateway, 204))
 
 
-async def _deleted(gateway: Gateway, status: int) -> bool:
-    async with gateway.call("DELETE", "/workers/w1") as answer:
+async def test_a_key_that_was_revoked_registers_no_more_under_no_name_and_one_that_was_only_removed_does(gateway: Gateway) -> None:
+    seed, other = new_seed(), new_seed()
+
+    async def again(name: str, seed: str) -> tuple[int, str]:
+        status, answer = await register(gateway, await application(gateway, await issued(gateway), name, seed))
+        return status, answer.get("detail", "")
+
+    assert (await again("w1", seed))[0] == (await again("w2", other))[0] == 201
+    for name in ("w1", "w2"):
+        await gateway.record(f"worker-{name}-b", WorkerBooted(worker=name, boot="b", slots=1, offers=Offers()))
+        await gateway.record(f"worker-{name}-b", WorkerLost(worker=name, boot="b", reason="silent"))
+    await gateway.json("PUT", "/workers/w1/revoke", 204, json={})
+    assert await again("w3", seed) == (409, "this key was revoked")
+    await eventually(lambda: _deleted(gateway, 204, "w2"))
+    await gateway.json("DELETE", "/workers/w1", 204)
+    assert await again("w1", seed) == (409, "this key was revoked")
+    assert await again("w3", seed) == (409, "this key was revoked")
+    assert (await again("w2", other))[0] == (await again("w1", new_seed()))[0] == 201
+    assert await again("w4", seed) == (409, "this key was revoked"), "also when another has its name"
+
+
+async def standing(gateway: Gateway, name: str, seed: str, context: str = "penstock-standing", /, **changed: str) -> tuple[int, Any]:
+    challenge = await gateway.json("POST", "/workers/challenge", 200, token=None)
+    said = "\0".join((challenge["server"], challenge["nonce"], name, public_key(seed)))
+    signature = signature_text(sign(seed, context, said.encode()).signature)
+    body = {"name": name, "key": public_key(seed), "nonce": challenge["nonce"], "signature": signature}
+    async with gateway.call("POST", "/workers/standing", token=None, json={**body, **changed}) as answer:
+        return answer.status, (await answer.json()).get("standing", "")
+
+
+async def test_a_worker_and_nobody_else_is_told_what_has_become_of_it(gateway: Gateway) -> None:
+    seed, other = new_seed(), new_seed()
+    assert await standing(gateway, "w1", seed) == (404, "")
+    await register(gateway, await application(gateway, await issued(gateway), seed=seed))
+    assert await standing(gateway, "w1", seed) == (200, "registered")
+    assert await standing(gateway, "w1", other) == await standing(gateway, "w2", seed) == (404, "")
+    for forged in ({"signature": "A" * 86}, {"name": "w2"}, {"key": public_key(other)}, {"nonce": "x"}):
+        assert await standing(gateway, "w1", seed, **forged) == (401, "")
+    assert await standing(gateway, "w1", seed, "penstock-register") == (401, "")
+    await gateway.json("PUT", "/workers/w1/revoke", 204, json={})
+    assert await standing(gateway, "w1", seed) == (200, "revoked")
+    await gateway.json("DELETE", "/workers/w1", 204)
+    assert await standing(gateway, "w1", seed) == (200, "revoked")
+
+
+async def test_behind_a_proxy_of_ours_each_client_has_a_rate_of_its_own_and_cannot_choose_whose(database, nats_server) -> None:
+    async with running_gateway(database, nats_server.url, trusted_proxies="127.0.0.0/8,10.0.0.0/8") as proxied:
+
+        async def statuses(*forwarded: str) -> set[int]:
+            async def ask(number: int) -> int:
+                headers = {"X-Forwarded-For": ", ".join(forwarded).format(number)}
+                async with proxied.call("POST", "/workers/challenge", token=None, headers=headers) as answer:
+                    return answer.status
+
+            return set(await asyncio.gather(*(ask(number) for number in range(60))))
+
+        assert await statuses("198.51.100.{}") == {200}
+        assert await statuses("198.51.100.{}", "203.0.113.5", "10.0.0.7") == {200, 429}, "what it says of itself does not count"
+        assert await statuses("203.0.113.6") == {200, 429}
+    async with running_gateway(database, nats_server.url) as plain:
+        proxied = plain
+        assert await statuses("198.51.100.{}") == {200, 429}, "nobody is believed unless it is said"
+
+
+async def _deleted(gateway: Gateway, status: int, name: str = "w1") -> bool:
+    async with gateway.call("DELETE", f"/workers/{name}") as answer:
         return bool(answer.status == status)

@@ -59,6 +59,8 @@ async def test_a_workers_life_is_shown(gateway: Gateway) -> None:
     await beat(gateway)
     available = await eventually(lambda: shown(gateway, status="available"))
     assert available["last_checked_in"] and available["hostname"] == "rack" and available["routes"] == ["linux", "gpu"]
+    await beat(gateway, limited="no images: the engine is gone")
+    await eventually(lambda: shown(gateway, status="available", reason="no images: the engine is gone"))
     await beat(gateway, busy=2, cache_used=5, cache_limit=9)
     busy = await eventually(lambda: shown(gateway, status="busy"))
     assert (busy["slots_in_use"], busy["cache_used"], busy["cache_limit"]) == (2, 5, 9)

@@ -20,8 +20,8 @@ from proto.messages import TREE_HINT, Reports, ReportStageFinished
 from proto.plan import Plan, Requirements, Stage, TaskInput
 from proto.topology import CONSUMERS, STREAMS
 from services.scheduler.decider import SchedulerDecider
-from services.scheduler.keys import Keyring
 from services.scheduler.leader import Scheduler
+from services.scheduler.master_keys import Keyring
 from services.scheduler.packages import Packer
 from services.scheduler.vault import Vault
 from tests.controls import counter, eventually, write
@@ -96,6 +96,12 @@ class World:
                             self.ended[reports.attempt.build] = body.status
 
 
+class NobodyComes:
+    def cut(self, worker: str, key: str) -> None: ...
+
+    def sweep(self) -> None: ...
+
+
 @asynccontextmanager
 async def a_world(folder: Path) -> AsyncIterator[World]:
     log, bus = MemoryLog(), MemoryBus()
@@ -110,9 +116,9 @@ async def a_world(folder: Path) -> AsyncIterator[World]:
             commands=commands,
             leadership=Leading(),
             snapshots=NoSnapshots(),
-            vault=Vault(None, Keyring(f"k1:{new_seed()}")),
+            vault=Vault(None, lambda: Keyring(f"k1:{new_seed()}")),
             packer=Packer(SERVER, shop.url, LEASE, time.time),
-            cut=lambda *_: None,
+            door=NobodyComes(),
             lease_seconds=LEASE,
             clock=time.monotonic,
             now=time.time,

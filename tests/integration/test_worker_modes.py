@@ -13,6 +13,9 @@ from tests.controls import eventually, write
 from tests.integration.test_worker_hints import SLOTS, World, a_world
 from tests.worker_controls import a_worker, sh
 
+BEAT = 0.1
+"""Seconds, so that nothing of it is waited for."""
+
 
 class Machine:
     """What a worker would measure, as the test says it."""
@@ -49,8 +52,8 @@ async def test_a_mixed_fleet_fills_all_its_slots(tmp_path: Path) -> None:
     """Credits are taken one by one from the one, all at once from the other; both run as much as they may, and nothing is leased in vain."""
     async with (
         a_world(tmp_path) as world,
-        a_worker(world.bus, tmp_path / "w1", "w1", slots=SLOTS),
-        a_worker(world.bus, tmp_path / "w2", "w2", slots=SLOTS, mode="pull"),
+        a_worker(world.bus, tmp_path / "w1", "w1", slots=SLOTS, heartbeat=BEAT),
+        a_worker(world.bus, tmp_path / "w2", "w2", slots=SLOTS, mode="pull", heartbeat=BEAT),
     ):
         await eventually(lambda: (world.credits("w1"), world.credits("w2")) == (SLOTS, 1))
         gate = tmp_path / "go"
@@ -67,7 +70,7 @@ async def test_a_mixed_fleet_fills_all_its_slots(tmp_path: Path) -> None:
 
 async def test_a_pull_worker_gets_work_only_while_it_wants_some(tmp_path: Path) -> None:
     machine = Machine(wants=False)
-    async with a_world(tmp_path) as world, a_worker(world.bus, tmp_path / "w2", "w2", slots=SLOTS, mode="pull", condition=machine):
+    async with a_world(tmp_path) as world, a_worker(world.bus, tmp_path / "w2", "w2", slots=SLOTS, mode="pull", condition=machine, heartbeat=BEAT):
         await eventually(lambda: world.boot("w2"))
         (build,) = await queue(world, "true")
         said = world.scheduler._fleet.get("w2").heartbeat.number
@@ -81,8 +84,8 @@ async def test_a_worker_in_trouble_gets_nothing_and_its_stage_goes_elsewhere(tmp
     machine = Machine()
     async with (
         a_world(tmp_path) as world,
-        a_worker(world.bus, tmp_path / "w1", "w1", slots=SLOTS, condition=machine),
-        a_worker(world.bus, tmp_path / "w2", "w2", slots=SLOTS),
+        a_worker(world.bus, tmp_path / "w1", "w1", slots=SLOTS, condition=machine, heartbeat=BEAT),
+        a_worker(world.bus, tmp_path / "w2", "w2", slots=SLOTS, heartbeat=BEAT),
     ):
         await eventually(lambda: world.credits("w1") == SLOTS)
         machine.now = Condition(trouble="disk full: 3 MiB free")
@@ -95,7 +98,7 @@ async def test_a_worker_in_trouble_gets_nothing_and_its_stage_goes_elsewhere(tmp
 
 async def test_a_drained_worker_finishes_and_gets_nothing_until_it_is_resumed(tmp_path: Path) -> None:
     """Told by the answer to its heartbeat: it says so itself from then on."""
-    async with a_world(tmp_path) as world, a_worker(world.bus, tmp_path / "w1", "w1", slots=SLOTS):
+    async with a_world(tmp_path) as world, a_worker(world.bus, tmp_path / "w1", "w1", slots=SLOTS, heartbeat=BEAT):
         await eventually(lambda: world.credits("w1") == SLOTS)
         gate = tmp_path / "go"
         (running,) = await queue(world, f"while [ ! -e {gate} ]; do sleep 0.02; done")

@@ -2,21 +2,28 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
+from nacl.public import PrivateKey, SealedBox
 
 from libs.bus.jetstream import connect_jetstream
-from libs.tokens import public_key
+from libs.tokens import new_seed, public_key, sign
+from penstock.up.processes import free_port
+from proto.messages import Attempt, Control, Signed
 from proto.plan import TaskInput
 from services.worker.executors.sandboxes import Choice
 from tests.controls import eventually
 from tests.nats_fixture import SEEDS, NatsServer, admitting, fresh_nats, nats_server
-from tests.worker_controls import IDENTITY, Scheduler, a_scheduler, alive, environment, sandboxes_here, sh, step
+from tests.worker_controls import IDENTITY, SERVER, Scheduler, a_scheduler, alive, environment, sandboxes_here, sh, step
 from tests.worker_shop import TOKEN, a_shop
 
 __all__ = ["fresh_nats", "nats_server"]
@@ -36,13 +43,14 @@ async def scheduler(fresh_nats: NatsServer) -> AsyncIterator[Scheduler]:
 
 @contextlib.contextmanager
 def a_process(
-    folder: Path, nats: NatsServer, sandbox: Choice = "none", prefix: Sequence[str] = (), **settings: str
+    folder: Path, nats: NatsServer, sandbox: Choice = "none", prefix: Sequence[str] = (), status: int = 0, **settings: str
 ) -> Iterator["subprocess.Popen[bytes]"]:
+    """`status` is the port at which it says how it is (0: any)."""
     folder.mkdir(exist_ok=True)
     with (folder.parent / "worker.log").open("ab") as log:
         process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "services.worker"],
-            env={**environment(folder, nats.url, sandbox, **settings), "PYTHONPATH": os.getcwd()},
+            env={**environment(folder, nats.url, sandbox, **settings), "PYTHONPATH": os.getcwd(), "PENSTOCK_STATUS_LISTEN": f"127.0.0.1:{status}"},
             stdin=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,
@@ -76,6 +84,20 @@ async def test_a_killed_worker_leaves_no_process_at_all_or_none_after_its_restar
             assert not alive(marker)
     await eventually(lambda: not alive(marker))
     assert len(scheduler.reports[attempt]) == 1
+
+
+async def test_a_second_worker_in_a_folder_ends_at_once_and_the_first_ones_steps_go_on(
+    tmp_path: Path, fresh_nats: NatsServer, scheduler: Scheduler
+) -> None:
+    with a_process(tmp_path / "w", fresh_nats):
+        attempt = await scheduler.send(sh("until test -e go; do sleep 0.05; done; echo went on"))
+        await scheduler.started(attempt)
+        with a_process(tmp_path / "w", fresh_nats) as second:
+            await eventually(lambda: second.poll() is not None, timeout=30)
+            assert second.returncode and "another worker runs in" in (tmp_path / "worker.log").read_text()
+        [workspace] = (tmp_path / "w" / "work").glob("*/workspace")
+        (workspace / "go").touch()
+        assert (await scheduler.finished(attempt)).status == "succeeded"
 
 
 async def test_a_restarted_worker_says_again_what_was_not_recorded_before_it_announces_itself(
@@ -198,3 +220,62 @@ async def test_a_killed_worker_leaves_no_mount_and_a_later_life_removes_its_fold
             attempt = await scheduler.send(sh("cat src/*", inputs=src), inputs=refs, token=TOKEN)
             assert await scheduler.log(attempt, "stdout") == "from the input\n"
             assert shop.requests == {"manifest": 1, "blobs": 1}
+
+
+def refusals(port: int) -> Counter[str]:
+    """What the worker did not honour, by reason, as it counts it."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return Counter({why: int(float(n)) for why, n in re.findall(r'penstock_worker_messages_refused_total\{reason="([^"]+)"\} (\S+)', text)})
+
+
+async def test_packages_that_are_anothers_forged_old_or_sent_again_are_refused_and_counted_and_the_worker_goes_on(
+    tmp_path: Path, fresh_nats: NatsServer, scheduler: Scheduler
+) -> None:
+    """FAULTS 87, 88, from somebody who may say everything on the bus."""
+    port, pack = free_port(set()), msgspec.msgpack.encode
+    runs = sh(f"echo ran >> {tmp_path}/ran")
+    subject = f"execute_build_package.{scheduler.worker}"
+    with a_process(tmp_path / "w", fresh_nats, status=port, worker_build_limit="16") as process:
+        await eventually(lambda: scheduler.heartbeats and scheduler.heartbeats[-1].availability.challenge)
+        number = iter(range(100))
+
+        async def forged(**how: str) -> bytes:
+            return await scheduler.package(Attempt(f"forged{next(number)}", "main", 1), runs, **how)
+
+        honest = msgspec.msgpack.decode(await forged(), type=Signed)
+        for package, why in (
+            (b"junk", "ValidationError"),
+            (await forged(signed_for="w2"), "BadSignature"),
+            (await forged(worker="w2"), "another worker's"),
+            (await forged(signed_by=new_seed()), "BadSignature"),
+            (await forged(boot="the-one-before"), "another boot's"),
+            (await forged(credit="never-offered"), "no such credit"),
+            (pack(Signed(honest.body[:-1] + b"?", honest.signature)), "BadSignature"),
+            (pack(sign(SERVER, "control.w1", honest.body)), "BadSignature"),
+            (pack(sign(SERVER, subject, SealedBox(PrivateKey.generate().public_key).encrypt(b"another's"))), "CryptoError"),
+            (pack(sign(SERVER, subject, honest.body[:40])), "TypeError"),
+        ):
+            before = refusals(port)
+            await scheduler.bus.send(subject, package)
+            await eventually(lambda before=before: refusals(port) - before)
+            assert refusals(port) - before == {f"package: {why}": 1}
+        boot = scheduler.heartbeats[-1].boot
+        lie = Control(boot=boot, number=10**6, challenge=b"mine", lease_seconds=1e-3)
+        await scheduler.bus.send("control.w1", pack(sign(new_seed(), "control.w1", pack(lie))))
+        await scheduler.bus.send("control.w1", pack(sign(SERVER, "control.w2", pack(lie))))
+        await eventually(lambda: refusals(port)["control: BadSignature"] == 2)
+
+        attempt = Attempt("honest", "main", 1)
+        again = await scheduler.package(attempt, runs)
+        for _ in range(3):  # while it runs, it is what is run already
+            await scheduler.bus.send(subject, again)
+        assert (await scheduler.finished(attempt)).status == "succeeded"
+        await eventually(lambda: not scheduler.heartbeats[-1].running)
+        before = refusals(port)
+        await scheduler.bus.send(subject, again)
+        await eventually(lambda: refusals(port) - before == {"package: no such credit": 1})
+        assert set(scheduler.reports) == {attempt}
+        assert (tmp_path / "ran").read_text() == "ran\n"
+        assert process.poll() is None and scheduler.heartbeats[-1].boot == boot
+        assert (await scheduler.finished(await scheduler.send(sh("true")))).status == "succeeded"

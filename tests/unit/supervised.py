@@ -1,6 +1,7 @@
 """A supervisor over made-up services, as a program: `python -m tests.unit.supervised FOLDER SERVICE=BEHAVIOUR…`.
 
-Behaviours: `well` ends at SIGTERM; `stubborn` does not; `dies` exits with 3 at once. The first lines of stdout are what happened."""
+Behaviours: `well` ends at SIGTERM; `stubborn` does not; `dies` exits with 3 at once; `spare` is never ready, and need not be. The first
+lines of stdout are what happened."""
 
 import http.server
 import os
@@ -19,7 +20,7 @@ from penstock.up.supervisor import Interrupted, StartFailed, Supervisor
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = f'{{"pid": {os.getpid()}}}'.encode()
-        self.send_response(200)
+        self.send_response(503 if os.environ["BEHAVIOUR"] == "spare" else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -32,7 +33,7 @@ def behave(environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> 
         print("no reason to live", file=sys.stderr)
         raise SystemExit(3)
     told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: environ["BEHAVIOUR"] == "well" and told.set())
+    signal.signal(signal.SIGTERM, lambda *_: environ["BEHAVIOUR"] in ("well", "spare") and told.set())
     server = http.server.HTTPServer(("127.0.0.1", 0), Answer, bind_and_activate=False)
     server.socket = sockets["status"]
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -57,6 +58,7 @@ def main(folder: Path, behaviours: dict[str, str]) -> int:
                     environ={"NAME": name, "FOLDER": str(folder), "BEHAVIOUR": behaviour},
                     sockets=sockets[name],
                     log=logs[name],
+                    spare=behaviour == "spare",
                 ),
                 signals,
                 not_its_own=[other["status"] for key, other in sockets.items() if key != name],
@@ -66,6 +68,7 @@ def main(folder: Path, behaviours: dict[str, str]) -> int:
         supervisor = Supervisor(
             servers={}, prepare=lambda: services, logs=logs, signals=signals, say=lambda text: tell("say", text), changed=lambda: None
         )
+        supervisor.SPARE_TIMEOUT = 0.5
         try:
             supervisor.boot()
             for service in services:

@@ -1,10 +1,12 @@
 """The life of a connection to NATS, where no server is needed."""
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
+import structlog
 
-from libs.bus.connection import Login, connect
+from libs.bus.connection import SILENT, Login, _Wire, connect
 from libs.tokens import new_seed
 
 
@@ -30,3 +32,39 @@ async def test_a_connection_ends_that_is_left_just_when_it_is_refused(monkeypatc
     done, _ = await asyncio.wait([visiting], timeout=5)
     assert done
     await visiting
+
+
+class Watched(_Wire):
+    """A wire whose server says something, or not, before each look, and answers pings, or does not."""
+
+    def __init__(self, words: Iterator[bool], answers: bool) -> None:
+        super().__init__({}, structlog.get_logger())
+        self.words, self.answers, self.pings = words, answers, 0
+
+    async def look(self, _: float) -> None:
+        if next(self.words):
+            await self._process_msg(1, b"a", b"", b"", None)
+
+    async def _send_ping(self, future: object = None) -> None:
+        self.pings += 1
+        if self.answers:
+            await self._process_pong()
+
+
+@pytest.mark.parametrize(
+    ("words", "answers", "pings"),
+    [
+        pytest.param([True] * 10 + [False] * (SILENT + 1), False, SILENT - 1, id="one that speaks is never asked, one that does not is given up"),
+        pytest.param([False] * 9 + [True], True, 4, id="one that has nothing to say is asked every other time, and stays"),
+    ],
+)
+async def test_only_silence_is_pinged(monkeypatch: pytest.MonkeyPatch, words: list[bool], answers: bool, pings: int) -> None:
+    wire = Watched(iter(words), answers)
+    monkeypatch.setattr("libs.bus.connection.asyncio.sleep", wire.look)
+    if answers:
+        with pytest.raises(RuntimeError):  # nothing more is foreseen: it would go on
+            await wire._ping_interval()
+    else:
+        await wire._ping_interval()
+    assert wire.pings == pings
+    assert wire.ended.is_set() is not answers

@@ -132,10 +132,13 @@ def test_of_a_server_elsewhere_it_is_not_said_to_start_it_here(here: Path) -> No
     assert said == "Error: cannot reach http://nowhere.invalid:1: is the URL right, and is there a way to it from here?\n"
 
 
-@pytest.mark.parametrize(("typed", "said"), [("bulds", ": did you mean `builds`?"), ("zzz", "")])
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [("bulds", ": did you mean `builds`?"), ("zzz", ""), ("worker delete", ": did you mean `rm`?"), ("secret list", ": did you mean `ls`?")],
+)
 def test_a_command_that_is_not_there_is_answered_with_the_nearest(here: Path, typed: str, said: str) -> None:
-    result = penstock(typed, cwd=here)
-    assert result.returncode == 2 and result.stderr.endswith(f"\nError: there is no command `{typed}`{said}\n"), result.stderr
+    result = penstock(*typed.split(), cwd=here)
+    assert result.returncode == 2 and result.stderr.endswith(f"\nError: there is no command `{typed.split()[-1]}`{said}\n"), result.stderr
 
 
 def test_without_a_target_it_says_how_to_get_one(tmp_path: Path) -> None:

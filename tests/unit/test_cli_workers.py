@@ -1,14 +1,18 @@
 """What people read about workers and about what waits for them."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import msgspec
+from click.testing import CliRunner
 
 from penstock.cli.why import _details, _state
 from penstock.cli.worker.show import _facts
+from penstock.cli.worker.start import start
 from penstock.cli.workers import print_workers
 from penstock.client import Candidate, Holder, Preparation, RunningBuild, Waiting, Worker
+from penstock.client.joining import new_membership, write_membership
 
 NOW = 1_800_000_000.0
 MOMENT = datetime.fromtimestamp(NOW, UTC)
@@ -77,6 +81,10 @@ def test_a_stage_that_no_worker_can_take() -> None:
     ]
 
 
+def test_what_became_of_the_attempt_before() -> None:
+    assert next(iter(_details(changed(attempt=2, lost="worker w1 was silent for 15 s")))) == "attempt 1 was lost: worker w1 was silent for 15 s"
+
+
 def test_several_reasons_have_their_counts() -> None:
     stage = changed(reason="no worker offers platform linux or tag gpu", refused={"draining": 1, "tag gpu": 2})
     assert "recorded: no worker offers platform linux or tag gpu (1 worker is draining and 2 workers lack tag gpu)" in _details(stage)
@@ -109,3 +117,12 @@ def test_why_a_stage_runs_where_it_runs() -> None:
 
 def test_a_stage_waits_for_others() -> None:
     assert _state(Preparation(stage="two", state="blocked", needs=["one"]), NOW) == "waits for one"
+
+
+def test_a_registered_workers_key_is_not_lost_to_a_registration_under_another_name(tmp_path: Path) -> None:
+    member = msgspec.structs.replace(new_membership("one", "http://127.0.0.1:1"), nats_url="nats://127.0.0.1:1")
+    write_membership(tmp_path / "worker.json", member)
+    before = (tmp_path / "worker.json").read_bytes()
+    result = CliRunner().invoke(start, ["--dir", str(tmp_path), "--register", "x", "--server", member.url, "--name", "two"])
+    assert result.exit_code == 2 and "is `one`: use another --dir" in result.output
+    assert (tmp_path / "worker.json").read_bytes() == before

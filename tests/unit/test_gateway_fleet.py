@@ -72,9 +72,19 @@ def test_a_worker_that_was_revoked_is_for_good_until_it_is_deleted_and_registere
     for command in (REGISTER, BY_NAME, DrainWorker(worker="w"), ResumeWorker(worker="w")):
         given(REGISTERED, revoked).refuses(command, "conflict")
     given(REGISTERED, revoked).when(DeleteWorker(worker="w", lost=False)).then(WorkerDeleted())
-    given(REGISTERED, revoked, WorkerDeleted()).when(replace(REGISTER, token_id="t2")).then(replace(REGISTERED, token_id="t2"))
-    given(REGISTERED, revoked, WorkerDeleted()).refuses(REGISTER, "conflict")
-    given(REGISTERED, revoked, WorkerDeleted()).refuses(replace(REGISTER, trial=True), "conflict")
+    other = replace(REGISTERED, key="k2", token_id="t2")
+    given(REGISTERED, revoked, WorkerDeleted()).when(replace(REGISTER, key="k2", token_id="t2")).then(other)
+    for command in (REGISTER, replace(REGISTER, trial=True), replace(REGISTER, key="k2")):
+        given(REGISTERED, revoked, WorkerDeleted()).refuses(command, "conflict")
+
+
+def test_a_key_that_was_revoked_never_comes_back_and_one_that_was_only_removed_does():
+    again, revoked, gone = replace(REGISTER, token_id="t2"), WorkerRevoked(), WorkerDeleted()
+    given(REGISTERED, gone).when(again).then(replace(REGISTERED, token_id="t2"))
+    given(REGISTERED, revoked, gone).refuses(again, "conflict")
+    given(REGISTERED, revoked, gone).refuses(replace(again, trial=True), "conflict")
+    other = replace(REGISTERED, key="k2", token_id="t2")
+    given(REGISTERED, revoked, gone, other, gone).refuses(replace(again, token_id="t3"), "conflict")
 
 
 def test_a_start_of_the_gateway_does_not_bring_back_whom_the_owner_deleted():

@@ -14,7 +14,7 @@ from proto.events.lease import Candidate, LeaseExpired, StageDeferred, StageLeas
 from proto.messages import About, Attempt, Availability, Credit, Heartbeat, Offers, SlotsHeld, StageWaits
 from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from services.gateway.preparation import prepared, with_waits
-from services.gateway.presence import Heard, Presence
+from services.gateway.presence import MANY, Heard, Presence
 from services.gateway.worker_view import SILENT, worker_view
 from services.gateway.workers import LeaseRow, WorkerRow
 
@@ -98,6 +98,17 @@ def test_only_what_a_worker_signed_in_its_present_boot_is_believed() -> None:
     assert presence.of("w1", public_key(seed), "b") is None
 
 
+def test_of_too_many_workers_the_one_that_was_silent_longest_is_forgotten() -> None:
+    seed, presence = new_seed(), Presence(lambda: NOW)
+    said = msgspec.msgpack.encode(sign(seed, "presence", msgspec.msgpack.encode(heartbeat())))
+    for number in range(MANY):
+        presence.hear(f"w{number}", said)
+    presence.hear("w0", said)
+    presence.hear("new", said)
+    heard = [name for name in ("w0", "w1", "w2", "new") if presence.of(name, public_key(seed), "b") is not None]
+    assert heard == ["w0", "w2", "new"]
+
+
 def facts(*events: Event) -> list[Fact]:
     return [
         Fact(
@@ -156,6 +167,8 @@ def test_a_lost_worker_puts_a_stage_back_and_what_comes_late_of_it_counts_for_no
     assert one_of(QUEUED, LEASED, STARTED, expired).reason == "worker w1 was silent for 15 s"
     again = one_of(QUEUED, LEASED, STARTED, expired, StageQueued(stage="one", attempt=2, requirements=Requirements()), DEFERRED, LEASED)
     assert (again.state, again.attempt, again.worker, again.reason) == ("queued", 2, "", "")
+    assert again.lost == "worker w1 was silent for 15 s"
+    assert one_of(QUEUED, LEASED, STARTED, expired).lost == "", "nothing was before the first"
 
 
 def test_nothing_is_waited_for_when_all_is_over() -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pytest
@@ -21,6 +21,7 @@ from libs.runtime.http import TIMEOUTS, Problem, Timeouts, expect_later, problem
 
 class Inner(msgspec.Struct, forbid_unknown_fields=True):
     name: str
+    tag: Annotated[str, msgspec.Meta(pattern="^[a-z]+$", description="lower-case letters")] = "a"
     extra: Any = None
 
 
@@ -40,6 +41,11 @@ def refused(body: bytes) -> dict[str, Any]:
 
 def test_what_is_right_is_decoded() -> None:
     assert strict_json(b'{"inner": [{"name": "a"}]}', Body) == Body([Inner("a")])
+
+
+def test_what_has_not_the_form_that_it_must_have_is_told_so_in_words() -> None:
+    said = refused(b'{"inner": [{"name": "a", "tag": "a b"}]}')
+    assert (said["status"], said["detail"]) == (422, "inner[0].tag: must be of this form: lower-case letters")
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"inner": [}', b"", b'{"inner": [{"name": "a"}]} x', b"{'inner': []}"])

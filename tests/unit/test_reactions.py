@@ -2,22 +2,28 @@
 
 import asyncio
 from contextlib import suppress
+from datetime import UTC, datetime
 
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from libs.bus.memory import MemoryBus
 from libs.eventlog.memory import MemoryLog
 from libs.runtime.commands import CommandLoop
+from libs.runtime.decisions import Refused
 from libs.runtime.reactions import PARK_AFTER, ReactionConsumer
-from proto.catalogue import UnknownEvent
+from proto.catalogue import TAGS, UnknownEvent, encode
+from proto.envelope import Recorded, cloud_event
+from proto.events.request import BuildAbortRequested
 from proto.messages import Attempt, Reports
 from proto.plan import StageName
 from proto.topology import Consumer, Stream
-from services.builds.reactions import on_report
+from services.builds.commands import AbortBuild
+from services.builds.reactions import on_event, on_report
 from services.scheduler.decider import SchedulerDecider
-from tests.controls import counter
+from tests.controls import counter, eventually
 
 STREAM = Stream("S", ("s.>",), max_age=60.0, max_bytes=1 << 20, full="old")
 CONSUMER = Consumer("tests-s", "S", ("s.>",))
@@ -83,3 +89,46 @@ def test_a_report_whose_names_fit_no_stream_is_poison_and_asks_nothing_of_the_lo
             on_report("reports.w1.x", msgspec.msgpack.encode(Reports(attempt=attempt, first=1, bodies=[])), lambda _: None)
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(b'"main\\n"', type=StageName)
+
+
+def test_an_event_of_an_earlier_epoch_tells_nothing():
+    """FAULTS 73: it may never have been; if it is still so, it is published again."""
+    event = BuildAbortRequested(build="b")
+    recorded = Recorded(
+        position=7,
+        stream="request-abort-b",
+        version=1,
+        event_id="e",
+        type=TAGS[type(event)],
+        data=encode(event),
+        team="main",
+        correlation_id="b",
+        causation_id="b",
+        actor="a",
+        recorded_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    assert on_event(cloud_event(recorded, 1), 2) == []
+    [(command, _)] = on_event(cloud_event(recorded, 2), 2)
+    assert command == AbortBuild(build="b")
+
+
+@pytest.mark.parametrize(("kind", "outcome"), [("foreign", "foreign"), ("stale", "refused")])
+async def test_what_is_not_the_senders_to_say_is_counted_by_itself(kind, outcome):
+    """FAULTS 48: the alarm; the refusal's text names the worker."""
+
+    class Refusing:
+        def submit(self, command, cause):
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(Refused(kind, "a report by w1"))
+            return future
+
+    bus, registry = MemoryBus(), CollectorRegistry()
+    await bus.ensure([STREAM], [CONSUMER])
+    running = asyncio.create_task(ReactionConsumer(bus, CONSUMER, lambda _: [(None, None)], Refusing(), registry).run())
+    with capture_logs() as said:
+        await bus.publish("s.1", b"")
+        await eventually(lambda: registry.get_sample_value("penstock_tests_s_messages_total", {"outcome": outcome}))
+    running.cancel()
+    await asyncio.wait([running])
+    [line] = [line for line in said if line["event"] == "refused"]
+    assert (line["log_level"], line["why"]) == ("warning" if kind == "foreign" else "info", "a report by w1")

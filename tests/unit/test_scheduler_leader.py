@@ -9,6 +9,7 @@ from nacl.public import PrivateKey, SealedBox
 
 from libs.bus.bus import BusUnavailable
 from libs.bus.memory import MemoryBus
+from libs.eventlog.log import LogUnavailable
 from libs.eventlog.memory import MemoryLog
 from libs.runtime.commands import CommandLoop
 from libs.tokens import BuildToken, new_seed, public_key, read_token, sign, verify
@@ -23,8 +24,8 @@ from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from proto.topology import MAX_PAYLOAD
 from services.scheduler.board import Board
 from services.scheduler.decider import SchedulerDecider
-from services.scheduler.keys import Keyring
 from services.scheduler.leader import Scheduler
+from services.scheduler.master_keys import Keyring
 from services.scheduler.packages import Packer
 from services.scheduler.vault import Vault
 from tests.controls import counter, write
@@ -61,6 +62,7 @@ class World:
         self.packages: list[Package] = []
         self.controls: list[Control] = []
         self.cuts: list[tuple[str, str]] = []
+        self.sweeps = 0
         self.scheduler = self.another()
 
     def another(self):
@@ -70,13 +72,19 @@ class World:
             commands=self.commands,
             leadership=self.office,
             snapshots=NoSnapshots(),
-            vault=Vault(None, Keyring(f"k1:{new_seed()}")),
+            vault=Vault(None, lambda: Keyring(f"k1:{new_seed()}")),
             packer=Packer(SERVER, "http://artifacts", LEASE, lambda: NOW),
-            cut=lambda worker, key: self.cuts.append((worker, key)),
+            door=self,
             lease_seconds=LEASE,
             clock=lambda: self.now,
             now=lambda: NOW + self.now,
         )
+
+    def cut(self, worker, key):
+        self.cuts.append((worker, key))
+
+    def sweep(self):
+        self.sweeps += 1
 
     def beat(self, *, free=1, running=(), boot="b1", goodbye=False, seed=IDENTITY, challenge=None, logs=()):
         self.number += 1
@@ -204,10 +212,11 @@ async def test_a_first_heartbeat_is_a_boot_and_its_credits_count_only_once_they_
 
 
 async def test_a_heartbeat_that_its_worker_did_not_sign_is_nobodys(world):
-    # FAULTS 48
+    # FAULTS 48, 79
     world.beat(seed=new_seed())
     await world.turn()
     assert not await world.events(WorkerBooted) and not world.controls
+    assert world.scheduler.refused == 1
 
 
 async def test_a_credit_is_used_once(world):
@@ -463,6 +472,41 @@ async def test_what_a_worker_offers_has_bounds_because_it_becomes_an_event(world
     assert not await world.events(WorkerBooted)
 
 
+@pytest.mark.parametrize("asked", [{"logs": [A1] * 150_000}, {"running": [A1] * 150_000}], ids=["logs", "attempts"])
+async def test_whoever_asks_for_more_than_an_answer_can_hold_stops_nothing(world, asked):
+    """48."""
+    await leased(world)
+    await world.happened("build-x1", StageInterrupted(stage="main", attempt=1, reason="aborted"))
+    if "logs" in asked:
+        await world.happened(
+            "artifact-log-x1-main-1", LogArchived(build="x1", stage="main", attempt=1, archive=1, digest="d", chunks=9, lines=9, bytes=9)
+        )
+    await world.turn()
+    world.beat(**asked)
+    await world.turn()
+    assert world.controls[-1].number != world.number
+    world.beat(running=[A1])
+    await world.turn()
+    assert world.controls[-1].number == world.number
+
+
+@pytest.mark.parametrize(
+    "credit", [Credit("n", bytes(32)), Credit("n" * 1_060_000, b"k" * 32)], ids=["a key that is none", "a nonce that no event holds"]
+)
+async def test_a_credit_that_is_a_lie_stops_nothing_else(world, credit):
+    """48."""
+    await world.introduced()
+    available = Availability(challenge=world.challenge, offers=Offers(), credits=[credit])
+    heartbeat = Heartbeat(boot="b1", number=world.number + 1, slots=2, availability=available)
+    world.scheduler.hear("presence.w1", msgspec.msgpack.encode(sign(IDENTITY, "presence", msgspec.msgpack.encode(heartbeat))))
+    world.number += 1
+    await world.queue()
+    await world.turn(2)
+    world.beat(free=0)
+    await world.turn()
+    assert world.controls[-1].number == world.number and all(len(event.credit) <= 64 for event in await world.events(StageLeased))
+
+
 @pytest.mark.parametrize("leaves", [False, True], ids=["boots anew", "comes and goes"])
 async def test_a_liar_that_comes_again_and_again_makes_few_events_and_is_heard_again_when_it_has_stopped(world, leaves):
     for number in range(200):
@@ -530,14 +574,113 @@ async def test_another_worker_of_a_revoked_ones_name_is_another(world):
     assert set(world.cuts) == {("w1", public_key(IDENTITY))}
 
 
-async def test_a_new_leader_cuts_off_whom_its_predecessor_may_not_have_reached(world):
-    await world.happened("fleet-worker-w1", WorkerRevoked())
+@pytest.mark.parametrize("gone", [[WorkerRevoked()], [WorkerRevoked(), WorkerDeleted()]], ids=["revoked", "and deleted"])
+async def test_whoever_is_expelled_is_cut_off_also_while_nobody_leads(world, gone):
     world.office.term = None
     await world.turn()
-    assert world.cuts == []
-    world.office.term = 2
+    await world.happened("fleet-worker-w1", *gone)
     await world.turn()
     assert world.cuts == [("w1", public_key(IDENTITY))]
+
+
+async def test_a_new_leader_cuts_off_whom_nobody_reached_before_it(world):
+    assert world.sweeps == 1
+    world.office.term = None
+    await world.turn()
+    world.office.term = 2
+    await world.turn()
+    assert world.sweeps == 2
+
+
+async def test_a_key_that_was_revoked_is_good_for_nothing_under_any_name_and_after_a_restart(world):
+    """Whatever token it shows: the gateway refuses it, and if one did not, nobody would hear it."""
+    key = public_key(IDENTITY)
+    await world.happened("fleet-worker-twin", WorkerRegistered(worker="twin", key=key))
+    await world.happened("fleet-worker-lost", WorkerRegistered(worker="lost", key="k2"), WorkerDeleted(), WorkerRegistered(worker="lost", key="k2"))
+    await world.turn()
+    assert (world.scheduler.key_of("twin"), world.scheduler.key_of("lost")) == (key, "k2")
+    await world.happened("fleet-worker-w1", WorkerRevoked(), WorkerDeleted(), WorkerRegistered(worker="w1", key=key))
+    await world.happened("fleet-worker-w9", WorkerRegistered(worker="w9", key=key))
+    await world.turn()
+    assert set(world.cuts) == {("w1", key), ("twin", key)}
+    board = world.scheduler._board
+    for roster in (board.roster, Board.restore(board.position, board.snapshot()).roster):
+        assert [roster.get(name) for name in ("w1", "twin", "w9")] == [None] * 3
+        assert roster.get("lost") is not None
+    world.beat()
+    await world.turn()
+    assert not await world.events(WorkerBooted)
+
+
+async def test_whoever_has_not_read_the_log_lately_does_not_know_who_may_work(world, monkeypatch):
+    assert world.scheduler.knows()
+    assert not world.another().knows()
+    monkeypatch.setattr(world.log, "read", lost)
+    for _ in range(16):
+        world.now += 1
+        world.scheduler.log_grew()
+        with suppress(LogUnavailable):
+            await world.scheduler.turn()
+    assert not world.scheduler.knows()
+    monkeypatch.undo()
+    await world.turn()
+    assert world.scheduler.knows()
+
+
+async def lost(*_):
+    raise LogUnavailable("the database is away")
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["the log knows the newer", "and does not"])
+@pytest.mark.parametrize("order", ["on", "no"], ids=["older first", "newer first"])
+async def test_after_a_failover_too_the_newer_of_two_with_one_identity_wins(world, order, recorded):
+    """FAULTS 46: a new process knows by the log who came later, whomever it hears first; what the log does not know yet is newer."""
+    boots = {"o": "older", "n": "newer"}
+    world.beat(boot="older")
+    await world.turn()
+    if recorded:
+        world.beat(boot="newer")
+        await world.turn()
+    world.scheduler, world.office.term = world.another(), 2
+    world.challenge = b""
+    await world.scheduler.turn()
+    for _ in range(3):
+        for each in order:
+            world.beat(boot=boots[each])
+        await world.turn()
+    assert world.scheduler._fleet.get("w1").heartbeat.boot == "newer"
+    assert [event.boot for event in await world.events(WorkerBooted)] == ["older", "newer"]
+    await world.queue()
+    world.beat(boot="older")
+    world.beat(boot="newer")
+    await world.turn()
+    assert [package.boot for package in world.packages] == ["newer"]
+
+
+async def test_whom_another_follows_while_nobody_here_hears_it_is_forgotten_by_the_next_leader(world):
+    """FAULTS 46: an instance that waits to lead may have heard only the older, and the log knows better."""
+    world.beat(boot="older")
+    await world.turn()
+    first = world.scheduler
+    world.scheduler, world.office.term = world.another(), None
+    await world.turn()
+    world.beat(boot="older")
+    await world.turn()
+    standby, world.scheduler, world.office.term = world.scheduler, first, 2
+    world.beat(boot="newer")
+    await world.turn()
+    world.scheduler, world.office.term = standby, 3
+    world.controls.clear()
+    await world.queue()
+    await world.turn()
+    assert world.scheduler._fleet.get("w1") is None and not world.packages
+    world.beat(boot="older")
+    await world.turn()
+    assert world.controls[-1].boot == "older" and world.controls[-1].challenge == b""
+    world.beat(boot="newer")
+    await world.turn()
+    assert world.controls[-1].boot == "newer"
+    assert world.controls[-1].challenge
 
 
 async def test_a_drained_worker_gets_nothing_new_before_it_knows_and_something_when_it_is_resumed(world):
@@ -557,7 +700,7 @@ async def test_a_drained_worker_gets_nothing_new_before_it_knows_and_something_w
 
 
 async def test_the_tags_that_a_worker_was_registered_with_are_all_that_it_has(world):
-    await world.happened("fleet-worker-w1", WorkerRevoked(), WorkerDeleted(), WorkerRegistered(worker="w1", key=public_key(IDENTITY), tags=("gpu",)))
+    await world.happened("fleet-worker-w1", WorkerDeleted(), WorkerRegistered(worker="w1", key=public_key(IDENTITY), tags=("gpu",)))
     await world.turn()
     await world.introduced()
     assert [event.offers.tags for event in await world.events(WorkerBooted)] == [("gpu",)]
@@ -570,3 +713,33 @@ async def test_who_may_work_survives_in_the_snapshot(world):
     board = world.scheduler._board
     assert Board.restore(board.position, board.snapshot()).roster.members == board.roster.members
     assert (world.scheduler.key_of("w2"), world.scheduler.key_of("w3"), world.scheduler.key_of("w4")) == ("k2", None, None)
+
+
+async def test_a_board_that_cannot_take_an_event_renews_what_is_leased_and_gives_and_ends_nothing(world, monkeypatch):
+    await world.introduced()
+    await world.queue()
+    await world.turn()
+    apply = Board.apply
+
+    def refuse(board, happened):
+        if happened.stream == "build-bad":
+            raise ZeroDivisionError
+        apply(board, happened)
+
+    monkeypatch.setattr(Board, "apply", refuse)
+    await world.queue("bad")
+    await world.queue("x3")
+    world.beat(running=[A1])
+    await world.turn()
+    assert "build-bad" in str(world.scheduler.stuck) and world.scheduler.problem is None
+    assert [held.attempt for held in world.controls[-1].held] == [A1]
+    await world.turn(2 * LEASE)
+    assert len(await world.events(StageLeased)) == 1 and await world.events(LeaseExpired) == []
+    monkeypatch.setattr(Board, "apply", apply)
+    world.scheduler.log_grew()
+    world.beat(running=[A1])
+    await world.turn()
+    assert world.scheduler.stuck is None
+    world.beat(running=[A1])
+    await world.turn()
+    assert len(await world.events(StageLeased)) > 1

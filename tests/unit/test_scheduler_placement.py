@@ -140,7 +140,6 @@ def lease(queue, fleet, assignment, at):
 def test_a_requirement_that_nobody_offers_is_said_in_words():
     wants = {
         "no worker offers a container engine for registry-image": Requirements(image="registry-image"),
-        "no worker offers rootfs_uri": Requirements(image="rootfs"),
         "no worker offers run.user without an image": Requirements(user=True),
         "no worker offers container_limits without an image": Requirements(limits=True),
         "no worker offers platform darwin": Requirements(platform="darwin"),

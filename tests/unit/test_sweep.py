@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager, suppress
 
+from libs.eventlog.log import NewEvent
 from libs.eventlog.memory import MemoryLog
 from libs.runtime.commands import CommandLoop
 from libs.runtime.sweep import Sweep
@@ -76,3 +77,12 @@ async def test_a_sweep_begins_near_the_head_of_a_long_log(monkeypatch):
     async with sweeping(log) as sweep:
         await sweep.sweep(2)
         assert await built(log, "b1") == [] and await built(log, "b2") != []
+
+
+async def test_an_event_that_cannot_be_read_does_not_stop_the_sweep():
+    log = MemoryLog()
+    bad = NewEvent(event_id="bad", type="build.requested", data=b"{}")
+    await log.append([write("request-1", bad), write("request-2", BuildRequested(build="b2", plan=PLAN))])
+    async with sweeping(log) as sweep:
+        await sweep.sweep(2)
+        assert await built(log, "b2") == [BuildCreated, StageQueued]

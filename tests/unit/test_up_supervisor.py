@@ -109,6 +109,16 @@ def test_a_service_that_does_not_stay_up_ends_the_start_with_its_last_words(tmp_
         assert system.end() == 1
 
 
+def test_a_worker_that_is_never_let_in_keeps_nobody_from_the_rest(tmp_path: Path) -> None:
+    with supervised(tmp_path, worker="spare", gateway="well") as system:
+        said = system.until("say worker is not ready")
+        assert "pid" in said and "worker.log" in said
+        system.until("watching")
+        assert pid_of(system.status["gateway"]) == system.pids["gateway"]
+        system.process.terminate()
+        assert system.end() == 0
+
+
 def test_a_stop_before_all_is_up_is_heeded(tmp_path: Path) -> None:
     with supervised(tmp_path, gateway="well", builds="dies") as system:
         system.until("say builds exited with 3")

@@ -15,11 +15,11 @@ def test_a_worker_wants_work_while_its_load_is_below_its_limit_and_its_disk_has_
     assert not wants(replace(FINE, disk_free=DISK_WANTED - 1), 2.0)
 
 
-def test_a_full_disk_and_an_engine_that_is_gone_are_trouble() -> None:
-    """FAULTS 50, 53."""
+def test_a_full_disk_is_trouble() -> None:
+    """FAULTS 53."""
     assert trouble(FINE) == ""
     assert trouble(replace(FINE, disk_free=DISK_NEEDED - 1)) == "disk full: 63 MiB free"
-    assert trouble(replace(FINE, disk_free=DISK_NEEDED, engine="the engine does not answer")) == "the engine does not answer"
+    assert trouble(replace(FINE, disk_free=DISK_NEEDED)) == ""
 
 
 def test_of_a_small_disk_less_is_needed() -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from proto.messages import Attempt
 from services.worker.logs import AttemptLog
 from services.worker.masking import LONGEST, Masker, Texts, masked, variants
-from tests.encodings import encodings
+from services.worker.progress import last_percent
+from tests.encodings import encodings, listed
+from tests.soak.masking import ALPHABETS, a_round
 
 PEM = "-----BEGIN KEY-----\n" + "\n".join(base64.b64encode(bytes(range(n, n + 48))).decode() for n in range(8)) + "\n-----END KEY-----\n"
 
@@ -34,7 +36,7 @@ def plainly(texts: Texts, data: bytes) -> bytes:
     return shown + data[at:]
 
 
-@pytest.mark.parametrize("value", ["hunter2!", "p4ss wörd/+?", 'a "quoted" \\ value', PEM, "x" * 70_000, "päss", "1234"])
+@pytest.mark.parametrize("value", ["hunter2!", "p4ss wörd/+?", 'a "quoted" \\ value', PEM, "x" * 7_000, "päss", "1234"])
 def test_every_listed_encoding_is_masked_inside_a_longer_text(value):
     texts = Texts([value])
     for text in encodings(value):
@@ -152,25 +154,39 @@ def test_any_cut_of_a_stream_gives_the_same_and_it_is_right(values, data):
     assert run(texts, cut) == run(texts, [stream]) == plainly(texts, stream)
 
 
-def test_a_hundred_thousand_fuzzed_streams_leak_nothing():
-    rng = random.Random(20_261_122)
-    alphabets = (string.ascii_letters + string.digits, string.hexdigits, string.printable.replace("*", ""), "ab", "äß€/+ %\n\"'")
-    streams = 0
-    for _ in range(500):
-        values = ["".join(rng.choices(rng.choice(alphabets), k=rng.randrange(4, 40))) for _ in range(rng.randrange(1, 4))]
-        values = [value for value in values if len(value.strip()) >= 4]
-        texts = Texts(values)
-        given_away = [text for value in values for text in encodings(value)]
-        for _ in range(210):
-            streams += 1
-            noise = [bytes(rng.choices(b'abcXYZ019+/=% \n"\\', k=rng.randrange(6))) for _ in range(3)]
-            stream = b"".join(n + text for n, text in zip(noise, rng.choices(given_away or [b""], k=3), strict=True))
-            masker, shown, at = Masker(texts), b"", 0
-            while at < len(stream):
-                step = rng.randrange(1, 30)
-                shown += masker.feed(stream[at : at + step])
-                at += step
-            shown += masker.rest()
-            for text in given_away:
-                assert text not in shown, (values, stream, shown)
-    assert streams > 100_000
+async def test_fuzzed_streams_leak_nothing_and_lose_nothing_else():
+    """A little of `python -m tests.soak.masking`, which takes a million."""
+    assert sum(a_round(f"unit {number}", 60) for number in range(40)) == 2400
+
+
+def test_the_worker_looks_for_what_the_oracle_lists():
+    rng = random.Random(4)
+    for letters in ALPHABETS:
+        for length in (3, 4, 5, 20, 100, 1400):
+            value = "".join(rng.choices(letters + " \n", k=length))
+            assert variants(value) == listed(value), value
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "::add-mask::hunter2!",
+        "::remove-mask::hunter2!",
+        "::stop-commands::hunter2!",
+        "::set-output name=key::hunter2!",
+        "##vso[task.setvariable variable=key;issecret=false]hunter2!",
+        "##teamcity[setParameter name='key' value='hunter2!']",
+        "::progress hunter2!::",
+        "penstock: interrupted: hunter2!",
+    ],
+)
+async def test_a_line_that_gives_orders_elsewhere_is_text_here_and_masked_as_such(line):
+    """FAULTS 105: there is one control line, progress, and no program can show by any of them what is masked."""
+    chunks = []
+    log = AttemptLog(Attempt("b", "s", 1), chunks.append, 1 << 20, "", Texts(["hunter2!"]))
+    taken = [log.write("run", stream, f"{line}\nand then hunter2!\n".encode()) for stream in ("stdout", "stderr")]
+    log.close("run")
+    shown = f"{line}\nand then hunter2!\n".replace("hunter2!", "***").encode()
+    assert taken == [[shown], [shown]]
+    assert [(segment.stream, segment.data) for chunk in chunks for segment in chunk.segments] == [("stdout", shown), ("stderr", shown)]
+    assert last_percent(shown) is None

@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 
 from libs.bus.memory import MemoryBus
-from proto.messages import ArchivedLog, Attempt, LogChunk, ReportStageFinished, Segment
+from proto.messages import ArchivedLog, Attempt, LogChunk, Reports, ReportStageFinished, ReportStepProgressed, Segment
 from proto.topology import CONSUMERS, STREAMS
-from services.worker.outbox import RESEND_LOGS, Outbox
+from services.worker.outbox import RESEND_LOGS, RESEND_REPORTS, Outbox
 from services.worker.spool import Spool
 
 ATTEMPT = Attempt("b", "s", 1)
@@ -114,4 +114,24 @@ async def test_what_is_refused_is_offered_again_within_a_second(tmp_path: Path) 
     await bus.ensure(STREAMS, CONSUMERS)
     assert await worker.pass_time(1) == [1, 2]
     assert await worker.pass_time(RESEND_LOGS[1]) == [], "what is acked is not sent again while the attempt goes on"
+    await worker.outbox.close()
+
+
+async def test_reports_that_a_restored_log_does_not_have_are_sent_again(tmp_path: Path) -> None:
+    """FAULTS 73: they were events, and are none any more."""
+    bus = MemoryBus()
+    await bus.ensure(STREAMS, CONSUMERS)
+    worker = Worker(tmp_path, bus)
+    worker.outbox.open(ATTEMPT, lambda: None)
+    for _ in range(3):
+        worker.outbox.report(ATTEMPT, [ReportStepProgressed(step="step", percent=1)])
+    worker.outbox.on_recorded(ATTEMPT, 3)
+    await worker.pass_time(RESEND_REPORTS[1])
+    await bus.purge("REPORTS", "reports.>")
+    worker.outbox.on_recorded(ATTEMPT, 1)
+    await worker.pass_time(RESEND_REPORTS[0])
+    message = await bus.last("REPORTS", "reports.>")
+    assert message is not None
+    again = msgspec.msgpack.decode(message.data, type=Reports)
+    assert (again.first, len(again.bodies)) == (2, 2)
     await worker.outbox.close()

@@ -137,6 +137,17 @@ def test_a_worker_in_trouble_says_so_and_offers_nothing_until_it_is_over() -> No
     assert fresh != credit, "a lease may quote the old one: it is not offered again"
 
 
+def test_a_worker_whose_engine_is_gone_offers_all_but_images_and_says_so() -> None:
+    """FAULTS 50."""
+    everything = Offers(images=("image",), user=True, limits=True, privileged=True, tags=("gpu",), sandbox="bubblewrap")
+    worker = Session("w1", "boot", b"k" * 32, 1, everything, iter("abc").__next__, About())
+    gone = worker.on_heartbeat_due(0, [], condition=Condition(no_images="the container engine does not answer"))
+    assert gone.availability.offers == Offers(tags=("gpu",), sandbox="bubblewrap")
+    assert (len(gone.availability.credits), gone.trouble, gone.limited) == (1, "", "no images: the container engine does not answer")
+    back = worker.on_heartbeat_due(1, [])
+    assert (back.availability.offers, back.limited) == (everything, "")
+
+
 def test_pull_offers_one_credit_at_a_time_and_only_while_work_is_wanted() -> None:
     worker = session(slots=3, mode="pull")
     (first,) = beat(worker, 0)

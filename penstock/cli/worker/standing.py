@@ -48,7 +48,7 @@ def revoke(ctx: click.Context, name: str, reason: str) -> None:
 def rm(ctx: click.Context, names: tuple[str, ...]) -> None:
     """Forget workers that are revoked or lost. Their names are free for others.
 
-    To come back a worker registers anew; after a revocation remove its worker.json first, so that it makes another key."""
+    To come back a worker registers anew. A key that was revoked never does: remove its worker.json first, so that it makes another."""
     run(_removed(connect(ctx), names))
 
 

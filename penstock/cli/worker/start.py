@@ -48,7 +48,8 @@ def start(
     """Run a worker on this machine until Ctrl-C, which gives back what it runs and says goodbye.
 
     The first time it needs a token and the server's URL: it makes a key, which never leaves --dir, and registers it. From then on the key is all
-    that it needs, after days offline too. If the bus answers that key with `Authorization Violation`, the worker was revoked or removed.
+    that it needs, after days offline too. While it is not admitted to the bus it says why, and tries again; it ends with 77 when the server says that
+    it was revoked or removed.
 
     \b
       penstock worker start --register TOKEN --server https://penstock.example --name rack-1 --slots 8
@@ -63,6 +64,7 @@ def start(
         "PENSTOCK_WORKER_NAME": member.name,
         "PENSTOCK_WORKER_KEY": member.key,
         "PENSTOCK_SERVER_PUBLIC_KEY": member.server_public_key,
+        "PENSTOCK_SERVER_URL": member.url,
         "PENSTOCK_WORKER_DIR": str(folder),
         **({"PENSTOCK_WORKER_BUILD_LIMIT": str(slots)} if slots else {}),
         **({"PENSTOCK_WORKER_TAGS": ",".join(tags)} if tags else {}),
@@ -77,11 +79,11 @@ def _member(path: Path, token: str | None, url: str | None, name: str | None) ->
     """Who this worker is: registered now, or before."""
     try:
         known = read_membership(path)
+        if known is not None and known.nats_url and name not in (None, known.name):
+            raise Mistake(f"the worker in {path.parent} is `{known.name}`: use another --dir for another worker")
         if token is None:
             if known is None or not known.nats_url:
                 raise Mistake(f"no worker is registered in {path.parent}: give --register TOKEN --server URL")
-            if name not in (None, known.name):
-                raise Mistake(f"the worker in {path.parent} is `{known.name}`: use another --dir for another worker")
             return known
         if not url:
             raise Mistake("--server is missing: where is the Penstock to register with?")
@@ -110,6 +112,8 @@ async def _joined(wanted: Membership, token: str) -> Membership:
     except Unauthorized as error:
         raise Failure(f"{wanted.url} does not take this token: it was used, is too old, or another server's; have another made") from error
     except Conflict as error:
+        if error.problem and error.problem.type.endswith("key-revoked"):
+            raise Failure(f"{wanted.url}: {error}; remove worker.json, so that the worker makes another") from error
         raise Failure(f"{wanted.url} has another worker of the name `{wanted.name}`: choose another --name") from error
 
 

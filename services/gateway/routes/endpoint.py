@@ -8,7 +8,8 @@ from aiohttp import web
 
 from libs.runtime.http import Problem, expect_later, unavailable
 from proto.events.team import Role
-from services.gateway.auth import Authenticator, Principal, require
+from services.gateway.audit import Audit
+from services.gateway.auth import PRINCIPAL, Authenticator, Principal, require
 from services.gateway.refusals import absent, invalid
 
 PREFIX = "/api/v1"
@@ -67,11 +68,23 @@ LAST_EVENT = (
 ANYBODY = Principal("", "viewer", "")
 
 
-def add(app: web.Application, endpoints: Iterable[Endpoint], authenticator: Authenticator, certainty: Certainty) -> None:
+def add(app: web.Application, endpoints: Iterable[Endpoint], authenticator: Authenticator, certainty: Certainty, audit: Audit) -> None:
     """Serve the endpoints."""
     for endpoint in endpoints:
-        guarded = _certain(_guarded(endpoint, authenticator), certainty)
+        guarded = _audited(_certain(_guarded(endpoint, authenticator), certainty), audit)
         app.router.add_route(endpoint.method, PREFIX + endpoint.path, guarded, expect_handler=expect_later)
+
+
+def _audited(handler: Served, audit: Audit) -> Served:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except Problem as problem:
+            if problem.status in (401, 403):
+                audit.note(request, problem)
+            raise
+
+    return handle
 
 
 def _certain(handler: Served, certainty: Certainty) -> Served:
@@ -98,7 +111,7 @@ def _guarded(endpoint: Endpoint, authenticator: Authenticator) -> Served:
     async def handle(request: web.Request) -> web.StreamResponse:
         principal = ANYBODY
         if least is not None:
-            principal = await authenticator.principal(request)
+            principal = request[PRINCIPAL] = await authenticator.principal(request)
             if for_team and request.match_info["team"] != principal.team:
                 raise absent("team", request.match_info["team"])
             require(principal, least)
