@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import TypeVar
 
-from libs.archives.pages import LARGE, Paged, is_paged, paged
+from libs.archives.pages import LARGE, Filling, Paged, is_paged
 from libs.archives.pump import gathered
 from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import CHUNK, DIGEST
@@ -40,9 +40,9 @@ def _frames(blobs: Iterable[tuple[bytes, P]]) -> Iterator[P | bytes]:
     yield END_FRAME
 
 
-async def whole_pieces(fill: Callable[[memoryview], Awaitable[int]]) -> AsyncIterator[memoryview]:
-    """A stream in pieces for a BlobStreamReader, each large blob in one, which lies so that it need not be copied to be stored. `fill` puts into
-    memory as much as fits, less only at the stream's end. What is out of order is left to the reader."""
+async def whole_pieces(fill: Callable[[memoryview], Awaitable[int]], filling: Filling) -> AsyncIterator[memoryview]:
+    """A stream in pieces for a BlobStreamReader, each large blob in one, which lies so that it need not be copied to be stored; the memory for those
+    is `filling`'s. `fill` puts into memory as much as fits, less only at the stream's end. What is out of order is left to the reader."""
     begun = memoryview(b"")
     inside = 0
     while True:
@@ -55,10 +55,17 @@ async def whole_pieces(fill: Callable[[memoryview], Awaitable[int]]) -> AsyncIte
                 return
         if begun:
             size = int.from_bytes(begun[DIGEST:_HEADER], "big")
-            whole = paged(_HEADER + size, _HEADER) if LARGE <= size <= CHUNK else begun
-            whole[: len(begun)] = begun
-            yield whole[: len(begun) + await fill(whole[len(begun) :])]
-            begun, inside = begun[:0], size if whole is begun else 0
+            if LARGE <= size <= CHUNK:
+                async with filling(_HEADER + size, _HEADER) as whole:
+                    whole[: len(begun)] = begun
+                    piece = whole[: len(begun) + await fill(whole[len(begun) :])]
+                    del whole
+                yield piece
+                del piece  # while the next one is waited for, nobody has it
+                size = 0
+            else:
+                yield begun
+            begun, inside = begun[:0], size
             continue
         piece = memoryview(bytearray(_PIECE))
         came, at = await fill(piece), inside

@@ -41,6 +41,7 @@ async def pump(chunks: AsyncIterator[P], feed: Callable[[P], None], finish: Call
         async for chunk in chunks:
             waiting.append(chunk)
             size += len(chunk)
+            del chunk  # that of large pieces none stays longer than it must
             if size < _ENOUGH or (working is not None and not working.done() and size < _AT_MOST):
                 continue
             if working is not None:

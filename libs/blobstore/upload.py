@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
 
+from libs.archives.pages import keep
 from libs.archives.tree import CHUNK
 from libs.blobstore.packs import MOST_BLOBS, PACK
 
@@ -54,11 +55,14 @@ class Upload:
         if digest is None:
             digest = hashlib.sha256(contents).digest()
         if digest in self._asked or digest in self._fresh or any(digest in digests for _, digests in self._under_way):
+            keep(contents)
             return digest
         self._asked[digest] = contents
         self._asked_bytes += len(contents)
         if self._asked_bytes >= max(PACK - self._fresh_bytes, _LOOKUP) or len(self._asked) + len(self._fresh) >= MOST_BLOBS:
             self._guarded(self._ask)
+        if not any(digest in digests for _, digests in self._under_way):
+            keep(contents)  # it is there, or waits for a pack to be full
         return digest
 
     def flush(self) -> None:
@@ -108,9 +112,16 @@ class Upload:
             self._under_way.popleft()
         self._turns.acquire()
         blobs, self._fresh, self._fresh_bytes = self._fresh, {}, 0
-        future = asyncio.run_coroutine_threadsafe(self._write(list(blobs), list(blobs.values())), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._stored(blobs), self._loop)
         future.add_done_callback(lambda _: self._turns.release())
         self._under_way.append((future, frozenset(blobs)))
+
+    async def _stored(self, blobs: dict[bytes, Contents]) -> None:
+        try:
+            await self._write(list(blobs), list(blobs.values()))
+        finally:
+            for contents in blobs.values():
+                keep(contents)  # whoever still refers to it must not keep others waiting
 
     def _flush(self) -> None:
         if self._asked:

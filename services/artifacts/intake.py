@@ -5,7 +5,7 @@ from hashlib import sha256
 
 from libs.archives.blobstream import END_FRAME, BlobStreamReader
 from libs.archives.compression import Decompressor, Format
-from libs.archives.pages import LARGE, Paged
+from libs.archives.pages import LARGE, Paged, keep
 from libs.archives.reader import HOLE, ArchiveReader, Member
 from libs.archives.rules import ArchiveRefused, LimitExceeded, Limits
 from libs.archives.tree import (
@@ -178,6 +178,8 @@ class BlobIntake:
             for digest, contents in self._reader.feed(piece):
                 if digest != ZERO_CHUNK:
                     self._upload.add(contents, digest)
+                else:
+                    keep(contents)
 
     def finish(self) -> None:
         """All of it is in the store. Raises as `feed`."""

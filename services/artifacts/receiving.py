@@ -12,10 +12,12 @@ from aiohttp import web
 from libs.archives.blobstream import MEDIA_TYPE as BLOBS
 from libs.archives.blobstream import whole_pieces
 from libs.archives.compression import Format
+from libs.archives.pages import Filling, Pages
 from libs.archives.rules import ArchiveRefused, Limits
 from libs.blobstore.store import BlobMissing
 from libs.runtime.decisions import Cause
 from libs.runtime.http import TIMEOUTS, Problem, StraightBody, Timeouts, body_chunks, straight, widen
+from libs.runtime.memory import give_back_memory
 from libs.tokens import BuildToken, Grant
 from proto.api import LONGEST, PendingUpload
 from proto.events.base import ArtifactRef
@@ -50,6 +52,7 @@ class Receiving:
         uploads: Uploads,
         limits: Limits,
         traffic: Traffic,
+        pages: Pages,
         at_once: int = UPLOADS,
     ) -> None:
         self._access = access
@@ -57,6 +60,7 @@ class Receiving:
         self._uploads = uploads
         self._limits = limits
         self._traffic = traffic
+        self._pages = pages
         self._turns = Turns(at_once, "uploads")
 
     async def put_artifact(self, request: web.Request) -> web.StreamResponse:
@@ -140,8 +144,10 @@ class Receiving:
         self._check_length(request, self._limits.max_stream)
         form = _form(request)
         try:
-            with straight(request) if form == "tar" else nullcontext() as body:
-                pieces = self._received(request, team) if body is None else self._straight(request, team, body)
+            with straight(request) if form == "tar" else nullcontext() as body, self._pages.share() as filling:
+                if body is not None:
+                    await asyncio.to_thread(give_back_memory)  # what small pieces left free would come on top
+                pieces = self._received(request, team) if body is None else self._straight(request, team, body, filling)
                 return await self._uploads.blobs(team, artifact, cause, pieces, form)
         except ArchiveRefused as error:
             raise refused("blobs-refused", error) from None
@@ -187,8 +193,8 @@ class Receiving:
             yield piece
             pace.wait()
 
-    def _straight(self, request: web.Request, team: str, body: StraightBody) -> AsyncIterator[memoryview]:
-        """The same of a blob stream, where it is to be stored."""
+    def _straight(self, request: web.Request, team: str, body: StraightBody, filling: Filling) -> AsyncIterator[memoryview]:
+        """The same of a blob stream, where it is to be stored: in memory that all of them share."""
         pace = self._pace(request, team)
 
         async def fill(memory: memoryview) -> int:
@@ -199,7 +205,7 @@ class Receiving:
                 memory = memory[came:]
             return size - len(memory)
 
-        return whole_pieces(fill)
+        return whole_pieces(fill, filling)
 
     def _pace(self, request: web.Request, team: str) -> "_Pace":
         seconds = request.app.get(TIMEOUTS, Timeouts()).body

@@ -381,6 +381,7 @@ class Uploads:
         seen = self._now()
         async for piece in body:
             yield piece
+            del piece
             if self._now() - seen > _TOUCH:
                 seen = self._now()
                 if not await self._sessions.touch(session.id, seen):
@@ -392,5 +393,6 @@ async def _until_broken(body: AsyncIterator[P], broken: list[Exception]) -> Asyn
     try:
         async for piece in body:
             yield piece
+            del piece  # it may be large, and the next is long in coming
     except Exception as error:
         broken.append(error)

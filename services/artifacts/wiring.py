@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from aiohttp import web
 
+from libs.archives.pages import Pages
 from libs.archives.rules import Limits
 from libs.archives.selftest import self_test
 from libs.blobstore.store import open_blob_store
@@ -45,6 +46,8 @@ from services.artifacts.sessions import Sessions
 from services.artifacts.trees import Trees
 from services.artifacts.uploads import Uploads
 
+_COMING = 50 << 20
+"""Bytes of memory for large chunks between their sockets and the disk, of all uploads together: six."""
 _KEPT = 128 << 20
 """Bytes of free memory that stay for the next body."""
 _REST = 60.0
@@ -98,7 +101,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     archivist = Archivist(bus, log, commands, logs, service.registry, settings.log_patience)
     uploads = Uploads(store, sessions, trees, commands, queries, limits, lambda: life + uuid4().hex, time.time)
     janitor = Janitor(log, log.pool, projector, store, sessions, uploads, trees, logs, commands, time.time, settings.tidy_seconds, instance, life)
-    receiving = Receiving(access, queries, uploads, limits, traffic, settings.max_uploads)
+    receiving = Receiving(access, queries, uploads, limits, traffic, Pages(_COMING), settings.max_uploads)
     most_chunks = settings.max_artifact_files + (settings.max_artifact_bytes >> 23)
     serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, janitor.wake, settings.max_downloads)
 

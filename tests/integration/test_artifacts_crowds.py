@@ -198,6 +198,17 @@ async def test_150_readers_that_do_not_read_cost_their_team_its_turns_and_nobody
         await eventually(free)
 
 
+async def test_16_uploads_of_large_files_at_once_share_the_memory_of_a_few(database: Database, nats_server: NatsServer, tmp_path: Path) -> None:
+    """Each on its own would take some 16 MB, and the packs that are on their way to the disk 32."""
+    base = memoryview(os.urandom(2 * CHUNK))
+    files = [{"large": b"".join((b"%016d" % number, base[16:CHUNK], b"%016d" % number, base[CHUNK + 16 :]))} for number in range(16)]
+    async with running(database, nats_server, tmp_path / "store", "one") as service:
+        before = service.peak
+        done = await asyncio.gather(*(service.api.put(each, team=f"team{number % 2}") for number, each in enumerate(files)))
+        assert {each["size"] for each in done} == {2 * CHUNK}
+        assert service.peak - before < 100 * MB
+
+
 async def test_uploads_that_are_opened_and_left_cost_their_team_its_turns_and_nobody_anything_else(
     database: Database, nats_server: NatsServer, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from libs.archives.blobstream import END_FRAME, BlobStreamReader, frame_header, frames, whole_pieces
-from libs.archives.pages import LARGE, is_paged
+from libs.archives.pages import LARGE, Pages, is_paged
 from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import CHUNK
 
@@ -106,12 +106,15 @@ async def _whole(stream: bytes, whole: bool = True) -> tuple[bytes, dict[bytes, 
 
     reader = BlobStreamReader(lambda digest: CHUNK) if not whole else BlobStreamReader(dict(_sizes(stream)).get)
     together, found, paged = b"", {}, 0
-    async for piece in whole_pieces(fill):
-        together += piece
-        if whole:
-            for digest, contents in reader.feed(piece):
-                found[digest] = bytes(contents)
-                paged += is_paged(contents)
+    with Pages(2 * CHUNK).share() as filling:
+        async for piece in whole_pieces(fill, filling):
+            together += piece
+            if whole:
+                for digest, contents in reader.feed(piece):
+                    found[digest] = bytes(contents)
+                    paged += is_paged(contents)
+                    del contents
+            del piece
     if whole:
         reader.finish()
     return together, found, paged
