@@ -32,11 +32,11 @@ class Consumer(NamedTuple):
     max_ack_pending: int = 4096
 
 
-STREAMS: tuple[Stream, ...] = (
-    Stream("EVENTS", ("events.>",), max_age=7 * 86400.0, max_bytes=2 << 30, full="old"),
-    Stream("REPORTS", ("reports.>",), max_age=86400.0, max_bytes=256 << 20, full="new"),
-    Stream("LOGS", ("logs.>",), max_age=86400.0, max_bytes=1 << 30, full="new"),
-)
+EVENTS = Stream("EVENTS", ("events.>",), max_age=7 * 86400.0, max_bytes=2 << 30, full="old")
+REPORTS = Stream("REPORTS", ("reports.>",), max_age=86400.0, max_bytes=256 << 20, full="new")
+LOGS = Stream("LOGS", ("logs.>",), max_age=86400.0, max_bytes=1 << 30, full="new")
+
+STREAMS: tuple[Stream, ...] = (EVENTS, REPORTS, LOGS)
 
 BUILDS_REACTIONS = Consumer("builds-reactions", "EVENTS", ("events.request.>", "events.lease.*.*.LeaseExpired"))
 BUILDS_REPORTS = Consumer("builds-reports", "REPORTS", ("reports.>",))

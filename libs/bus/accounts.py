@@ -11,7 +11,7 @@ an ack's text on a subject that another worker listens to. So workers take nothi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +54,13 @@ def inbox_prefix(worker: str) -> str:
     return f"_INBOX_{worker}"
 
 
-def permissions(worker: str) -> dict[str, dict[str, list[str]]]:
-    """All that a worker may say and hear, as a user's JWT has it. Raises ValueError for a name that could stand for more than itself."""
+def permissions(worker: str, withheld: Container[str] = ()) -> dict[str, dict[str, list[str]]]:
+    """All that a worker may say and hear, as a user's JWT has it, but for the kinds `withheld` ("reports", "logs"). Raises ValueError for a name that
+    could stand for more than itself."""
     if not _NAME.fullmatch(worker):
         raise ValueError(f"not a safe worker's name: {worker!r}")
     return {
-        "pub": {"allow": [f"reports.{worker}.>", f"logs.{worker}.>", f"presence.{worker}"]},
+        "pub": {"allow": [*(f"{kind}.{worker}.>" for kind in ("reports", "logs") if kind not in withheld), f"presence.{worker}"]},
         "sub": {"allow": [f"control.{worker}", f"execute_build_package.{worker}", f"{inbox_prefix(worker)}.>"]},
     }
 

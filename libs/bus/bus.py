@@ -25,12 +25,14 @@ class Ack(msgspec.Struct, frozen=True):
 
 
 class StreamState(msgspec.Struct, frozen=True):
-    """`created` names this making of the stream: a deleted and remade stream has another. An empty stream has first_sequence = last_sequence + 1."""
+    """`created` names this making of the stream: a deleted and remade stream has another. An empty stream has first_sequence = last_sequence + 1.
+    `bytes` is what it takes of its `max_bytes`."""
 
     created: str
     last_sequence: int
     first_sequence: int
     messages: int
+    bytes: int
 
 
 class BusUnavailable(Exception):

@@ -8,7 +8,7 @@ a JWT that confines the connection, and ends it when the JWT lapses: the client 
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -28,7 +28,9 @@ _PAGE = 1024
 MOST = 2
 """Connections that a key may have: whoever renews one has two for a moment. The oldest goes."""
 LOOK = 0.25
-"""Seconds between two looks whether we still know whom to admit."""
+"""Seconds between two looks whether we know whom to admit by now."""
+LOOK_AGAIN = 5.0
+"""The same, whether we still do: a question that comes when we do not is a reason to look, too."""
 
 logger = structlog.get_logger()
 
@@ -91,10 +93,12 @@ _connections = msgspec.json.Decoder(_Connections).decode
 _event = msgspec.json.Decoder(_Event).decode
 
 
-def answer(question: bytes, key_of: Callable[[str], str | None], issuer: str, seconds: float) -> tuple[bytes, str]:
+def answer(
+    question: bytes, key_of: Callable[[str], str | None], issuer: str, seconds: float, withheld: Callable[[str], Mapping[str, float]] = lambda _: {}
+) -> tuple[bytes, str]:
     """What to tell the server, and whom it admits ("" for nobody). `key_of` gives a worker's public key by its name, None for who is no worker;
-    `issuer` is the seed to sign with. All times are by the server's own clock, which judges them.
-    Raises msgspec.MsgspecError, ValueError for what is no question."""
+    `issuer` is the seed to sign with; `withheld` what a worker may not say now, and for how many seconds. All times are by the server's own clock,
+    which judges them. Raises msgspec.MsgspecError, ValueError for what is no question."""
     request = _request(_decoded(question.split(b".")[1]))
     asked, now = request.nats, request.iat
     said, name = asked.connect_opts, asked.connect_opts.name
@@ -102,7 +106,9 @@ def answer(question: bytes, key_of: Callable[[str], str | None], issuer: str, se
     admitted = ""
     if asked.client_info.nonce and (key := key_of(name)) is not None and _is_its_own(key, said, asked.client_info.nonce):
         admitted = name
-        user = {**permissions(name), "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1}
+        kept = withheld(name)
+        seconds = min([seconds, *(left + 2 for left in kept.values())])  # whole seconds count: once it is over, not just before
+        user = {**permissions(name, kept), "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1}
         claims = {"sub": asked.user_nkey, "aud": "WORKERS", "name": user_name(name, key), "exp": now + int(seconds), "nats": user}
         answer["jwt"] = _issued(issuer, claims, now)
     else:
@@ -129,6 +135,10 @@ class Doorkeeper:
         self._seconds = seconds
         self._knows = knows
         self._refused: Counter | None = None
+        self._in_vain = asyncio.Event()
+        """Set when we were asked, and did not know."""
+        self._withheld: dict[str, dict[str, float]] = {}
+        """By worker: what it may not say, and until when by the loop's clock."""
         self._pages, self._lists = system.new_inbox(), system.new_inbox()
         self._unwanted: set[str] = set()
         self._held: dict[str, list[tuple[str, int]]] = {}
@@ -159,7 +169,13 @@ class Doorkeeper:
                 logger.warning("nobody is admitted by what may have changed: the log cannot be read")
                 await self._asked.unsubscribe(answering)
                 answering = None
-            await asyncio.sleep(LOOK)
+            if answering is None:
+                await asyncio.sleep(LOOK)
+                continue
+            self._in_vain.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AGAIN):
+                    await self._in_vain.wait()
 
     def cut(self, worker: str, key: str) -> None:
         """End the connections of a worker with this key, without waiting for it; whoever wants to be sure says it again."""
@@ -167,6 +183,20 @@ class Doorkeeper:
         self._unwanted.add(user)
         query = {"auth": True, "acc": "WORKERS", "user": user, "limit": _PAGE}
         self._system.write(b"$SYS.REQ.SERVER.PING.CONNZ", self._pages.encode(), msgspec.json.encode(query))
+
+    def withhold(self, worker: str, kind: str, seconds: float) -> None:
+        """Let it say nothing of this kind ("reports", "logs") for so long: its connections end, and the next ones do not allow it."""
+        self._withheld.setdefault(worker, {})[kind] = asyncio.get_running_loop().time() + seconds
+        if (key := self._key_of(worker)) is not None:
+            self.cut(worker, key)
+
+    def _left(self, worker: str) -> Mapping[str, float]:
+        """What it may not say now, and for how many seconds more."""
+        now = asyncio.get_running_loop().time()
+        left = {kind: until - now for kind, until in self._withheld.get(worker, {}).items() if until > now}
+        if not left:
+            self._withheld.pop(worker, None)
+        return left
 
     def sweep(self) -> None:
         """End the connections of all who are no workers (any more), as `cut` does."""
@@ -228,8 +258,9 @@ class Doorkeeper:
 
     def _answer(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         if not self._knows():
+            self._in_vain.set()
             return
-        text, admitted = answer(data, self._key_of, self._issuer, self._seconds)
+        text, admitted = answer(data, self._key_of, self._issuer, self._seconds, self._left)
         if not admitted:
             asked = _request(_decoded(data.split(b".")[1])).nats
             logger.warning("a stranger wants to join", name=asked.connect_opts.name[:64], host=asked.client_info.host)

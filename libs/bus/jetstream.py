@@ -18,6 +18,10 @@ from libs.bus.pull import RECHECK, Delivery, Prepared, StandingPull
 from proto.topology import Consumer, Stream
 
 TAIL_BATCH = 128
+_COUNT_BATCH = 4096
+_COUNT_SECONDS = 60.0
+_STORED_WITH = 30
+"""Bytes that a message takes in a stream beyond its subject and data."""
 PATIENCE = 2.0
 """How long connecting may hold up the start of a service; after that it goes on in the background."""
 
@@ -54,11 +58,12 @@ class _State(msgspec.Struct, frozen=True):
     messages: int
     first_seq: int
     last_seq: int
+    bytes: int
 
 
 class _StreamInfo(_Answer, frozen=True):
     created: str = ""
-    state: _State = _State(0, 0, 0)
+    state: _State = _State(0, 0, 0, 0)
 
 
 class _Delivered(msgspec.Struct, frozen=True):
@@ -203,7 +208,9 @@ class JetStreamBus:
             yield iterator
 
     @asynccontextmanager
-    async def tail(self, stream: str, subject: str, after_sequence: int = 0) -> AsyncIterator[AsyncIterator[list[Delivery]]]:
+    async def tail(
+        self, stream: str, subject: str, after_sequence: int = 0, headers_only: bool = False
+    ) -> AsyncIterator[AsyncIterator[list[Delivery]]]:
         after = after_sequence
         created = ""
 
@@ -226,11 +233,12 @@ class JetStreamBus:
                 "mem_storage": True,
                 "num_replicas": 1,
                 "inactive_threshold": _nanoseconds(60.0),
+                "headers_only": headers_only,
             }
             await self._api(f"CONSUMER.CREATE.{stream}.{name}", {"stream_name": stream, "config": config, "action": "create"}, _ConsumerInfo)
             return Prepared(stream, name, created)
 
-        pull = StandingPull(self._connection, prepare, TAIL_BATCH, ordered=True)
+        pull = StandingPull(self._connection, prepare, _COUNT_BATCH if headers_only else TAIL_BATCH, ordered=True)
 
         async def batches() -> AsyncGenerator[list[Delivery], None]:
             nonlocal after
@@ -267,7 +275,29 @@ class JetStreamBus:
             if refusal.number == _STREAM_NOT_FOUND:
                 return None
             raise
-        return StreamState(info.created, info.state.last_seq, info.state.first_seq or 1, info.state.messages)
+        return StreamState(info.created, info.state.last_seq, info.state.first_seq or 1, info.state.messages, info.state.bytes)
+
+    async def settled(self, consumer: Consumer) -> int:
+        """The sequence up to which its stream is dealt with. Raises BusUnavailable."""
+        return (await self._api(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}", {}, _ConsumerInfo)).ack_floor.stream_seq
+
+    async def holders(self, stream: str, enough: int) -> dict[str, int]:
+        """How many bytes of a stream are whose, by the second word of the subject, the sender's name. Only sizes are fetched, and no more once
+        somebody has `enough`. Raises BusUnavailable."""
+        held: dict[str, int] = {}
+        state = await self.stream_state(stream)
+        if state is None or not state.messages:
+            return held
+        with suppress(TimeoutError):  # then it is those of the oldest part
+            async with asyncio.timeout(_COUNT_SECONDS), self.tail(stream, ">", headers_only=True) as batches:
+                async for batch in batches:
+                    for message in batch:
+                        subject = message.subject
+                        sender = subject.split(".", 2)[1]
+                        held[sender] = held.get(sender, 0) + message.size + len(subject) + _STORED_WITH
+                    if batch[-1].pending == 0 or batch[-1].sequence >= state.last_sequence or max(held.values()) >= enough:
+                        break
+        return held
 
     async def _ensure_stream(self, stream: Stream) -> _StreamInfo:
         config = {

@@ -248,7 +248,7 @@ class MemoryBus:
         held = self._streams.get(stream)
         if held is None:
             return None
-        return StreamState(held.created, held.sequence, next(iter(held.stored), held.sequence + 1), len(held.stored))
+        return StreamState(held.created, held.sequence, next(iter(held.stored), held.sequence + 1), len(held.stored), held.size)
 
     def _ready(self, consumer: Consumer) -> list[_Delivered]:
         durable = self._durables[consumer.name]

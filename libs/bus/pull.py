@@ -21,6 +21,7 @@ EXPIRY = 60.0
 RECHECK = 15.0
 """How often an idle durable consumer is looked at: one that is ahead of its stream says nothing of it."""
 RETRY = 0.25
+_NO_HEADERS = b"NATS/1.0\r\n"
 
 
 class Prepared(NamedTuple):
@@ -34,10 +35,11 @@ class Prepared(NamedTuple):
 class Delivery:
     """A message of JetStream. Its place is read from its reply subject when somebody asks."""
 
-    __slots__ = ("_connection", "_place", "_reply", "_subject", "data")
+    __slots__ = ("_connection", "_headers", "_place", "_reply", "_subject", "data")
 
-    def __init__(self, connection: Connection, subject: bytes, reply: bytes, data: bytes) -> None:
+    def __init__(self, connection: Connection, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         self.data = data
+        self._headers = headers
         self._connection = connection
         self._subject = subject
         self._reply = reply
@@ -62,6 +64,20 @@ class Delivery:
     @property
     def consumer_sequence(self) -> int:
         return int(self._field(4))
+
+    @property
+    def pending(self) -> int:
+        """How many come after it, as of when it was sent."""
+        return int(self._field(6))
+
+    @property
+    def size(self) -> int:
+        """Bytes of its headers and data, also where only headers were asked for: then the server tells it in one of its own, the last."""
+        headers = self._headers or b""
+        own, _, told = headers.rpartition(b"Nats-Msg-Size:")
+        if self.data or not told:
+            return len(headers) + len(self.data)
+        return (len(own) if own != _NO_HEADERS else 0) + int(told.partition(b"\r\n")[0])
 
     def ack(self) -> None:
         self._connection.write(self._reply, b"", b"+ACK")
@@ -180,7 +196,7 @@ class StandingPull:
         self._heard = self._loop.time()
         if reply:
             self._wanted = max(0, self._wanted - 1)
-            message = Delivery(self._connection, subject, reply, data)
+            message = Delivery(self._connection, subject, reply, data, headers)
             if self._ordered and not self._follows(message):
                 return
             self._buffer.append(message)

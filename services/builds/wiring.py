@@ -26,12 +26,13 @@ from libs.runtime.service import Service
 from libs.runtime.settings import decode
 from libs.runtime.sweep import Sweep
 from proto.private import Private
-from proto.topology import BUILDS_REACTIONS, BUILDS_REPORTS, CONSUMERS, STREAMS
+from proto.topology import BUILDS_REACTIONS, BUILDS_REPORTS, CONSUMERS, LOGS, REPORTS, STREAMS
 from services.builds.alarm import Alarm
 from services.builds.commands import Command, CreateBuild
 from services.builds.decider import BuildDecider, State
 from services.builds.leases import Leases
 from services.builds.projection import timers
+from services.builds.quota import Quota, Watched
 from services.builds.reactions import on_event, on_fact, on_report
 
 logger = structlog.get_logger()
@@ -76,6 +77,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     reactions = ReactionConsumer(bus, BUILDS_REACTIONS, react, commands, service.registry, prepare=epoch.load)
     reports = ReactionConsumer(bus, BUILDS_REPORTS, record, commands, service.registry, prepare=leases.load)
 
+    quota = Quota(bus, [Watched(REPORTS, "reports", BUILDS_REPORTS), Watched(LOGS, "logs")], leadership, service.registry)
     sweep = Sweep(log, frozenset({"request", "lease"}), on_fact, decider, _creates, commands)
 
     projector.measure(service.registry)
@@ -93,6 +95,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.spawn("reactions", reactions.run())
     service.spawn("reports", reports.run())
     service.spawn("sweep", sweep.run())
+    service.spawn("quota", quota.run())
     return None
 
 
