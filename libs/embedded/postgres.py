@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import quote
@@ -126,19 +127,33 @@ class EmbeddedPostgres:
                 raise PostgresFailed(f"Postgres was not ready within {timeout:g} s:\n{self._last_lines()}")
             time.sleep(0.005)
 
-    def stop(self, timeout: float = 10.0) -> None:
-        """Stop fast and clean; at once (to be recovered at the next start) when that takes over `timeout` seconds."""
+    def stop(self, timeout: float = 10.0, patience: float = 5.0) -> None:
+        """Stop fast and clean; at once (to be recovered at the next start) when that takes over `timeout` seconds; by force when that takes over
+        `patience` more. Nothing of it is left."""
         if self._process is None:
             return
-        for number, patience in ((signal.SIGINT, timeout), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)):
+        for number, seconds in ((signal.SIGINT, timeout), (signal.SIGQUIT, patience)):
             if self._process.poll() is None:
                 self._process.send_signal(number)
             try:
-                self._process.wait(patience)
+                self._process.wait(seconds)
                 break
             except subprocess.TimeoutExpired:
                 continue
+        else:
+            self._kill(self._process)
         self._process = None
+
+    def _kill(self, process: "subprocess.Popen[bytes]", timeout: float = 10.0) -> None:
+        """It, and what would outlive it: the processes that hang on the disk."""
+        deadline = time.monotonic() + timeout
+        process.kill()
+        while (left := _working_in(self.data.resolve())) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        process.poll()
 
     def _initdb(self, identity: "_Identity") -> None:
         # Made beside and renamed, so that a half-made cluster is never taken for one.

@@ -100,7 +100,8 @@ class Outbox:
     def replay(self) -> dict[Attempt, int]:
         """Read the spool of earlier lives. Gives the attempts that had ended, with their last report.
 
-        What had not ended is forgotten: its lease is void."""
+        Of what had not ended, as far as the journal tells, the reports are forgotten: its lease is void. Its log is kept until an archive has it or
+        nobody will make one: after a power cut the end may be an event and only the journal's last words missing."""
         bodies: dict[Attempt, dict[int, ReportBody]] = {}
         for place, record in self._spool.replay():
             try:
@@ -128,7 +129,7 @@ class Outbox:
             said.bodies = [body for _, body in sorted(bodies.get(attempt, {}).items())]
             if not said.ended:
                 self._release_reports(said)
-                self._release_log(said)
+                said.ended = True
             said.reports_pause = _Pause(RESEND_REPORTS, now - RESEND_REPORTS[0]) if said.bodies else None
             said.log_pause = _Pause(RESEND_LOGS, now) if said.chunks else None
             self._drop_if_done(attempt)

@@ -1,8 +1,9 @@
 """The worker's journal on disk: what it said, kept until somebody has recorded it.
 
 Records are appended to numbered files; each is written at once (so it survives the death of the process) and synced within `SYNC_SECONDS` by a
-thread, many at a time (so it survives that of the machine). A file goes when nothing in it is wanted any more; what is wanted of old files is
-carried forward when they hold mostly refuse.
+thread, many at a time (so it survives that of the machine). A file goes when nothing in it is wanted any more and all that was written before
+that is synced; what is wanted of old files is carried forward when they hold mostly refuse. So a power cut takes what was written last, and nothing
+before it.
 """
 
 import asyncio
@@ -43,6 +44,9 @@ class Spool:
         self._threads = ThreadPoolExecutor(1, "spool-sync")
         self._unsynced: set[int] = set()
         self._busy: set[int] = set()
+        self._unwanted: set[int] = set()
+        self._leaving: set[int] = set()
+        """Files to drop once what is written now is synced, and once what is being synced is: it may be what was moved from them."""
         self._timer: asyncio.TimerHandle | None = None
         self._syncing: asyncio.Future[None] | None = None
 
@@ -55,8 +59,8 @@ class Spool:
             while offset + _HEAD.size <= len(content):
                 size, check = _HEAD.unpack_from(content, offset)
                 record = content[offset + _HEAD.size : offset + _HEAD.size + size]
-                if len(record) < size or zlib.crc32(record) != check:
-                    break
+                if not 0 < size == len(record) or zlib.crc32(record) != check:
+                    break  # zeros, too: what of a file a power cut has left unwritten
                 place = Place(number, offset, size)
                 self._keep(place)
                 yield place, record
@@ -140,25 +144,38 @@ class Spool:
     def _drop_if_unwanted(self, number: int) -> None:
         if number == self._current and number in self._files:
             return
-        if self._wanted.get(number) == 0 and number not in self._unsynced | self._busy:
-            del self._wanted[number], self._sizes[number]
-            descriptor = self._files.pop(number, None)
-            if descriptor is not None:
-                os.close(descriptor)
-            self._path(number).unlink(missing_ok=True)
+        if self._wanted.get(number) != 0:
+            return
+        if self._unsynced:
+            self._unwanted.add(number)
+        elif self._busy:
+            self._leaving.add(number)
+        else:
+            self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        del self._wanted[number], self._sizes[number]
+        descriptor = self._files.pop(number, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        self._path(number).unlink(missing_ok=True)
 
     def _sync(self) -> None:
         self._timer = None
         self._busy, self._unsynced = self._unsynced, set()
-        self._syncing = asyncio.get_running_loop().run_in_executor(self._threads, _sync_all, [self._files[n] for n in self._busy])
+        self._leaving, self._unwanted = self._unwanted, set()
+        self._syncing = asyncio.get_running_loop().run_in_executor(self._threads, _sync_all, [self._files[n] for n in sorted(self._busy)])
         self._syncing.add_done_callback(self._synced)
 
     def _synced(self, done: asyncio.Future[None]) -> None:
         self._syncing = None
-        done.exception()
-        synced, self._busy = self._busy, set()
-        for number in synced:
-            self._drop_if_unwanted(number)
+        self._busy = set()
+        leaving, self._leaving = self._leaving, set()
+        if done.exception() is None:
+            for number in leaving:
+                self._drop(number)
+        else:
+            self._unwanted |= leaving
         if self._unsynced and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync)
 

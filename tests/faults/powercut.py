@@ -5,13 +5,21 @@ import os
 import signal
 import struct
 import subprocess
+from collections import defaultdict
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
+from proto.events.artifact import LogArchived
+from proto.messages import Attempt, LogChunk
+from services.scheduler.spooled import archive_of
+from services.worker.spool import Spool
 from tests.controls import eventually
 from tests.faults.system import System
-from tests.faults.traffic import END_SECONDS, Traffic
+from tests.faults.traffic import END_SECONDS, LOG_SECONDS, Traffic
 
 BYTES = 2 << 30
 PARTS = "pg nats blobs workers"
@@ -26,10 +34,12 @@ for part in {PARTS}; do
     mount --bind disk/$part $part
 done
 sync --file-system disk
+rm -rf journal
+cp -a workers/local/spool journal
 find workers -name machine -type f -exec sh -c 'for seen; do echo another > "$seen"; done' sh {{}} +
 exec "$@"
 """
-"""As when the machine starts: what the worker's cache was made in is another run of it."""
+"""As when the machine starts: what the worker's cache was made in is another run of it. What the cut left of the worker's journal is copied first."""
 _SHUTDOWN, _AT_ONCE = 0x8004587D, 2
 """EXT4_IOC_SHUTDOWN without a flush of the journal: nothing more gets to the device, and what did not is lost."""
 
@@ -67,19 +77,57 @@ class Disk:
         return subprocess.run(["losetup", "-j", str(self._image)], capture_output=True, text=True, check=True).stdout == ""
 
 
+class Chunk(NamedTuple):
+    """One of a log's."""
+
+    attempt: Attempt
+    number: int
+
+
+async def journaled(system: System) -> set[Chunk]:
+    """What the worker's journal held when the system was last started: each record that was synced before the cut, and those of logs only that
+    still waited for an archive."""
+    spool = Spool(system.data.path / "journal")
+    logs = defaultdict[Attempt, set[Chunk]](set)
+    for _, record in spool.replay():
+        kind, attempt, body = msgspec.msgpack.decode(record, type=tuple[str, Attempt, bytes])
+        if kind == "chunk":
+            logs[attempt].add(Chunk(attempt, msgspec.msgpack.decode(body, type=LogChunk).number))
+        elif kind == "log-done":
+            logs.pop(attempt, None)
+    await spool.close()
+    return set().union(*logs.values())
+
+
 class Aftermath(NamedTuple):
-    """Builds that did not end once, as they should, or without their outputs; those whose log lacks what had not reached the disk, and says so."""
+    """Builds that did not end once, as they should, or without their outputs, and chunks that were in a journal and are in no archive; builds
+    whose log lacks what had not reached the disk, and says so."""
 
     wrong: list[str]
     marked: list[str]
 
 
-async def aftermath(system: System, traffic: Traffic, within: float = END_SECONDS) -> Aftermath:
+async def aftermath(system: System, traffic: Traffic, kept: Collection[Chunk], within: float = END_SECONDS) -> Aftermath:
+    """`kept`: what the journal held after each cut."""
     found = Aftermath([], [])
     builds, facts = await traffic.ended(within), await system.log()
     async for what in traffic.wrong(builds, facts):
         (found.marked if "gaps=[LogGap(" in what else found.wrong).append(what)
+    with suppress(AssertionError):
+        await eventually(lambda: _all_archived(system, kept), timeout=LOG_SECONDS)
+    found.wrong.extend(f"{chunk} was in the journal, and is not in the archive" for chunk in await _lacking(system, kept))
     return found
+
+
+async def _all_archived(system: System, kept: Collection[Chunk]) -> bool:
+    return await _lacking(system, kept) == []
+
+
+async def _lacking(system: System, kept: Collection[Chunk]) -> list[Chunk]:
+    """Of those whose log is archived: of an attempt that another has followed there is no archive."""
+    archives = [archive_of(fact.event) for fact in await system.log("artifact-log") if isinstance(fact.event, LogArchived)]
+    newest = {archive.attempt: archive for archive in archives}
+    return sorted(chunk for chunk in kept if chunk.attempt in newest and not newest[chunk.attempt].holds(chunk.number))
 
 
 async def lost(system: System, before: list[object]) -> int:

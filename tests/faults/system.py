@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -99,8 +100,11 @@ class System:
         return "".join(f"\n--- {log.name}\n{log.read_text('utf-8', 'replace')[-size:]}" for log in sorted(self.data.logs.glob("*.log")))
 
     def broken_services(self) -> list[str]:
-        """What ended although nobody killed it: no fault of another part may do that to a service."""
-        return re.findall(r"\S+ exited with [1-9]\d*", self.data.log("supervisor").read_text())
+        """What ended although nobody killed it: no fault of another part may do that to a service. One that hears of a new epoch may, and says so."""
+        ends = Counter(re.findall(r"(\S+) exited with (\d+)", self.data.log("supervisor").read_text()))
+        for name in {name for name, code in ends if code == "0"}:
+            ends[name, "0"] -= self.data.log(name).read_text().count("the log's epoch was raised")
+        return [f"{name} exited with {code}" for name, code in ends.elements()]
 
     # --- its processes
 

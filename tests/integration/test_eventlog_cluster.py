@@ -55,6 +55,25 @@ async def test_a_killed_cluster_starts_again(cluster: EmbeddedPostgres, number: 
     assert await ask(cluster) == 1
 
 
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def test_nothing_is_left_of_a_cluster_that_does_not_end(cluster: EmbeddedPostgres) -> None:
+    """Its checkpointer hangs, as on a disk that is too slow, or gone."""
+    cluster.start()
+    family = psutil.Process(cluster.pid).children()
+    [checkpointer] = [process for process in family if "checkpointer" in process.cmdline()[0]]
+    checkpointer.suspend()
+    cluster.stop(timeout=0.1, patience=0.1)
+    await eventually(lambda: not any(map(runs, family)))
+    cluster.start()
+    assert await ask(cluster) == 1
+
+
 async def test_a_lock_file_whose_process_id_is_someone_elses_by_now_is_no_obstacle(cluster: EmbeddedPostgres) -> None:
     cluster.start()
     lock = (cluster.data / "postmaster.pid").read_text()

@@ -30,7 +30,7 @@ async def run(options: Options) -> list[Figure]:
     """Faults and builds come at once, in proportion; then all is accounted for."""
     chance, until = options.chance("chaos"), options.until()
     pace = 0.4 if options.smoke else PACE
-    wanted, builds = options.many(FAULTS, 15), options.many(BUILDS, 16)
+    wanted, builds = options.many(FAULTS, 10), options.many(BUILDS, 12)
     async with AsyncExitStack() as stack:
         system = stack.enter_context(fresh_system(lease=LEASE_SECONDS))
         front = stack.enter_context(Proxy(int(system.url.rpartition(":")[2])))

@@ -57,7 +57,7 @@ async def run(options: Options) -> list[Figure]:
     """Half of them in the default sandbox, half without; a few of them, in the default one."""
     chance, until = options.chance("exits"), options.until()
     sandboxes: list[str | None] = [None] if options.smoke else [None, "none"]
-    builds = options.many(EXITS, 100) // STAGES // len(sandboxes)
+    builds = options.many(EXITS, 60) // STAGES // len(sandboxes)
     counts = {"logs": 0, "aborted": 0, "kills of the worker": 0}
     wrong: list[str] = []
     for sandbox in sandboxes:

@@ -178,7 +178,7 @@ def a_round(seed: str, streams: int = A_ROUND) -> int:
 
 async def run(options: Options) -> list[Figure]:
     """A part of the soak."""
-    return await masked(f"{options.seed} masking", options.many(STREAMS, 10_000), options.until())
+    return await masked(f"{options.seed} masking", options.many(STREAMS, 5_000), options.until())
 
 
 async def masked(seed: str, streams: int, until: float) -> list[Figure]:

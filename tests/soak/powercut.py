@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tests.bench.figures import Figure
-from tests.faults.powercut import Disk, aftermath, lost
+from tests.faults.powercut import Chunk, Disk, aftermath, journaled, lost
 from tests.faults.traffic import Traffic
 from tests.faults.work import MIX
 from tests.soak.options import Options, none, say
@@ -28,6 +28,7 @@ async def run(options: Options) -> list[Figure]:
 
 async def cuts(rounds: int, chance: random.Random, until: float) -> list[Figure]:
     done, facts, gone = 0, 0, 0
+    kept: set[Chunk] = set()
     with tempfile.TemporaryDirectory(prefix="penstock-disk-") as folder:
         disk = Disk(Path(folder) / "image")
         with fresh_system(wrapped=disk.wrapped) as system:
@@ -39,17 +40,19 @@ async def cuts(rounds: int, chance: random.Random, until: float) -> list[Figure]
                     before = await system.log()
                     await disk.cut(system)
                     system.up()
+                    kept |= await journaled(system)
                     done, facts, gone = done + 1, len(before), gone + await lost(system, before)
                     say(f"cut {done}: {facts} facts before it, {gone} lost so far")
                     await submitting
-                after = await aftermath(system, traffic, END_SECONDS)
+                after = await aftermath(system, traffic, kept, END_SECONDS)
                 for what in after.wrong:
                     say(what)
     return [
         Figure("power cuts", done, ""),
         Figure("facts that were there at the last", facts, ""),
         none("acknowledged facts lost", gone),
-        none("accepted builds that did not end once, as they should, or whose outputs are not whole", len(after.wrong)),
+        none("accepted builds that did not end once, as they should, or whose outputs or journaled words are not whole", len(after.wrong)),
+        Figure("chunks of logs that the journal had after a cut", len(kept), ""),
         Figure("builds whose log lacks what had not reached the disk, and says so", len(after.marked), ""),
     ]
 

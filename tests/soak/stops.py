@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from penstock.up.processes import send
+from proto.catalogue import TAGS
 from proto.envelope import Fact
-from proto.events.build import StageFinished, StageQueued, StepFinished, StepProgressed, StepStarted
+from proto.events.build import BuildFinished, StageFinished, StageQueued, StepFinished, StepProgressed, StepStarted
 from proto.events.lease import LeaseExpired
 from tests.bench.figures import Figure
 from tests.controls import eventually
@@ -29,7 +30,7 @@ MOST = 60.0
 
 async def run(options: Options) -> list[Figure]:
     """In rounds: each stops half of the workers that have something, until they have lost it."""
-    chance, until, wanted = options.chance("stops"), options.until(), options.many(STOPS, 6)
+    chance, until, wanted = options.chance("stops"), options.until(), options.many(STOPS, 3)
     names = [f"mate-{number}" for number in range(options.many(MATES, 3))]
     stops = 0
     with fresh_system(slots=SLOTS) as system:
@@ -39,17 +40,17 @@ async def run(options: Options) -> list[Figure]:
                 having = await busy(system, traffic, others, works)
                 stops += await stopped(system, having, chance)
                 say(f"{stops} workers stopped and resumed, {len(traffic.accepted)} builds")
-            ended = await traffic.ended(300)
+            builds = await traffic.ended(300)
             facts = await system.log()
             late = stale(facts)
             spent = given_up(facts)
-            wrong = [why async for why in traffic.wrong({build: ended[build] for build in ended if build not in spent}, facts)]
+            wrong = [why async for why in traffic.wrong({build: builds[build] for build in builds if build not in spent}, facts)]
             for why in (*late[:5], *wrong[:5]):
                 say(why)
             await eventually(lambda: system.steps() == [], timeout=60)
     return [
         options.done("stops: workers stopped past a lease, and resumed", stops, STOPS),
-        Figure("stops: builds", len(ended), ""),
+        Figure("stops: builds", len(builds), ""),
         Figure("stops: attempts that were lost by it", sum(isinstance(fact.event, LeaseExpired) for fact in facts), ""),
         Figure("stops: builds given up, because all of their ten attempts were hit", len(spent), ""),
         none("stops: stale events", len(late)),
@@ -66,12 +67,23 @@ async def leased(system: System) -> list[str]:
         await database.close()
 
 
+async def ended(system: System) -> int:
+    """How many builds have."""
+    database = await system.database()
+    try:
+        count: int = await database.fetchval("SELECT count(*) FROM eventlog.event WHERE type = $1", TAGS[BuildFinished])
+        return count
+    finally:
+        await database.close()
+
+
 async def busy(system: System, traffic: Traffic, others: Sequence[Mate], works: Iterator[Work]) -> list[Mate]:
-    """Until most of them have something: builds come as long as slots are free."""
+    """Until most of them have something: builds come as long as slots are free, and few wait for one."""
+    slots = SLOTS * (len(others) + 1)
 
     async def found() -> list[Mate]:
         leases = await leased(system)
-        if len(leases) < SLOTS * (len(others) + 1):
+        if len(leases) < slots and len(traffic.accepted) - await ended(system) < 2 * slots:
             await traffic.submit(next(works))
         having = [mate for mate in others if mate.name in leases]
         return having if len(having) > len(others) // 2 else []

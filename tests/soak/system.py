@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,25 @@ from tests.faults.system import System, running
 from tests.faults.workers import registered, worker_process
 
 
+@cache
+def _template() -> "tempfile.TemporaryDirectory[str]":
+    """Where a system had its first start; gone with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="penstock-soak-")
+    template = System(Path(folder.name))
+    template.up()
+    template.down()
+    return folder
+
+
 @contextmanager
 def fresh_system(**options: Any) -> Iterator[System]:
     """A running system; nothing of it is left afterwards. If something goes wrong, what its logs say last is said."""
-    with tempfile.TemporaryDirectory(prefix="penstock-soak-") as folder:
-        template = System(Path(folder))
-        template.up()
-        template.down()
-        with running(template.data.path, **options) as system:
-            try:
-                yield system
-            except BaseException:
-                print(system.last_words(), file=sys.stderr, flush=True)
-                raise
+    with running(Path(_template().name) / "data", **options) as system:
+        try:
+            yield system
+        except BaseException:
+            print(system.last_words(), file=sys.stderr, flush=True)
+            raise
 
 
 class Mate:
