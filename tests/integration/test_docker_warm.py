@@ -1,16 +1,19 @@
 """Steps that begin in containers which were started before them, on a real engine: nobody but the clock can tell."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiodocker.stream import Stream as Attached
 
 from libs.bus.jetstream import connect_jetstream
 from libs.tokens import public_key
 from proto.messages import Attempt
 from proto.plan import TaskInput
+from services.worker.executors import container
 from services.worker.executors.docker import DockerExecutor
 from tests.controls import eventually
 from tests.engine_controls import a_docker_system, contained, containers, docker, script
@@ -159,6 +162,61 @@ async def test_what_waited_and_died_costs_its_step_nothing_but_time(tmp_path: Pa
         attempt = await scheduler.send(script("echo x >>ran; cat ran"))
         assert await scheduler.log(attempt, "stdout") == "x\n"
         assert (await scheduler.finished(attempt)).status == "succeeded"
+
+
+async def test_a_step_that_began_before_anybody_heard_of_it_is_not_run_again(
+    tmp_path: Path, dockerd: Dockerd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process was stopped, or the engine's answer was late: it runs already."""
+    read_out, deaf = Attached.read_out, [True]
+
+    async def late(stream: Attached) -> Any:
+        if deaf:
+            deaf.pop()
+            await asyncio.sleep(60)
+        return await read_out(stream)
+
+    monkeypatch.setattr(container, "BEGIN_SECONDS", 1.0)
+    async with a_docker_system(tmp_path, dockerd, warm=1) as (scheduler, running):
+        await scheduler.finished(await scheduler.send(contained("true")))
+        await waits(dockerd, running)
+        monkeypatch.setattr(Attached, "read_out", late)
+        attempt = await scheduler.send(script("echo x; sleep 60"))
+        assert (await scheduler.finished(attempt)).status == "errored"
+        assert scheduler.step(attempt).error == "the container engine was too slow: the step may have begun"
+        await eventually(lambda: containers(dockerd) == [])
+
+
+async def test_a_step_that_begins_during_a_sweep_is_no_stray(tmp_path: Path, dockerd: Dockerd, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_docker_system(tmp_path, dockerd, warm=1) as (scheduler, running):
+        executor = executor_of(running)
+        await scheduler.finished(await scheduler.send(contained("true")))
+        await waits(dockerd, running)
+        look, looked, go_on = executor._engine.containers, asyncio.Event(), asyncio.Event()
+
+        async def slow(labels: Any) -> Any:
+            found = await look(labels)
+            looked.set()
+            await go_on.wait()
+            return found
+
+        monkeypatch.setattr(executor._engine, "containers", slow)
+        sweeping = asyncio.create_task(executor.sweep())
+        await looked.wait()
+        attempt = await scheduler.send(script("echo up; sleep 60"))
+        await seen(scheduler, attempt, "up")
+        go_on.set()
+        assert await sweeping == 0
+        scheduler.interrupted[attempt] = "aborted"
+        assert (await scheduler.finished(attempt)).status == "aborted"
+
+
+async def test_a_command_that_is_too_long_is_refused_by_an_engine_that_says_why(tmp_path: Path, dockerd: Dockerd) -> None:
+    async with a_docker_system(tmp_path, dockerd, warm=1) as (scheduler, running):
+        await scheduler.finished(await scheduler.send(contained("true")))
+        await waits(dockerd, running)
+        attempt = await scheduler.send(contained("true", params={"X": "x" * 200_000}))
+        assert "argument list too long" in await scheduler.log(attempt, "stderr")
 
 
 async def test_what_nobody_wants_goes_and_nothing_is_left_of_it(tmp_path: Path, dockerd: Dockerd) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from proto.plan import TaskInput
 from services.worker.executors.hardened import Bind, binds_of, can_wait, command_of, shape_of
-from services.worker.executors.waiter import BEGUN, LARGEST, message, program
+from services.worker.executors.waiter import BEGUN, LARGEST, LONGEST, message, program
 from tests.unit.test_containers import asked, config
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="there is no such program for other machines")
@@ -26,23 +26,35 @@ def waiter(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 def test_it_becomes_what_it_is_told_however_the_message_is_cut(waiter: "subprocess.Popen[bytes]") -> None:
-    said = message(["/bin/sh", "-c", 'echo "$X|$1|$(pwd)"; cat; exit 3', "sh", "é" * 1000], {"X": "a b"}, "/usr")
-    assert waiter.stdin and waiter.stdout
+    longest = "x" * (LONGEST - 2)
+    said = message(["/bin/sh", "-c", 'echo "$X|$1|$(pwd)|${#Y}"; cat; exit 3', "sh", "é" * 1000], {"X": "a b", "Y": longest}, "/usr")
+    assert said and waiter.stdin and waiter.stdout
     for piece in (said[:3], said[3:500], said[500:]):
         waiter.stdin.write(piece)
         waiter.stdin.flush()
     out, _ = waiter.communicate(timeout=20)
-    assert (waiter.returncode, out) == (3, BEGUN + f"a b|{'é' * 1000}|/usr\n".encode())
+    assert (waiter.returncode, out) == (3, BEGUN + f"a b|{'é' * 1000}|/usr|{len(longest)}\n".encode())
 
 
-@pytest.mark.parametrize("told", [b"", b"\x09", message(["/bin/true"], {}, "/no/such/folder"), message(["/bin/true"], {}, "/")[:-1]])
+NOWHERE, HERE = message(["/bin/true"], {}, "/no/such/folder") or b"", message(["/bin/true"], {}, "/") or b""
+
+
+@pytest.mark.parametrize("told", [b"", b"\x09", NOWHERE, HERE[:-1]])
 def test_where_it_cannot_begin_it_ends_and_says_nothing(waiter: "subprocess.Popen[bytes]", told: bytes) -> None:
     out, _ = waiter.communicate(told, timeout=20)
     assert (waiter.returncode, out) == (125, b"")
 
 
-def test_what_it_takes_is_more_than_the_kernel_does() -> None:
-    assert len(message(["/bin/true"], {"X": "x" * (2 << 20)}, "/")) < LARGEST
+def test_the_largest_that_it_takes_the_kernel_takes(waiter: "subprocess.Popen[bytes]") -> None:
+    most = {f"X{n}": "x" * 131_000 for n in range(8)}
+    said = message(["/bin/true"], most, "/")
+    assert said and LARGEST - (1 << 17) < len(said) <= LARGEST
+    assert (waiter.communicate(said, timeout=20)[0], waiter.returncode) == (BEGUN, 0)
+
+
+@pytest.mark.parametrize("environment", [{"X": "x" * (LONGEST - 1)}, {f"X{n}": "x" * 131_000 for n in range(9)}, {"X": "a\0b"}])
+def test_what_the_kernel_might_not_take_is_an_engine_s_to_refuse(environment: dict[str, str]) -> None:
+    assert message(["/bin/true"], environment, "/") is None
 
 
 def test_one_shape_is_the_same_container_whatever_it_runs() -> None:

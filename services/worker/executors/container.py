@@ -70,21 +70,43 @@ class Container:
         self._following = self._do(self._follow())
 
     async def begin(self, stream: Attached, message: bytes) -> bool:
-        """Instead of `start`, if it waits: tell it what to run. False: it is good for nothing, and nothing of the step has run."""
+        """Instead of `start`, if it waits: tell it what to run. False: it is good for nothing, and nothing of the step has run. Raises CannotRun
+        when something may have."""
         self._stream = stream
-        with contextlib.suppress(CannotRun, TimeoutError, AssertionError, RuntimeError):  # aiodocker asserts that it is connected
+        try:
             async with asyncio.timeout(BEGIN_SECONDS):
-                with self._engine.translated():
-                    await stream.write_in(message)
-                    while (said := await stream.read_out()) is not None:
-                        if said.stream != _STDERR and said.data.startswith(BEGUN):
-                            if rest := said.data.removeprefix(BEGUN):
-                                self._early.append(Message(said.stream, rest))
-                            self._following = self._do(self._follow())
-                            return True
-                        self._early.append(said)
-        await self._close()
+                try:
+                    with self._engine.translated():
+                        await stream.write_in(message)
+                except (CannotRun, AssertionError, RuntimeError):  # aiodocker asserts that it is connected
+                    return False
+                begun = await self._begins(stream)
+        except TimeoutError:
+            begun = False
+            await self._never_began(stream)
+        if begun:
+            self._following = self._do(self._follow())
+        return begun
+
+    async def _begins(self, stream: Attached) -> bool:
+        """Read until it says that it begins, or says nothing any more."""
+        with self._engine.translated():
+            while (said := await stream.read_out()) is not None:
+                if said.stream != _STDERR and said.data.startswith(BEGUN):
+                    if rest := said.data.removeprefix(BEGUN):
+                        self._early.append(Message(said.stream, rest))
+                    return True
+                self._early.append(said)
         return False
+
+    async def _never_began(self, stream: Attached) -> None:
+        """It, or the engine, or this process was too slow, and it may begin yet: once it is gone, all that it said can be read. Raises CannotRun."""
+        await self._engine.remove(self._container.id)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                if not await self._begins(stream):
+                    return
+        raise CannotRun("the container engine was too slow: the step may have begun")
 
     def interrupt(self, grace: float) -> None:
         if self._timer is None and not self.ended.done():

@@ -17,15 +17,15 @@ from aiodocker.containers import DockerContainer
 
 from libs.archives.pump import in_thread
 from proto.plan import RunStep
+from services.worker.durable import write_durably
 from services.worker.executors.commands import NotRunnable
 from services.worker.executors.container import Container
-from services.worker.executors.durable import write_durably
 from services.worker.executors.engine import Engine, EngineGone, Refused
 from services.worker.executors.executor import CannotRun, Job, Running
 from services.worker.executors.hardened import Bind, Limits, binds_of, can_wait, command_of, container_of, name_of, shape_of
 from services.worker.executors.images import Guarded, Image, Images, named_by
 from services.worker.executors.sandboxes import Folders
-from services.worker.executors.waiter import LARGEST, message
+from services.worker.executors.waiter import message
 from services.worker.executors.warm import WarmContainers
 
 logger = structlog.get_logger()
@@ -89,7 +89,9 @@ class DockerExecutor:
     async def sweep(self) -> int:
         """Remove every container of this worker that belongs to no current step. Their number. Raises CannotRun."""
         found = await self._engine.containers({_OWNER: self._owner})
-        stray = [each.id for each in found if not self._current & {name.removeprefix("/") for name in each["Names"] or ()}]
+        # One that runs may have had another name when it was looked for: what it was called while it waited.
+        others = [each for each in found if each.id not in self._running]
+        stray = [each.id for each in others if not self._current & {name.removeprefix("/") for name in each["Names"] or ()}]
         for container in stray:
             await self._engine.remove(container)
         return len(stray)
@@ -169,7 +171,7 @@ class DockerExecutor:
         found = self._running[container.id] = running(container)
         try:
             said = message(*command_of(wanted, image.environment, container.id))
-            if waiting.shape == shape_of(wanted) and len(said) <= LARGEST:
+            if said is not None and waiting.shape == shape_of(wanted):
                 with contextlib.suppress(Refused):
                     with self._engine.translated():
                         await container.rename(name)

@@ -10,7 +10,7 @@ import msgspec
 
 from proto.image import BadImage, Reference, parse_image, reference_of
 from proto.plan import TaskConfig, image_type
-from services.worker.executors.durable import write_durably
+from services.worker.durable import write_durably
 from services.worker.executors.engine import Engine, EngineGone, Refused
 from services.worker.executors.executor import CannotRun
 

@@ -41,8 +41,15 @@ class Sandbox(Protocol):
     def wraps(self) -> bool:
         """Whether a signal that ends the step comes back as exit code 128 + n of something around it."""
 
-    def command(self, argv: Sequence[str], folders: Folders, directory: str) -> tuple[list[str], str]:
-        """What to spawn, and where, to run `argv` in `directory` (relative to the workspace)."""
+    @property
+    def tells_on(self) -> Literal["", "stdin", "descriptor"]:
+        """Where it is given a pipe's end to tell that it came up, which no step can take back; "" for what cannot fail."""
+
+    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: int = -1) -> tuple[list[str], str]:
+        """What to spawn, and where, to run `argv` in `directory` (relative to the workspace). `tell`: the descriptor to tell on, if that is how."""
+
+    def began(self, told: bytes) -> bool:
+        """Whether `argv` was run, by all that was told."""
 
     def inside(self, folders: Folders) -> Folders:
         """The folders as the step sees them."""
@@ -59,9 +66,13 @@ class ProcessGroup:
 
     name = "none"
     wraps = False
+    tells_on: Literal["", "stdin", "descriptor"] = ""
 
-    def command(self, argv: Sequence[str], folders: Folders, directory: str) -> tuple[list[str], str]:
+    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: int = -1) -> tuple[list[str], str]:
         return list(argv), f"{folders.workspace}/{directory}"
+
+    def began(self, told: bytes) -> bool:
+        return True
 
     def inside(self, folders: Folders) -> Folders:
         return folders
@@ -77,12 +88,14 @@ class Unshare(ProcessGroup):
     """A pid namespace. Its init is a shell that waits for the command and ends with its code, upon which the kernel ends the rest.
 
     SIGTERM to the whole group is right: `unshare` blocks it, and the shell as init has no handler for it, so only the step's processes hear it.
-    The shell says nothing (it would name the signal that ended the command on the step's stderr). `setpriv` ties unshare to the worker's life.
+    The shell says nothing (it would name the signal that ended the command on the step's stderr) but, on stdin, that it is there. `setpriv` ties
+    unshare to the worker's life.
     """
 
     name = "unshare"
     wraps = True
-    _INIT = 'exec 3>&2 2>/dev/null; "$@" 2>&3 3>&-; exit $?'
+    tells_on = "stdin"
+    _INIT = 'exec 3>&2 2>/dev/null; echo >&0; "$@" </dev/null 2>&3 3>&-; exit $?'
 
     def __init__(self, flags: Sequence[str]) -> None:
         self._prefix = [
@@ -101,8 +114,11 @@ class Unshare(ProcessGroup):
             "sh",
         ]
 
-    def command(self, argv: Sequence[str], folders: Folders, directory: str) -> tuple[list[str], str]:
+    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: int = -1) -> tuple[list[str], str]:
         return [*self._prefix, *argv], f"{folders.workspace}/{directory}"
+
+    def began(self, told: bytes) -> bool:
+        return bool(told)
 
 
 class Bubblewrap:
@@ -110,6 +126,7 @@ class Bubblewrap:
 
     name = "bubblewrap"
     wraps = True
+    tells_on: Literal["", "stdin", "descriptor"] = "descriptor"
     _INSIDE = Folders.below(Path("/"))
     _ETC_FILES = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "localtime", "services", "protocols", "mime.types", "os-release")
     _ETC_LIVE = ("alternatives", "ssl", "ca-certificates", "pki", "hosts", "resolv.conf")
@@ -133,13 +150,17 @@ class Bubblewrap:
         # After the step's own folders, which would otherwise hide an environment below /home or /tmp.
         self._show = [part for path in self._shown for part in ("--ro-bind", str(path), str(path))]
 
-    def command(self, argv: Sequence[str], folders: Folders, directory: str) -> tuple[list[str], str]:
+    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: int = -1) -> tuple[list[str], str]:
+        told = ["--json-status-fd", str(tell)] if tell >= 0 else []
         binds = [
             part
             for host, seen in ((folders.workspace, "/workspace"), (folders.home, "/home"), (folders.temp, "/tmp"))  # noqa: S108
             for part in ("--bind", str(host), seen)
         ]
-        return [*self._flags, *binds, *self._show, "--chdir", f"/workspace/{directory}", "--", *argv], "/"
+        return [*self._flags, *told, *binds, *self._show, "--chdir", f"/workspace/{directory}", "--", *argv], "/"
+
+    def began(self, told: bytes) -> bool:
+        return b'"exit-code"' in told  # which bwrap says of a command that it has run, and of nothing else
 
     def inside(self, folders: Folders) -> Folders:
         return self._INSIDE

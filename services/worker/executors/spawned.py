@@ -12,7 +12,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 
-from services.worker.executors.executor import Stream
+from services.worker.executors.executor import CannotRun, Stream
 from services.worker.executors.orphans import Orphans
 from services.worker.executors.processes import send_group
 from services.worker.executors.sandboxes import Folders, Sandbox
@@ -20,10 +20,13 @@ from services.worker.executors.sandboxes import Folders, Sandbox
 READ = 1 << 18
 BIG_PIPE = 1 << 20
 LINGER_SECONDS = 1.0
+_WORDS = 512
+"""Bytes of what a sandbox says when it cannot run a command, at most."""
 
 
 class Spawned:
-    """A command that runs. `ended` resolves with the exit code, or minus the number of the signal that ended it.
+    """A command that runs. `ended` resolves with the exit code, or minus the number of the signal that ended it; or with CannotRun, if its sandbox
+    did not come up.
 
     Raises OSError when it cannot be spawned."""
 
@@ -48,33 +51,39 @@ class Spawned:
         self._orphans = orphans
         self._on_output = on_output
         self._code: int | None = None
+        self._began = False
         self._paused = False
         self._signalled: asyncio.TimerHandle | None = None
         self._linger: asyncio.TimerHandle | None = None
         self._big: set[int] = set()
-        line, place = sandbox.command(argv, folders, directory)
-        out, out_child = os.pipe()
-        try:
-            err, err_child = os.pipe()
-        except OSError:
-            os.close(out)
-            os.close(out_child)
-            raise
-        try:
+        self._said = b""
+        """How its stderr began."""
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as childs:
+
+            def piped() -> tuple[int, int]:
+                read, write = os.pipe()
+                ours.callback(os.close, read)
+                childs.callback(os.close, write)
+                return read, write
+
+            (out, out_child), (err, err_child), (self._told, tell) = piped(), piped(), piped()
+            line, place = sandbox.command(argv, folders, directory, tell)
             self._process = subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=out_child, stderr=err_child, cwd=place, env=environment, start_new_session=True
+                line,
+                stdin=tell if sandbox.tells_on == "stdin" else subprocess.DEVNULL,
+                stdout=out_child,
+                stderr=err_child,
+                pass_fds=(tell,) if sandbox.tells_on == "descriptor" else (),
+                cwd=place,
+                env=environment,
+                start_new_session=True,
             )
-        except BaseException:
-            os.close(out)
-            os.close(err)
-            raise
-        finally:
-            os.close(out_child)
-            os.close(err_child)
+            ours.pop_all()
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
         orphans.on_started(self.pid, folders.root)
         self._pipes: dict[int, Stream] = {out: "stdout", err: "stderr"}
+        os.set_blocking(self._told, False)
         for pipe in self._pipes:
             os.set_blocking(pipe, False)
             self._loop.add_reader(pipe, self._read, pipe)
@@ -115,6 +124,8 @@ class Spawned:
             data = os.read(pipe, READ)
         except BlockingIOError:
             return None
+        if self._pipes[pipe] == "stderr" and len(self._said) < _WORDS:
+            self._said = (self._said + data)[:_WORDS]
         if not data:
             self._close(pipe)
         elif len(data) >= 1 << 16 and pipe not in self._big:
@@ -135,6 +146,11 @@ class Spawned:
         # While the leader is a zombie its pid, and so the group's number, is nobody else's.
         send_group(self.pid, signal.SIGKILL)
         self._code = self._process.wait()
+        told = b""
+        with contextlib.suppress(BlockingIOError):
+            told = os.read(self._told, READ)
+        os.close(self._told)
+        self._began = self._sandbox.began(told)
         if self._signalled is not None:
             self._signalled.cancel()
         self._orphans.on_ended(self.pid)
@@ -159,4 +175,8 @@ class Spawned:
             self._close(pipe)
         if not self.ended.done():
             assert self._code is not None
-            self.ended.set_result(self._code)
+            if self._code > 0 and not self._began:
+                self.ended.set_exception(CannotRun(f"the sandbox could not run it: {self._said.decode(errors='replace').strip()}"))
+                self.ended.exception()  # it need not be asked for
+            else:
+                self.ended.set_result(self._code)

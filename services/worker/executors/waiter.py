@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 BEGUN = b"\x06"
 """It says so on stdout when nothing but the step's own command is left to be called: whoever has not heard it knows that nothing has run."""
-LARGEST = 4 << 20
-"""Bytes of a message; the kernel takes less for a command and its environment."""
+LARGEST, LONGEST = 1 << 20, (32 << 12) - 1
+"""Bytes of a message, and of one text in it: of both the kernel takes as much for a command and its environment."""
 
 _CODE_AT, _MESSAGE_AT = 0x400000, 0x600000
 _OPEN, _CLOSE, _WRITE, _CHDIR, _EXECVE = 2, 3, 1, 80, 59
@@ -18,7 +18,7 @@ _CODE = bytes.fromhex(
     "31c0"  # more:         xor  eax, eax                   read(0, MESSAGE + ebx, LARGEST - ebx)
     "31ff"  #               xor  edi, edi
     "488d741d00"  #         lea  rsi, [rbp + rbx]
-    "ba00004000"  #         mov  edx, LARGEST
+    "ba00001000"  #         mov  edx, LARGEST
     "29da"  #               sub  edx, ebx
     "0f05"  #               syscall
     "85c0"  #               test eax, eax
@@ -54,16 +54,19 @@ def program() -> bytes | None:
     return header + code + memory + _CODE
 
 
-def message(argv: Sequence[str], environment: Mapping[str, str], directory: str) -> bytes:
-    """Has the waiter become `argv`, with nothing on its stdin, as if it had been started so. It is a picture of the memory that it is read into."""
+def message(argv: Sequence[str], environment: Mapping[str, str], directory: str) -> bytes | None:
+    """Has the waiter become `argv`, with nothing on its stdin, as if it had been started so. It is a picture of the memory that it is read into.
+    None for what the kernel may not take: an engine says why."""
     calls = 6 * 32
     table_at = _MESSAGE_AT + 8 + calls
     texts = [*argv, *(f"{key}={value}" for key, value in environment.items())]
     pointers = 8 * (len(texts) + 2)
     data, places = bytearray(), []
-    for text in (*texts, directory, "/dev/null", BEGUN.decode()):
+    for text in (*(each.encode() for each in (*texts, directory)), b"/dev/null", BEGUN):
+        if len(text) > LONGEST or b"\0" in text:
+            return None
         places.append(table_at + pointers + len(data))
-        data += text.encode() + b"\0"
+        data += text + b"\0"
     *here, where, null, begun = places
     end = len(argv)
     table = [*here[:end], 0, *here[end:], 0]
@@ -76,4 +79,4 @@ def message(argv: Sequence[str], environment: Mapping[str, str], directory: str)
         (-1, 0, 0, 0),
     ]
     body = b"".join(struct.pack("<qQQQ", *call) for call in made) + struct.pack(f"<{len(table)}Q", *table) + bytes(data)
-    return struct.pack("<Q", 8 + len(body)) + body
+    return struct.pack("<Q", 8 + len(body)) + body if 8 + len(body) <= LARGEST else None
