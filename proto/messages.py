@@ -6,6 +6,7 @@ subject                              from → to               delivery
 `presence.<worker>`                  worker → scheduler      core NATS, signed by the worker
 `control.<worker>`                   scheduler → worker      core NATS, signed by the scheduler
 `why.<build>`                        gateway → scheduler     core NATS, a question; any scheduler answers
+`withhold.<worker>`                  builds → schedulers     core NATS: Withhold
 `execute_build_package.<worker>`     scheduler → worker      core NATS, signed by the scheduler and sealed to a credit's key
 `secrets.<team>`                     gateway → a scheduler   core NATS request: SecretRequest, answered with SecretAnswer
 
@@ -181,13 +182,18 @@ class Availability(_Message, frozen=True, kw_only=True):
     cached: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=TREE_HINT)], ...], msgspec.Meta(max_length=MAX_HINTS)] | None = None
 
 
+Rank = tuple[int, str]
+"""(since, boot): of two boots of one worker the greater is the later."""
+
+
 class Heartbeat(_Message, frozen=True, kw_only=True):
-    """Sent every second, and whenever a slot becomes free. `logs` are attempts whose log still waits in the spool for LogArchived.
-    `goodbye`: the worker leaves.
+    """Sent every second, and whenever a slot becomes free. `since`: when its boot began, in unix milliseconds by the worker's own clock, and more
+    than that of every boot before. `logs` are attempts whose log still waits in the spool for LogArchived. `goodbye`: the worker leaves.
     `busy` are slots in use, `trouble` why it can take no work ("" if it can), `limited` why it offers less than it could, `cache_*` bytes of its
     cache."""
 
     boot: Id
+    since: Count
     number: int
     slots: Slots
     availability: Availability
@@ -201,6 +207,10 @@ class Heartbeat(_Message, frozen=True, kw_only=True):
     about: About = About()
     cache_used: Bytes = 0
     cache_limit: Bytes = 0
+
+    @property
+    def rank(self) -> Rank:
+        return self.since, self.boot
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
@@ -228,7 +238,7 @@ class ArchivedLog(Attempt, frozen=True, array_like=True):
 class Control(_Message, frozen=True, kw_only=True):
     """The answer to heartbeat `number` of `boot`, or (with number 0) an early word. An attempt that the heartbeat listed and `held` does not is
     not the worker's any more: kill it and forget its reports. `archived`: forget that of these logs. With number 0 only what is listed is meant.
-    `drain`: finish what runs and offer nothing, until an answer (not an early word) says otherwise."""
+    `drain`: finish what runs and offer nothing, until an answer (not an early word) says otherwise. No `challenge`: a later boot has the name."""
 
     boot: str
     number: int
@@ -275,6 +285,18 @@ class StagesWait(_Message, frozen=True, kw_only=True):
     """scheduler → gateway: those that wait, as this instance knows it."""
 
     stages: list[StageWaits]
+
+
+# --- withhold: said to every scheduler, about a worker that fills a stream -------------------------------------------------------------
+
+Withheld = Literal["reports", "logs"]
+
+
+class Withhold(_Message, frozen=True, kw_only=True):
+    """The worker may say nothing of this kind for so many seconds."""
+
+    kind: Withheld
+    seconds: float
 
 
 # --- packages ------------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from services.worker.executors.orphans import Orphans
 from services.worker.executors.process import ProcessExecutor
 from services.worker.executors.processes import everything
 from services.worker.executors.sandboxes import Choice, first_that_works, interpreter_folders
-from services.worker.folders import FolderPool
+from services.worker.folders import FolderPool, next_boot
 from services.worker.mounts import private_mounts, unmount
 from services.worker.outbox import Outbox
 from services.worker.placing import Means, means_here
@@ -355,7 +355,8 @@ async def a_worker(
     chosen = first_that_works(sandbox, folder, interpreter_folders(path))
     box = PrivateKey.generate()
     offers = Offers(sandbox=chosen.name, tags=tags, images=RUNNABLE if containers else ())
-    session = Session(name, secrets.token_hex(8), bytes(box.public_key), slots, offers, lambda: secrets.token_urlsafe(12), About(mode=mode))
+    since, nonce = next_boot(folder, time.time()), lambda: secrets.token_urlsafe(12)
+    session = Session(name, secrets.token_hex(8), since, bytes(box.public_key), slots, offers, nonce, About(mode=mode))
     outbox = Outbox(name, session.boot, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
     if not chosen.wraps:
         orphans.adopt()

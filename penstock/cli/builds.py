@@ -5,7 +5,7 @@ from datetime import datetime
 import click
 
 from penstock.cli.running import BuildRef, Failure, connect, json_option, print_json, run, team_option
-from penstock.cli.tables import print_table
+from penstock.cli.tables import person, print_table
 from penstock.cli.terminal import STATUS_COLOURS, Terminal
 from penstock.client import Build, Client, Conflict
 
@@ -34,7 +34,7 @@ async def _listed(client: Client, status: str, limit: int) -> list[Build]:
 def _row(build: Build) -> tuple[str, ...]:
     status = f"{build.status} {build.percent} %" if build.status == "started" else build.status
     created = build.created_at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if build.created_at else ""
-    return str(build.number), status, build.name, created, _took(build.started_at, build.finished_at), build.requested_by
+    return str(build.number), status, build.name, created, _took(build.started_at, build.finished_at), person(build.requested_by)
 
 
 def _took(start: datetime | None, end: datetime | None) -> str:

@@ -7,6 +7,11 @@ import click
 from penstock.cli.terminal import Terminal
 
 
+def person(actor: str) -> str:
+    """Who did something, as lists say it; the log has `actor`. The token that the deployment began with is named by a digest there."""
+    return "first token" if actor.startswith("token:bootstrap-") else actor
+
+
 def print_table(
     heading: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), colours: Mapping[tuple[int, str], str] | None = None
 ) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Replace it at once and for good: readable by its owner alone, whole after a crash, never half. Its folder is there. Raises OSError."""
+    """Replace it at once and for good: readable by its owner alone, who stays the same if root does it, whole after a crash, never half. Its folder
+    is there. Raises OSError."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if os.geteuid() == 0 and path.exists():
+                os.fchown(descriptor, path.stat().st_uid, path.stat().st_gid)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -64,6 +64,8 @@ class Supervisor:
     SPARE_TIMEOUT = 10.0
     """Seconds that are waited for a service that the system may serve without, once all others are ready."""
     DEATHS_AT_START = 3
+    FAREWELL = 77
+    """The exit code by which a service that the system may serve without says that to start it again is of no use."""
     DRAIN = 15.0
     """Seconds that a service may take to end."""
 
@@ -88,6 +90,8 @@ class Supervisor:
         self._backoff: dict[str, Backoff] = {}
         self._due: dict[str, float] = {}
         self._deaths: dict[str, int] = {}
+        self.gone: set[str] = set()
+        """Services that left for good."""
 
     def children(self) -> dict[str, int]:
         """The pids of what runs now."""
@@ -109,7 +113,7 @@ class Supervisor:
         deadline = time.monotonic() + self.START_TIMEOUT
         for name, service in sorted(self._services.items(), key=lambda each: each[1].spec.spare):
             patience = time.monotonic() + self.SPARE_TIMEOUT if service.spec.spare else deadline
-            while (why := service.unready()) is not None:
+            while name not in self.gone and (why := service.unready()) is not None:
                 if service.spec.spare and time.monotonic() > patience:
                     self._say(f"{name} is not ready: {why}; all else is (its log: {self._logs[name]})")
                     break
@@ -153,6 +157,8 @@ class Supervisor:
     def _bring_back(self) -> None:
         now = time.monotonic()
         for name, part in self._parts.items():
+            if name in self.gone:
+                continue
             if name in self._due:
                 if now < self._due[name]:
                     continue
@@ -166,7 +172,14 @@ class Supervisor:
                 self._say(f"{name} is back (pid {part.pid})")
                 self._changed()
             elif not part.running():
-                code = self._services[name].exit_code if name in self._services else None
+                service = self._services.get(name)
+                code = service.exit_code if service is not None else None
+                if service is not None and service.spec.spare and code == self.FAREWELL:
+                    self.gone.add(name)
+                    why = last_lines(self._logs[name], 1)
+                    self._say(f"{name} has left for good, and is not started again; all else goes on (its log: {self._logs[name]}): {why}")
+                    self._changed()
+                    continue
                 self._died(name, "died" if code is None else f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}")
 
     def _died(self, name: str, how: str) -> None:

@@ -91,7 +91,8 @@ class System:
 
         def record() -> None:
             alive = {name: who for name, pid in supervisor.children().items() if (who := identify(pid))}
-            self._data.write_run(msgspec.structs.replace(run, children=alive))
+            status = {name: where for name, where in run.status.items() if name not in supervisor.gone}
+            self._data.write_run(msgspec.structs.replace(run, children=alive, status=status))
 
         def prepare() -> Sequence[ForkedService]:
             migration = self._migrate(signals, lock, postgres, secrets)

@@ -39,7 +39,7 @@ from proto.events.team import DEFAULT_POLICY, Role, TeamCreated, TeamPolicySet, 
 from proto.events.worker import WorkerBooted, WorkerLost
 from services.gateway.workers import LeaseRow, WorkerRow, lease_keys, leases_after, of_worker, worker_after
 
-CODE_VERSION = "6"
+CODE_VERSION = "7"
 """Raised when a row's meaning changes: the tables are then rebuilt from the log."""
 
 CATEGORIES = frozenset({"team", "request", "build", "lease", "artifact", "fleet", "worker", "secret"})

@@ -71,6 +71,7 @@ CREATE TABLE workers (
     life text NOT NULL,
     lost text NOT NULL,
     boot text NOT NULL,
+    since bigint NOT NULL,
     slots bigint NOT NULL,
     offers jsonb NOT NULL,
     about jsonb NOT NULL,

@@ -180,6 +180,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
             now=clock.now,
             rate=Rate(2.0, 30, time.monotonic),
             registrations=Counter("penstock_registrations", "Workers that wanted to be registered", ["result"], registry=service.registry),
+            begun=lambda: bootstrap.problem is None,
         ).endpoints(),
         *FleetRoutes(queries=queries, presence=presence, first=settings.bootstrap_team, now=time.time).endpoints(),
         *SecretRoutes(queries=queries, keeper=keeper, passed=projector.passed, first=settings.bootstrap_team).endpoints(),

@@ -71,4 +71,6 @@ def _status(row: WorkerRow, heard: Heard | None, leases: Sequence[LeaseRow], now
         return "busy", said.limited
     if said.availability.credits:
         return "available", said.limited
-    return "idle", "it wants no work now" if said.about.mode == "pull" else said.limited
+    if said.about.mode == "pull":
+        return "idle", f"it wants no work now: {said.limited}" if said.limited else "it wants no work now"
+    return "idle", said.limited

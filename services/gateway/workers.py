@@ -36,6 +36,7 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     life: Literal["", "up", "lost"] = ""
     lost: str = ""
     boot: str = ""
+    since: int = 0
     slots: int = 0
     offers: Offers = Offers()
     about: About = About()
@@ -69,10 +70,13 @@ def worker_after(worker: WorkerRow | None, fact: Fact) -> WorkerRow | None:
     if isinstance(event, WorkerRegistered):
         # A worker with the same key is the same worker, and may well be living.
         same = worker if worker is not None and worker.key == event.key else WorkerRow(name=event.worker, key=event.key, changed_at=at)
-        return replace(same, tags=list(event.tags), standing="registered", reason="", registered_at=at, changed_at=at)
+        return replace(same, tags=list(event.tags), standing="registered", reason="", since=0, registered_at=at, changed_at=at)
     if isinstance(event, WorkerBooted):
         known = worker or WorkerRow(name=event.worker, changed_at=at)
-        return replace(known, life="up", lost="", boot=event.boot, slots=event.slots, offers=event.offers, about=event.about, changed_at=at)
+        if event.rank < (known.since, known.boot if known.since else ""):
+            return known  # a later one is there
+        booted = replace(known, life="up", lost="", boot=event.boot, since=event.since, slots=event.slots, offers=event.offers)
+        return replace(booted, about=event.about, changed_at=at)
     if worker is None:
         return None
     match event:

@@ -20,11 +20,9 @@ from services.scheduler.secret_index import SealingKey, Secret, SecretIndex
 from services.scheduler.spooled import archive_of
 
 CATEGORIES = frozenset({"build", "lease", "worker", "fleet", "artifact", "secret"})
-CODE_VERSION = "5"
+CODE_VERSION = "6"
 REMEMBERED = 10_000
 """How many archived logs, and plans of builds, are remembered; the log knows the others."""
-LIVES = 16
-"""Boots of a worker that are remembered."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +44,6 @@ class _Snapshot(msgspec.Struct, kw_only=True):
     queued: list[Queued]
     leases: list[Lease]
     boots: dict[str, str]
-    lives: dict[str, list[str]]
     members: dict[str, Member]
     revoked: set[str]
     secrets: dict[str, dict[str, Secret]]
@@ -65,8 +62,6 @@ class Board:
         self.leases: dict[Attempt, Lease] = {}
         self.held: dict[str, dict[Attempt, Lease]] = {}
         self.boots: dict[str, str] = {}
-        self.lives: dict[str, list[str]] = {}
-        """Of each worker the last boots in the order in which they came first."""
         self.roster = Roster()
         self.secrets = SecretIndex()
         self.archived: OrderedDict[Attempt, ArchivedLog] = OrderedDict()
@@ -140,11 +135,8 @@ class Board:
                 self.plans.pop(build, None)
                 self.secrets.over.append(build)
             case WorkerBooted() as event:
-                self.boots[event.worker] = event.boot
-                lives = self.lives.setdefault(event.worker, [])
-                if event.boot not in lives:
-                    lives.append(event.boot)
-                    del lives[:-LIVES]
+                if self.roster.on_boot(event.worker, event.rank):
+                    self.boots[event.worker] = event.boot
             case WorkerLost() as event:
                 if self.boots.get(event.worker) == event.boot:
                     del self.boots[event.worker]
@@ -183,7 +175,6 @@ class Board:
             queued=queued,
             leases=list(self.leases.values()),
             boots=self.boots,
-            lives=self.lives,
             members=self.roster.members,
             revoked=self.roster.revoked,
             secrets=self.secrets.of_team,
@@ -198,7 +189,6 @@ class Board:
         board = cls()
         board.position = position
         board.boots = stored.boots
-        board.lives = stored.lives
         board.roster = Roster(stored.members, stored.revoked)
         board.secrets = SecretIndex(stored.secrets, stored.sealing)
         for queued in stored.queued:

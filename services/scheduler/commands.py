@@ -50,6 +50,7 @@ class _OnWorker(msgspec.Struct, frozen=True, kw_only=True):
 class BootWorker(_OnWorker, frozen=True, kw_only=True):
     """A boot was heard of for the first time."""
 
+    since: int
     slots: int
     offers: Offers
     about: About = About()

@@ -110,6 +110,7 @@ class SchedulerDecider:
                     WorkerBooted(
                         worker=command.worker,
                         boot=command.boot,
+                        since=command.since,
                         slots=command.slots,
                         offers=command.offers,
                         about=command.about,

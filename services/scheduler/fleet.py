@@ -1,8 +1,7 @@
 """The fleet as its heartbeats tell it: who lives, what it offers, which credits are open. No I/O; `now` is monotonic seconds."""
 
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import msgspec
 
@@ -11,19 +10,16 @@ from services.scheduler.pool import DRAINING, IN_TROUBLE, Pool, WorkerView
 
 COMINGS, COMING_SECONDS = 20, 5.0
 """A worker may come so many times at once, and once more in so many seconds: each time is an event, and a liar comes as often as it can speak."""
-RETIRED = 64
-"""Earlier boots of a worker that are remembered."""
 
 
 class _Comings(msgspec.Struct):
-    """How often a worker may still come, as of when; and its earlier boots, the newest last."""
+    """How often a worker may still come, as of when."""
 
     left: float
-    since: float
-    retired: deque[str] = msgspec.field(default_factory=lambda: deque(maxlen=RETIRED))
+    at: float
 
     def take(self, now: float) -> bool:
-        self.left, self.since = min(COMINGS, self.left + (now - self.since) / COMING_SECONDS), now
+        self.left, self.at = min(COMINGS, self.left + (now - self.at) / COMING_SECONDS), now
         if self.left < 1:
             return False
         self.left -= 1
@@ -58,8 +54,8 @@ class Worker(msgspec.Struct, kw_only=True):
 
 
 class Fleet:
-    """Workers by name, and the pool of them that placement reads. Of two with one name the newer wins: a boot that was followed by another, here or
-    in the log, is retired. Whoever comes too often is not heard until it may come again."""
+    """Workers by name, and the pool of them that placement reads. Of two with one name the later boot wins, in whatever order they are heard.
+    Whoever comes too often is not heard until it may come again."""
 
     def __init__(self) -> None:
         self.pool = Pool()
@@ -72,25 +68,15 @@ class Fleet:
     def get(self, name: str) -> Worker | None:
         return self._workers.get(name)
 
-    def on_heartbeat(self, name: str, heartbeat: Heartbeat, trusted: bool, now: float, recorded: Sequence[str] = ()) -> Worker | None:
-        """Take note of a heartbeat; None when it is old, of a retired boot, or of one that comes too often. Its credits count only if it quotes a
-        recent challenge (`trusted`). `recorded` are the boots that the log knows, the newest last: one that it does not know yet is newer."""
-        comings = self._comings.setdefault(name, _Comings(COMINGS, now))
+    def on_heartbeat(self, name: str, heartbeat: Heartbeat, trusted: bool, now: float) -> Worker | None:
+        """Take note of a heartbeat; None when it is old, of a boot that another follows, or of one that comes too often. Its credits count only if it
+        quotes a recent challenge (`trusted`)."""
         worker = self._workers.get(name)
-        if worker is not None and worker.heartbeat.boot in recorded[:-1]:
-            self.remove(name)
-            worker = None
-        if heartbeat.boot in comings.retired or heartbeat.boot in recorded[:-1]:
-            return None
-        if worker is not None and heartbeat.boot in recorded and worker.heartbeat.boot not in recorded:
-            return None
-        if worker is None or worker.heartbeat.boot != heartbeat.boot:
-            if not comings.take(now):
+        if worker is None or worker.heartbeat.rank < heartbeat.rank:
+            if not self._comings.setdefault(name, _Comings(COMINGS, now)).take(now):
                 return None
-            if worker is not None:
-                comings.retired.append(worker.heartbeat.boot)
             worker = self._workers[name] = Worker(name=name, heartbeat=heartbeat, heard=now)
-        elif heartbeat.number <= worker.heartbeat.number:
+        elif worker.heartbeat.rank > heartbeat.rank or heartbeat.number <= worker.heartbeat.number:
             return None
         worker.heartbeat, worker.heard = heartbeat, now
         offered = {credit.nonce: credit for credit in heartbeat.availability.credits} if trusted else {}

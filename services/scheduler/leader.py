@@ -105,7 +105,7 @@ class Scheduler:
         self._lease_seconds = lease_seconds
         self._clock = clock
         self._now = now
-        self._presence = Presence(lambda: self._board.roster, lambda worker: self._board.lives.get(worker, ()), clock)
+        self._presence = Presence(lambda: self._board.roster, clock)
         self._fleet = self._presence.fleet
         self._door = door
         self._expelled: dict[tuple[str, str], tuple[float, float]] = {}
@@ -234,7 +234,11 @@ class Scheduler:
                 await self._answer(worker, now)
             await self._interrupt(now)
             return
-        await self._boot(heard, term)
+        try:
+            await self._boot(heard, term)
+        except LogUnavailable:
+            self._presence.keep_heard(heard)  # a boot that is not recorded yet gets nothing before it is
+            raise
         for name, heartbeat in strangers.items():
             await self._send_control(name, Control(boot=heartbeat.boot, number=heartbeat.number, challenge=b"", lease_seconds=self._lease_seconds))
         for worker in heard.values():
@@ -299,6 +303,7 @@ class Scheduler:
             boot = BootWorker(
                 worker=worker.name,
                 boot=heartbeat.boot,
+                since=heartbeat.since,
                 slots=heartbeat.slots,
                 offers=heartbeat.availability.offers,
                 about=heartbeat.about,
@@ -308,6 +313,7 @@ class Scheduler:
         if commands:
             await self._do(commands)
             await self._read()
+            self._presence.forget_followed()
 
     async def _answer(self, worker: Worker, now: float) -> None:
         """Answer a heartbeat with what its worker may hold."""

@@ -1,6 +1,6 @@
 """The workers as this instance hears them: heartbeats that are signed, and who waits for an answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 import structlog
@@ -19,12 +19,11 @@ _HEARTBEAT = msgspec.msgpack.Decoder(Heartbeat)
 
 
 class Presence:
-    """`heard` are the workers whose heartbeat nobody has answered yet, `strangers` those whose boot another has followed. `lives`: the boots of a
-    worker that the log knows, the newest last. `refused` counts heartbeats that were nobody's."""
+    """`heard` are the workers whose heartbeat nobody has answered yet, `strangers` those whose boot another has followed, as the log
+    has it. `refused` counts heartbeats that were nobody's."""
 
-    def __init__(self, roster: Callable[[], Roster], lives: Callable[[str], Sequence[str]], clock: Callable[[], float]) -> None:
+    def __init__(self, roster: Callable[[], Roster], clock: Callable[[], float]) -> None:
         self._roster = roster
-        self._lives = lives
         self._clock = clock
         self.fleet = Fleet()
         self.challenges = Challenges(clock())
@@ -49,17 +48,15 @@ class Presence:
         if member.tags:
             offers = replace(heartbeat.availability.offers, tags=member.tags)
             heartbeat = replace(heartbeat, availability=replace(heartbeat.availability, offers=offers))
-        trusted = self.challenges.knows(heartbeat.availability.challenge)
-        lives = self._lives(name)
-        worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock(), lives)
-        self.fleet.drain(name, member.draining)
-        if worker is not None:
-            self.heard[name] = worker
+        if heartbeat.rank < member.latest:
+            self.strangers[name] = heartbeat
             return True
-        known = self.fleet.get(name)
-        if heartbeat.boot not in lives[:-1] and (known is None or known.heartbeat.boot == heartbeat.boot):
+        trusted = self.challenges.knows(heartbeat.availability.challenge)
+        worker = self.fleet.on_heartbeat(name, heartbeat, trusted, self._clock())
+        if worker is None:
             return False
-        self.strangers[name] = heartbeat
+        self.fleet.drain(name, member.draining)
+        self.heard[name] = worker
         return True
 
     def recent(self, seconds: float) -> dict[str, Worker]:
@@ -69,8 +66,10 @@ class Presence:
 
     def forget_followed(self) -> None:
         """Whom another has followed, as the log has come to say, is not there."""
-        for worker in [worker for worker in self.fleet if worker.heartbeat.boot in self._lives(worker.name)[:-1]]:
-            self.dismiss(worker.name)
+        for worker in list(self.fleet):
+            member = self._roster().get(worker.name)
+            if member is not None and worker.heartbeat.rank < member.latest:
+                self.dismiss(worker.name)
 
     def forget_silent(self, seconds: float) -> None:
         """Whom nobody has heard of for so long is not there; whoever leads does this for itself, with evidence."""
@@ -87,6 +86,10 @@ class Presence:
     def take_heard(self) -> dict[str, Worker]:
         heard, self.heard = self.heard, {}
         return heard
+
+    def keep_heard(self, heard: dict[str, Worker]) -> None:
+        """They could not be answered; whoever was heard of since counts as it was heard last."""
+        self.heard = heard | self.heard
 
     def take_strangers(self) -> dict[str, Heartbeat]:
         strangers, self.strangers = self.strangers, {}

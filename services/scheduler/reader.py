@@ -15,8 +15,6 @@ from services.scheduler.board import CATEGORIES, CODE_VERSION, Board
 SNAPSHOT_EVERY = 20_000
 """Facts between two snapshots."""
 BATCH = 5_000
-EPOCH_EVERY = 5.0
-"""Seconds between two looks at the log's epoch: in another one, all that was read is read again."""
 _NAME = "scheduler-board"
 
 
@@ -27,15 +25,15 @@ class Snapshots(Protocol):
 
 
 class Reader:
-    """Set `unread` when there may be something to read; `board` is replaced when the log's epoch changes, and is not `whole` until it is at the head
-    of the log. `read_at`: as of when it was there last."""
+    """Set `unread` when there may be something to read; `board` is not `whole` until it is at the head of the log. `read_at`: as of when it was there
+    last."""
 
     def __init__(self, log: EventLog, snapshots: Snapshots, clock: Callable[[], float]) -> None:
         self._log = log
         self._snapshots = snapshots
         self._clock = clock
-        self._epoch: int | None = None
-        self._epoch_checked = float("-inf")
+        self._version = ""
+        """Of snapshots: in another epoch of the log they would tell of what is not so any more. "" until it is known."""
         self._saved_at = 0
         self.board = Board()
         self.unread = True
@@ -55,15 +53,11 @@ class Reader:
         self.whole, self.read_at = True, began
 
     async def _fold(self) -> None:
-        if self._clock() - self._epoch_checked > EPOCH_EVERY:
-            epoch = await self._log.epoch()
-            self._epoch_checked = self._clock()
-            if epoch != self._epoch:
-                stored = await self._snapshots.load(_NAME, CODE_VERSION) if self._epoch is None else None
-                self.whole = False
-                self.board = Board.restore(*stored) if stored else Board()
-                self._saved_at = self.board.position
-                self._epoch = epoch
+        if not self._version:
+            version = f"{CODE_VERSION}.{await self._log.epoch()}"
+            if stored := await self._snapshots.load(_NAME, version):
+                self.board = Board.restore(*stored)
+            self._saved_at, self._version = self.board.position, version
         while True:
             rows = await self._log.read(self.board.position, BATCH, CATEGORIES)
             for row in rows:
@@ -83,7 +77,7 @@ class Reader:
         """Store a snapshot, if enough has happened since the last."""
         if self.board.position - self._saved_at >= SNAPSHOT_EVERY:
             self._saved_at = self.board.position
-            await self._snapshots.save(_NAME, self.board.position, CODE_VERSION, self.board.snapshot())
+            await self._snapshots.save(_NAME, self.board.position, self._version, self.board.snapshot())
 
     async def stage(self, attempt: Attempt) -> Stage:
         """What the attempt runs: remembered, or from the build's stream."""

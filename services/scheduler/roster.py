@@ -8,18 +8,22 @@ from msgspec.structs import replace
 
 from proto.events.base import Event
 from proto.events.fleet import WorkerDeleted, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked
+from proto.messages import Rank
 
 _WORKER = "worker-"
+NEVER: Rank = 0, ""
+"""Before every boot."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
     """`key` is the worker's public key; `tags`, if there are any, are all that it has, whatever it says; `barred` says why it is not heard any more
-    ("" if it is)."""
+    ("" if it is); `latest` its latest boot since it was registered."""
 
     key: str
     tags: tuple[str, ...] = ()
     draining: bool = False
     barred: str = ""
+    latest: Rank = NEVER
 
 
 class Roster:
@@ -45,6 +49,15 @@ class Roster:
     def draining(self, name: str) -> bool:
         member = self.members.get(name)
         return member is not None and member.draining
+
+    def on_boot(self, name: str, rank: Rank) -> bool:
+        """A boot was recorded; whether it is the worker's latest."""
+        member = self.members.get(name)
+        if member is not None and rank < member.latest:
+            return False
+        if member is not None:
+            self.members[name] = replace(member, latest=rank)
+        return True
 
     def apply(self, stream_id: str, event: Event) -> None:
         """What was recorded on `fleet-<stream_id>`."""

@@ -14,7 +14,7 @@ from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
 from libs.sealing import NotSealed
-from proto.catalogue import UnknownEvent, decode
+from proto.catalogue import UnknownEvent
 from proto.events.base import Event
 from proto.events.build import BuildFinished
 from proto.events.secret import SealingKeyMade, SecretRemoved, SecretSet
@@ -24,6 +24,7 @@ from proto.secrets import OWN
 from services.scheduler.commands import Command, RemoveSecret, SetSecret, secret_stream
 from services.scheduler.decider import State
 from services.scheduler.master_keys import Keyring
+from services.scheduler.readable import readable
 from services.scheduler.sealing import SealingKeys
 from services.scheduler.secret_index import Entry, SecretIndex
 from services.scheduler.vault import Vault
@@ -128,7 +129,8 @@ class Secrets:
         return SecretAnswer(position=outcome.position, version=outcome.state.secret.version)
 
     async def _renew(self, by: str) -> SecretAnswer:
-        await self._look()
+        if await self._look() is None:
+            return SecretAnswer(refused=self._trouble or "")
         outcome = await self._sealing.make(by)
         under = {key_id: count for key_id, count in (await self._vault.under()).items() if count}
         return SecretAnswer(position=outcome.position, version=outcome.state.secret.version, master=self._vault.keys.first, under=under)
@@ -150,8 +152,8 @@ class Secrets:
                     swept = self._clock()
                     await self.sweep(SETTLED)
                     await self._rotate()  # another instance may have had older keys for longer
-            except (LogUnavailable, UnknownEvent) as error:
-                logger.warning("secrets are not minded now", error=str(error))
+            except (LogUnavailable, UnknownEvent, msgspec.MsgspecError) as error:  # the last: of a stream that a command is decided on
+                logger.warning("secrets are not minded now", error=f"{type(error).__name__}: {error}")
             await asyncio.sleep(LOOK_EVERY if self._index().sealing is not None else AT_FIRST)
 
     async def _create(self) -> None:
@@ -186,14 +188,14 @@ class Secrets:
 
     async def sweep(self, settled: float) -> None:
         """Drop what was stored more than `settled` seconds ago and does not count: no event tells of it, a newer one is set, its build is over
-        (or, after a day, was never made)."""
+        (or, after a day, was never made). Where that cannot be read, it counts."""
         after = ""
         while page := await self._vault.older(settled, after, ASKED_AT_ONCE):
             after = page[-1][0].entry
             streams = {entry: f"build-{entry.build}" if entry.build else secret_stream(entry.team, entry.name) for entry, _ in page}
-            told = await self._log.read_streams(list(set(streams.values())))
-            histories = {stream: [decode(row.type, row.data) for row in rows] for stream, rows in told.items()}
-            await self._vault.drop([entry.entry for entry, old in page if not _counts(entry, histories[streams[entry]], old)])
+            told = readable(await self._log.read_streams(list(set(streams.values()))))
+            known = [(entry, old, told[streams[entry]]) for entry, old in page if streams[entry] in told]
+            await self._vault.drop([entry.entry for entry, old, history in known if not _counts(entry, history, old)])
         if (latest := self._index().sealing) is not None:
             await self._sealing.forget(latest)
 

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from libs.eventlog.log import EventLog
-from proto.catalogue import decode
 from proto.events.artifact import LogArchived
 from proto.events.build import StageFinished, StageQueued
 from proto.messages import ArchivedLog, Attempt
+from services.scheduler.readable import readable
 
 ASKED_AT_ONCE = 50
 
@@ -14,17 +14,18 @@ ASKED_AT_ONCE = 50
 async def forgettable(
     log: EventLog, waiting: Sequence[Attempt], archived: Mapping[Attempt, ArchivedLog], leased: Collection[Attempt]
 ) -> list[ArchivedLog]:
-    """What of `waiting` is archived, as this instance remembers or as the log says, or nobody will archive."""
+    """What of `waiting` is archived, as this instance remembers or as the log says, or nobody will archive. Where that cannot be read, it is kept."""
     known = [archived[attempt] for attempt in waiting if attempt in archived]
     asked = [attempt for attempt in waiting if attempt not in archived and attempt not in leased][:ASKED_AT_ONCE]
     if asked:
         names = {a: f"artifact-log-{a.build}-{a.stage}-{a.number}" for a in asked}
-        streams = await log.read_streams([*names.values(), *{f"build-{a.build}" for a in asked}])
+        told = readable(await log.read_streams([*names.values(), *{f"build-{a.build}" for a in asked}]))
         for attempt, name in names.items():
-            history = [decode(r.type, r.data) for r in streams[name]]
-            if history and isinstance(newest := history[-1], LogArchived):
+            if name not in told:
+                continue
+            if told[name] and isinstance(newest := told[name][-1], LogArchived):
                 known.append(archive_of(newest))
-            elif _never_archived(attempt, [decode(r.type, r.data) for r in streams[f"build-{attempt.build}"]]):
+            elif _never_archived(attempt, told.get(f"build-{attempt.build}", ())):
                 known.append(ArchivedLog(attempt.build, attempt.stage, attempt.number))
     return known
 

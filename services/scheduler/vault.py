@@ -172,7 +172,7 @@ class Vault:
         for row in rows:
             try:
                 value = self._opened(row)
-            except Tampered:
+            except (Tampered, MissingKey):  # the key may have gone just now
                 continue  # said when it is read
             fresh.append((row["entry"], row["key_id"], *self.keys.encrypt(value, _bound(Entry(row["entry"], row["team"], row["name"])))))
         await self._pool.executemany(_RENEW, fresh)

@@ -33,6 +33,7 @@ from services.scheduler.sealing import SealingKeys
 from services.scheduler.secrets import Secrets
 from services.scheduler.vault import Vault
 from services.scheduler.why import answer_why
+from services.scheduler.withholding import heed_quotas
 
 
 class Settings(Private, frozen=True, kw_only=True):
@@ -123,6 +124,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.spawn("secrets", secrets.serve())
     service.spawn("secrets-tidy", secrets.tidy())
     service.spawn("why", answer_why(bus, scheduler))
+    service.spawn("quotas", heed_quotas(bus, door))
     return None
 
 

@@ -24,12 +24,12 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
-    """What a heartbeat says of it. `trouble`: why no work can be taken; `no_images`: why none with an image, though it offers that else; `wants`:
-    whether some is wanted; `cache_*`: bytes."""
+    """What a heartbeat says of it. `trouble`: why no work can be taken; `no_images`: why none with an image, though it offers that else; `sated`: why
+    none is wanted, by whoever may choose; `cache_*`: bytes."""
 
     trouble: str = ""
     no_images: str = ""
-    wants: bool = True
+    sated: str = ""
     cache_used: int = 0
     cache_limit: int = 0
 
@@ -67,6 +67,10 @@ def trouble(measured: Measured) -> str:
     return ""
 
 
-def wants(measured: Measured, most_load: float) -> bool:
-    """Whether the machine has room for more: it does less than it could, and its disk is far from full."""
-    return measured.load < most_load and measured.disk_free >= DISK_WANTED
+def sated(measured: Measured, most_load: float) -> str:
+    """Why the machine has no room for more, for people; "" when it does less than it could, and its disk is far from full."""
+    if measured.load >= most_load:
+        return f"its load is {measured.load:.1f}, and it wants work below {most_load:g}"
+    if measured.disk_free < DISK_WANTED:
+        return f"its disk has {measured.disk_free >> 20} MiB free, and it wants work from {DISK_WANTED >> 20} MiB on"
+    return ""

@@ -16,7 +16,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import structlog
+
+from services.worker.durable import write_durably
 from services.worker.executors.sandboxes import Folders
+
+logger = structlog.get_logger()
 
 _MODES = (0o700, 0o755, 0o700, 0o700)
 _DEEP = 8
@@ -37,6 +42,19 @@ async def alone_in(folder: Path) -> AsyncIterator[None]:
         raise Taken(f"another worker runs in {folder}") from None
     finally:
         os.close(descriptor)
+
+
+def next_boot(folder: Path, now: float) -> int:
+    """When this boot begins: `now` (unix seconds) in milliseconds, or more, so that it is more than at any boot before in the folder, whatever the
+    clock said then. On a full disk it is not remembered: what waits in the spool goes before that."""
+    file = folder / "boot"
+    last = file.read_text() if file.exists() else ""
+    since = max(int(now * 1000), int(last) + 1 if last.isdecimal() else 0)
+    try:
+        write_durably(file, str(since).encode())
+    except OSError as error:
+        logger.warning("when this boot began is not remembered", why=str(error))
+    return since
 
 
 class FolderPool:

@@ -64,13 +64,17 @@ class Forget(msgspec.Struct, frozen=True):
     attempt: Attempt
 
 
+class Followed(msgspec.Struct, frozen=True):
+    """A later boot has our name: we get no work, and what we run is not ours."""
+
+
 class ForgetLog(msgspec.Struct, frozen=True):
     """So much of the attempt's log is archived."""
 
     log: ArchivedLog
 
 
-Action = Interrupt | Kill | Recorded | Forget | ForgetLog
+Action = Interrupt | Kill | Recorded | Forget | ForgetLog | Followed
 
 
 class _Slot:
@@ -96,14 +100,16 @@ def without_images(offers: Offers) -> Offers:
 
 
 class Session:
-    """One boot of a worker. `challenge` is the scheduler's last one; `draining`: it finishes what it has, and offers nothing; `leaving`: it takes
-    nothing either."""
+    """One boot of a worker; of two boots the later has the greater `since`. `challenge` is the scheduler's last one; `draining`: it finishes what it
+    has, and offers nothing; `leaving`: it takes nothing either."""
 
-    def __init__(self, worker: str, boot: str, key: bytes, slots: int, offers: Offers, nonces: Callable[[], str], about: About) -> None:
+    def __init__(self, worker: str, boot: str, since: int, key: bytes, slots: int, offers: Offers, nonces: Callable[[], str], about: About) -> None:
         self.worker = worker
         self.boot = boot
         self.draining = False
         self.leaving = False
+        self._since = since
+        self._followed = False
         self._about = about
         self._key = key
         self._slots = slots
@@ -145,6 +151,7 @@ class Session:
             self._cached, self._cached_told, self._cached_heard = cached, (self.challenge, self._number), False
         return Heartbeat(
             boot=self.boot,
+            since=self._since,
             number=self._number,
             slots=self._slots,
             availability=Availability(
@@ -159,14 +166,20 @@ class Session:
             goodbye=goodbye,
             busy=self._slots - len(self._free),
             trouble=condition.trouble[:MAX_SHORT],
-            limited=f"no images: {condition.no_images}"[:MAX_SHORT] if condition.no_images else "",
+            limited=self._limited(condition)[:MAX_SHORT],
             about=self._about,
             cache_used=condition.cache_used,
             cache_limit=condition.cache_limit,
         )
 
+    def _limited(self, condition: Condition) -> str:
+        """Why it takes less than it could, for people."""
+        if self.pulls and condition.sated:
+            return condition.sated
+        return f"no images: {condition.no_images}" if condition.no_images else ""
+
     def _credits(self, now: float, condition: Condition) -> list[Credit]:
-        closed = self.draining or self.leaving or condition.trouble or (self.pulls and not condition.wants) or len(self._reported) >= MAX_SLOTS
+        closed = self.draining or self.leaving or condition.trouble or (self.pulls and condition.sated) or len(self._reported) >= MAX_SLOTS
         most = 0 if closed else 1 if self.pulls else self._slots
         credits: list[Credit] = []
         for number, slot in enumerate(self._free):
@@ -206,6 +219,9 @@ class Session:
         if control.number >= self._answered and control.challenge:
             self.challenge = control.challenge
         actions: list[Action] = [ForgetLog(log) for log in control.archived]
+        if not control.challenge and not self._followed:
+            self._followed = True
+            actions.append(Followed())
         held = {}
         for word in control.held:
             held[word.attempt] = word

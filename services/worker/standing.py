@@ -78,9 +78,9 @@ class Watch:
         if standing == "revoked":
             return (
                 f"{self._name} was revoked at {self._url}: its key is good for nothing now. To come back: `penstock worker rm {self._name}` there,"
-                " remove worker.json here, and start with --register TOKEN --server URL"
+                " remove worker.json here, and start with --register - --server URL"
             )
-        return f"{self._url} has no worker {self._name} of this key: it was removed. To come back: start with --register TOKEN --server URL"
+        return f"{self._url} has no worker {self._name} of this key: it was removed. To come back: start with --register - --server URL"
 
     def _why(self, learned: Learned) -> str:
         if learned.standing == "registered":

@@ -27,14 +27,14 @@ from proto.messages import MAX_SLOTS, Mode, Offers
 from proto.private import Private
 from services.worker.artifacts import Artifacts
 from services.worker.cache import Cache
-from services.worker.condition import Condition, about, measure, trouble, wants
+from services.worker.condition import Condition, about, measure, sated, trouble
 from services.worker.executors.docker import DockerExecutor, containers_here, owner_of
 from services.worker.executors.executor import CannotRun, Executors
 from services.worker.executors.hardened import Limits
 from services.worker.executors.orphans import Orphans
 from services.worker.executors.process import ProcessExecutor
 from services.worker.executors.sandboxes import Choice, first_that_works, interpreter_folders
-from services.worker.folders import FolderPool, Taken, alone_in, remove_tree
+from services.worker.folders import FolderPool, Taken, alone_in, next_boot, remove_tree
 from services.worker.outbox import Outbox
 from services.worker.placing import means_here
 from services.worker.session import Session
@@ -138,7 +138,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
         sandbox=sandbox.name,
     )
     me = about(settings.worker_queue_mode, importlib.metadata.version("penstock"), settings.nats_url)
-    session = Session(name, secrets.token_hex(8), bytes(box.public_key), settings.worker_build_limit, offers, lambda: secrets.token_urlsafe(12), me)
+    since, nonce = next_boot(folder, time.time()), lambda: secrets.token_urlsafe(12)
+    session = Session(name, secrets.token_hex(8), since, bytes(box.public_key), settings.worker_build_limit, offers, nonce, me)
     outbox = Outbox(name, session.boot, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
     tools = Tools(
         worker=name,
@@ -156,8 +157,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
 
     def condition() -> Condition:
         measured, no_images = measure(folder), containers.trouble if containers else ""
-        wanted = wants(measured, most_load)
-        return Condition(trouble=trouble(measured), no_images=no_images, wants=wanted, cache_used=cache.bytes, cache_limit=cache.limit)
+        enough = sated(measured, most_load)
+        return Condition(trouble=trouble(measured), no_images=no_images, sated=enough, cache_used=cache.bytes, cache_limit=cache.limit)
 
     worker = Worker(bus, session, tools, settings.worker_key, settings.server_public_key, box, Metrics(service.registry), condition=condition)
     service.on_drain(worker.close)

@@ -16,7 +16,7 @@ from libs.bus.bus import Bus, BusUnavailable, Message
 from libs.tokens import BadSignature, sign, verify
 from proto.messages import Attempt, Control, Package, Signed
 from services.worker.condition import Condition
-from services.worker.session import HEARTBEAT_SECONDS, Action, Forget, ForgetLog, Interrupt, Kill, Recorded, Refuse, Session, Start
+from services.worker.session import HEARTBEAT_SECONDS, Action, Followed, Forget, ForgetLog, Interrupt, Kill, Recorded, Refuse, Session, Start
 from services.worker.stage import StageRun, Stop, Tools
 
 logger = structlog.get_logger()
@@ -209,6 +209,8 @@ class Worker:
                 self._outbox.forget(attempt)
             case ForgetLog(log):
                 self._outbox.forget_log(log)
+            case Followed():
+                logger.error("another worker bears this name: a later boot, which gets all the work", worker=self._session.worker)
             case _:
                 assert_never(action)
 
@@ -227,7 +229,9 @@ class Worker:
             self._news.set()
 
     async def _follow(self, attempt: Attempt, run: StageRun) -> None:
-        status = "lost"
+        status, began = "lost", self._clock()
+        log = logger.bind(team=run.package.team, build=attempt.build, stage=attempt.stage, attempt=attempt.number)
+        log.info("an attempt begins")
         try:
             status = await run.run()
         except Exception as error:
@@ -237,6 +241,7 @@ class Worker:
             del self._runs[attempt]
             self._metrics.running.set(len(self._runs))
             self._metrics.ended.labels(status).inc()
+            log.info("an attempt ended", status=status, seconds=round(self._clock() - began, 2))
             self._session.on_attempt_ended(attempt)
             self._news.set()
 

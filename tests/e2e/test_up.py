@@ -148,3 +148,20 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(machine: Machine) -> Non
     assert f"the gateway cannot listen on 127.0.0.1:{port}: Address already in use" in said
     code, said = machine.penstock("up", "--detach", "--port", "0", "--lease-seconds", "0.5", "--sandbox", "none", "--slots", "1")
     assert code == 0, said
+
+
+async def test_without_its_worker_which_was_revoked_the_system_goes_on_and_says_so_once(tmp_path: Path) -> None:
+    own = Machine(tmp_path)
+    code, said = own.penstock("up", "--detach", "--port", "0")
+    try:
+        assert code == 0, said
+        code, said = own.penstock("worker", "revoke", "local")
+        assert code == 0, said
+        await eventually(lambda: "worker" not in own.run().children and "worker" not in own.run().status, timeout=60)
+        log = own.data.log("supervisor").read_text()
+        assert log.count("worker has left for good") == 1 and "local was revoked at http://127.0.0.1:" in log
+        assert own.is_serving()
+        code, said = own.penstock("up", "--detach")
+        assert code == 0 and own.run().url in said
+    finally:
+        assert own.penstock("down")[0] == 0

@@ -1,6 +1,7 @@
 """A worker that is registered, and says whatever a test wants: a bare connection with a worker's own rights."""
 
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -46,7 +47,7 @@ class Liar:
         self.member = member
         self.name = member.name
         self.bus = bus
-        self.boot = boot
+        self.boot, self.since = boot, time.time_ns() // 1_000_000
         self.box = PrivateKey.generate()
         self.controls: list[Control] = []
         self.packages: list[Package] = []
@@ -77,7 +78,7 @@ class Liar:
         self._number += 1
         challenge = self.controls[-1].challenge if self.controls else b""
         offered = [Credit(secrets.token_urlsafe(12), bytes(self.box.public_key)) for _ in range(credits)]
-        told = {"boot": self.boot, "number": self._number, "slots": 4, "running": list(running), **more}
+        told = {"boot": self.boot, "since": self.since, "number": self._number, "slots": 4, "running": list(running), **more}
         heartbeat = Heartbeat(availability=Availability(challenge=challenge, offers=Offers(), credits=offered), **told)
         self.beats.append(_encode(sign(seed or self.member.key, "presence", _encode(heartbeat))))
         await self.say(f"presence.{self.name}", self.beats[-1])
@@ -121,7 +122,7 @@ async def liar(system: System, member: Membership, before: Liar | None = None) -
     try:
         one = Liar(member, bus, system.data.secrets().server_key, before.boot if before else secrets.token_hex(8))
         if before is not None:
-            one.box, one._number = before.box, before._number
+            one.box, one.since, one._number = before.box, before.since, before._number
         await one.listen()
 
         async def answered() -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from libs.embedded.postgres import EmbeddedPostgres, _binary
 from libs.eventlog.migrate import migrate, raise_epoch
+from proto.events.artifact import LogArchived
 from proto.events.request import BuildRequested
 from tests.controls import eventually
 from tests.faults.system import System
@@ -25,6 +26,11 @@ async def forget_the_lost(system: System, traffic: Traffic) -> int:
     for build in lost:
         del traffic.accepted[build]
     return len(lost)
+
+
+async def archived(system: System) -> set[str]:
+    """The builds with a log that is put away."""
+    return {fact.event.build for fact in await system.log("artifact") if isinstance(fact.event, LogArchived)}
 
 
 async def goes_on(system: System, traffic: Traffic) -> None:
@@ -80,6 +86,7 @@ async def test_a_dump_is_restored_and_all_goes_on(system: System, tmp_path: Path
         await traffic.ended()
         await traffic.submit(sleeping(20))
         await traffic.under_way()
+        before = await archived(system)
         system.down()
         shutil.rmtree(system.data.postgres)
         passwords = system.data.secrets().database
@@ -93,7 +100,7 @@ async def test_a_dump_is_restored_and_all_goes_on(system: System, tmp_path: Path
             fresh.stop()
         system.up("--restored")
     async with Traffic(system) as again:  # the gateway may be at another port
-        again.accepted = traffic.accepted
+        again.accepted, again.unlogged = traffic.accepted, before - await archived(system)
         assert await forget_the_lost(system, again) >= 2
         await goes_on(system, again)
 

@@ -27,7 +27,7 @@ WORK = (sleeping(10), INSTANT, talking(50, 0.05), COPYING, FAILING)
 async def under_traffic(system: System, names: Sequence[str]) -> AsyncIterator[Traffic]:
     """Builds come before, within and after; in the end each has ended as it should, and those that were stopped are the same processes as ever."""
     before = {name: system.process(name) for name in names}
-    async with Traffic(system) as traffic:
+    async with Traffic(system, patience=4 * SECONDS) as traffic:  # the client's, too, is a minute
         for work in WORK:
             await traffic.submit(work)
         await traffic.under_way()

@@ -75,6 +75,7 @@ async def test_of_two_workers_with_one_identity_the_newer_wins(system: System) -
             for work in MIX:
                 await traffic.submit(work)
             await traffic.verify()
+            assert system.data.log("worker").read_text().count("another worker bears this name") == 1
             newer = (await booted(system))[-1].boot
             assert {fact.event.boot for fact in await system.log("lease") if isinstance(fact.event, StageLeased) and fact.event.attempt > 1} == {
                 newer

@@ -28,11 +28,13 @@ LOG_SECONDS = 45.0
 class Traffic:
     """An async context manager. `accepted` is what the server said yes to."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, patience: float = 60.0) -> None:
         self._system = system
-        self._client = system.client()
+        self._client = system.client(patience)
         self._input: Artifact | None = None
         self.accepted: dict[str, Work] = {}
+        self.unlogged: set[str] = set()
+        """Builds of whose log the database has forgotten the archive, when the bus and the worker had let go of it: it may have gaps."""
 
     async def __aenter__(self) -> "Traffic":
         await self._client.__aenter__()
@@ -176,6 +178,9 @@ class Traffic:
             lines += page.lines
             start = page.next
         assert page.complete or not work.lines, "the log is not archived yet"
+        if build in self.unlogged:
+            assert {line.text for line in lines if line.stream == "stdout"} <= set(work.lines)
+            return True
         assert [line.line for line in lines] == list(range(len(lines))) or any("\n" not in line.text for line in lines)
         assert tuple(line.text for line in lines if line.stream == "stdout") == work.lines
         return True

@@ -177,7 +177,7 @@ async def test_a_worker_is_drained_resumed_revoked_and_deleted(gateway: Gateway)
 
 async def test_a_worker_that_lives_is_not_deleted_and_one_that_is_lost_is(gateway: Gateway) -> None:
     await register(gateway, await application(gateway, await issued(gateway)))
-    await gateway.record("worker-w1-b1", WorkerBooted(worker="w1", boot="b1", slots=1, offers=Offers()))
+    await gateway.record("worker-w1-b1", WorkerBooted(worker="w1", boot="b1", since=1, slots=1, offers=Offers()))
 
     async def slots() -> bool:
         return bool((await gateway.json("GET", "/workers/w1", 200))["build_limit"] == 1)
@@ -197,7 +197,7 @@ async def test_a_key_that_was_revoked_registers_no_more_under_no_name_and_one_th
 
     assert (await again("w1", seed))[0] == (await again("w2", other))[0] == 201
     for name in ("w1", "w2"):
-        await gateway.record(f"worker-{name}-b", WorkerBooted(worker=name, boot="b", slots=1, offers=Offers()))
+        await gateway.record(f"worker-{name}-b", WorkerBooted(worker=name, boot="b", since=1, slots=1, offers=Offers()))
         await gateway.record(f"worker-{name}-b", WorkerLost(worker=name, boot="b", reason="silent"))
     await gateway.json("PUT", "/workers/w1/revoke", 204, json={})
     assert await again("w3", seed) == (409, "this key was revoked")

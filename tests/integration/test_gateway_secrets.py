@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from libs.bus.jetstream import connect_jetstream
+from libs.eventlog.log import NewEvent
 from libs.runtime.http import Problem
 from libs.tokens import new_seed
 from proto.catalogue import UnknownEvent, decode
@@ -18,9 +19,10 @@ from proto.events.secret import SealingKeyMade
 from proto.plan import Plan
 from services.gateway.projection import SealingKeyRow
 from services.gateway.secrets import SecretKeeper
+from services.scheduler.commands import secret_stream
 from services.scheduler.master_keys import BadKeys, Keyring
 from services.scheduler.secret_index import Entry
-from tests.controls import eventually
+from tests.controls import eventually, write
 from tests.gateway_fixture import Gateway, running_gateway
 from tests.nats_fixture import SEEDS
 from tests.secrets_fixture import Keeper, keeping_secrets
@@ -207,13 +209,14 @@ async def _empty(keeper: Keeper) -> bool:
     return await keeper.rows() == []
 
 
-async def test_an_event_that_is_not_known_yet_does_not_end_the_housekeeping(gateway: Gateway, keeper: Keeper, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("error", [UnknownEvent("build.of_tomorrow"), msgspec.ValidationError("not of its type")])
+async def test_an_event_that_cannot_be_read_ends_no_housekeeping(gateway: Gateway, keeper: Keeper, monkeypatch: Any, error: Exception) -> None:
     """A scheduler of the version before would otherwise die at each sweep, while it is being replaced."""
     swept = asyncio.Event()
 
     async def sweep(_: float) -> None:
         swept.set()
-        raise UnknownEvent("build.of_tomorrow")
+        raise error
 
     monkeypatch.setattr("services.scheduler.secrets.SWEEP_EVERY", -1.0)
     monkeypatch.setattr(keeper.secrets, "sweep", sweep)
@@ -241,6 +244,31 @@ async def test_the_sweep_drops_what_nothing_tells_of_and_nothing_else(gateway: G
     await keeper.secrets.sweep(3600.0)
     assert {row["name"] for row in await keeper.rows()} == {"a"}
     assert (await keeper.given(read(plan({"A": "((a))"})))).values == {"a": "new"}
+
+
+@pytest.mark.parametrize("bad", ["secret.of_tomorrow", "secret.set"])
+async def test_a_bad_event_keeps_what_it_is_about_and_the_sweep_goes_on(gateway: Gateway, keeper: Keeper, bad: str) -> None:
+    for value in ("old", "new"):
+        for name in ("a", "b"):
+            await put(gateway, name, value)
+    await keeper.log.append([write(secret_stream("main", "a"), NewEvent("bad", bad, b'{"version":"x"}'))])
+    await keeper.log.pool.execute("UPDATE secret SET stored_at = stored_at - interval '2 hours'")
+    await keeper.secrets.sweep(3600.0)
+    assert sorted(row["name"] for row in await keeper.rows()) == ["a", "a", "b"]
+
+
+async def test_a_master_key_that_goes_while_values_are_encrypted_anew_ends_nothing(gateway: Gateway, keeper: Keeper, monkeypatch: Any) -> None:
+    await put(gateway, "a", VALUE)
+    second = f"k2:{new_seed()}"
+    keeper.vault.keys = Keyring(f"{second},{FIRST}")
+    renew = keeper.vault._renew
+
+    async def gone(rows: Any) -> int:
+        keeper.vault.keys = Keyring(second)
+        return await renew(rows)
+
+    monkeypatch.setattr(keeper.vault, "_renew", gone)
+    assert await keeper.vault.rotate() == (0, {"k1": 1})
 
 
 async def test_another_first_key_encrypts_everything_anew_and_a_missing_one_is_named(gateway: Gateway, keeper: Keeper) -> None:
@@ -389,6 +417,7 @@ async def test_master_keys_that_cannot_be_read_are_told_of_until_they_can(gatewa
         await keeper.secrets.mind_keys()
         assert keeper.secrets.problem is not None and "cannot be read" in keeper.secrets.problem
         await put(gateway, "a", VALUE)  # those it knows are good still
+        assert "cannot be read" in (await gateway.json("POST", "/secret-keys", 503))["detail"]
     await keeper.secrets.mind_keys()
     assert keeper.secrets.problem is None
 

@@ -33,12 +33,14 @@ async def register(gateway: Gateway, name: str = "w1") -> None:
 
 
 async def boot(gateway: Gateway, name: str = "w1") -> None:
-    await gateway.record(f"worker-{name}-b1", WorkerBooted(worker=name, boot="b1", slots=2, offers=OFFERS, about=About(version="7")), team="system")
+    await gateway.record(
+        f"worker-{name}-b1", WorkerBooted(worker=name, boot="b1", since=1, slots=2, offers=OFFERS, about=About(version="7")), team="system"
+    )
 
 
 async def beat(gateway: Gateway, name: str = "w1", **more: Any) -> None:
     availability = Availability(challenge=b"", offers=OFFERS, credits=[Credit("n", b"k" * 32)])
-    heartbeat = Heartbeat(boot="b1", number=1, slots=2, availability=availability, about=About(version="7", hostname="rack"), **more)
+    heartbeat = Heartbeat(boot="b1", since=1, number=1, slots=2, availability=availability, about=About(version="7", hostname="rack"), **more)
     assert gateway.bus is not None
     await gateway.bus.send(f"presence.{name}", msgspec.msgpack.encode(sign(SEED, "presence", msgspec.msgpack.encode(heartbeat))))
 

@@ -236,6 +236,18 @@ async def test_every_refusal_is_noted_and_counted_and_tells_nobody_which_check_f
     assert {refused.faults for refused in REFUSED} == {*range(79, 90)}
 
 
+async def test_what_is_the_first_team_s_to_decide_is_refused_to_others_by_that_reason(scene: Scene) -> None:
+    owner = await scene.gateway.token("other", "owner")
+    for method, path, body in (
+        ("POST", "/secret-keys", {}),
+        ("POST", "/workers/tokens", {"json": {}}),
+        ("PUT", "/teams/other/policy", {"json": {"input_seconds": 60, "output_seconds": 60, "quota_bytes": 0, "privileged": True}}),
+    ):
+        before = _count(scene.gateway.registry, "another team")
+        await scene.gateway.json(method, path, 403, token=owner, **body)
+        assert _count(scene.gateway.registry, "another team") == before + 1, path
+
+
 async def test_every_request_that_a_worker_signs_does_the_same_or_nothing_when_it_is_sent_again(scene: Scene) -> None:
     """FAULTS 84: there is none that does more the second time. Which are signed is asked of the service, route by route."""
     signed = set()

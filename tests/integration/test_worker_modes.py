@@ -69,7 +69,7 @@ async def test_a_mixed_fleet_fills_all_its_slots(tmp_path: Path) -> None:
 
 
 async def test_a_pull_worker_gets_work_only_while_it_wants_some(tmp_path: Path) -> None:
-    machine = Machine(wants=False)
+    machine = Machine(sated="its load is 9")
     async with a_world(tmp_path) as world, a_worker(world.bus, tmp_path / "w2", "w2", slots=SLOTS, mode="pull", condition=machine, heartbeat=BEAT):
         await eventually(lambda: world.boot("w2"))
         (build,) = await queue(world, "true")

@@ -14,6 +14,7 @@ from libs.tokens import new_seed, public_key
 from penstock.client.joining import Membership, join, new_membership
 from proto.events.worker import WorkerBooted, WorkerLost
 from proto.messages import Offers
+from services.gateway.bootstrap import Bootstrap
 from tests.controls import eventually
 from tests.gateway_fixture import Gateway, running_gateway
 from tests.nats_fixture import NatsServer, admitting
@@ -61,7 +62,7 @@ class Place:
 
     async def gone(self) -> None:
         """Lost, and removed by an owner."""
-        await self.gateway.record("worker-w1-b", WorkerBooted(worker="w1", boot="b", slots=1, offers=Offers()))
+        await self.gateway.record("worker-w1-b", WorkerBooted(worker="w1", boot="b", since=1, slots=1, offers=Offers()))
         await self.gateway.record("worker-w1-b", WorkerLost(worker="w1", boot="b", reason="silent"))
 
         async def removed() -> bool:
@@ -110,6 +111,17 @@ async def test_one_that_was_removed_says_so_and_ends_and_a_404_of_anybody_else_e
         with place.worker() as process:
             assert await ended(process) == EXPELLED
     assert "it was removed" in place.log.read_text().splitlines()[-1]
+
+
+async def test_a_gateway_that_has_not_registered_the_deployments_workers_yet_ends_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    await place.gone()
+    monkeypatch.setattr(Bootstrap, "problem", property(lambda _: "has not begun"), raising=False)
+    async with admitting(place.nats, {}):
+        with place.worker() as process:
+            await place.says("neither the bus nor")
+            assert process.poll() is None
+            monkeypatch.undo()
+            assert await ended(process) == EXPELLED
 
 
 async def test_one_whom_nobody_is_there_to_admit_waits_and_comes_back_by_itself(place: Place) -> None:

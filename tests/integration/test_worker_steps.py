@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from libs.tokens import new_seed, sign
 from proto.messages import Attempt, ReportStepProgressed, Signed
@@ -107,6 +108,39 @@ async def test_a_command_that_cannot_be_run_errors_naming_the_path(tmp_path: Pat
         assert extent.status == scheduler.step(attempt).status == "errored"
         assert scheduler.step(attempt).error.startswith(error)
         assert error in extent.error
+
+
+async def test_the_workers_own_log_tells_of_each_attempt_and_nothing_of_what_is_in_it(tmp_path: Path) -> None:
+    with capture_logs() as lines:
+        async with a_system(tmp_path) as (scheduler, _):
+            attempt = await scheduler.send(sh("echo hidden; exit 3"))
+            await scheduler.finished(attempt)
+            await eventually(lambda: any(line["event"] == "an attempt ended" for line in lines))
+    begun, ended = (next(line for line in lines if line["event"] == event) for event in ("an attempt begins", "an attempt ended"))
+    which = {"build": attempt.build, "stage": attempt.stage, "attempt": attempt.number}
+    assert which.items() <= begun.items() and which.items() <= ended.items()
+    assert (begun["log_level"], ended["log_level"], ended["status"]) == ("info", "info", "failed") and 0 <= ended["seconds"] < 60
+    assert "hidden" not in str(lines)
+
+
+@in_each_sandbox
+@pytest.mark.parametrize("tool", ["bwrap", "unshare", "setpriv"])
+async def test_a_step_that_speaks_like_its_sandbox_has_failed_by_itself(tmp_path: Path, sandbox: Choice, tool: str) -> None:
+    async with a_system(tmp_path, sandbox=sandbox) as (scheduler, _):
+        attempt = await scheduler.send(sh(f"echo '{tool}: cannot make a namespace' >&2; ls /proc/self/fd; exit 1"))
+        assert (await scheduler.finished(attempt)).status == scheduler.step(attempt).status == "failed"
+        assert scheduler.step(attempt).exit_code == 1
+        assert (await scheduler.log(attempt, "stdout")).split() == ["0", "1", "2", "3"], "nothing of the worker's is left open to it"
+
+
+async def test_a_sandbox_that_cannot_run_a_command_is_told_from_the_command(tmp_path: Path) -> None:
+    if "bwrap" not in SANDBOXES:
+        pytest.skip("no bubblewrap here")
+    prepare = sh("printf '#!/usr\\n' > script; chmod +x script", name="prepare")
+    async with a_system(tmp_path, sandbox="bwrap") as (scheduler, _):
+        attempt = await scheduler.send(prepare, step("./script"))
+        assert (await scheduler.finished(attempt)).status == "errored"
+        assert scheduler.step(attempt).error.startswith("the sandbox could not run it: bwrap: execvp")
 
 
 @in_each_sandbox

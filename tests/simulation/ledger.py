@@ -49,13 +49,13 @@ class Ledger:
                 if number > 1:
                     assert known.leased == number - 1 and known.expired, f"attempt {number} of {build}/{stage}, but the lease before lives: {known}"
                 known.queued, known.reported = number, 0
-            case StageLeased(stage=stage, attempt=number):
-                known = self._of(build, stage)
+            case StageLeased(stage=stage, attempt=number):  # who leases, or ends a lease, may not have read yet that the build is over
+                known = self._stages[build, stage]
                 assert number > known.leased, f"attempt {number} of {build}/{stage} is leased to {event.worker}, and was to {known.worker}"
                 assert number <= known.queued, f"attempt {number} of {build}/{stage} is leased, and was not queued"
                 known.leased, known.worker, known.expired = number, event.worker, False
             case LeaseExpired(stage=stage, attempt=number):
-                known = self._of(build, stage)
+                known = self._stages[build, stage]
                 assert (number, event.worker, False) == (known.leased, known.worker, known.expired), f"{event} of {known}"
                 known.expired = True
                 runs = not known.over and "silent" in event.evidence and self._runs(event.worker, Attempt(build, stage, number))

@@ -42,7 +42,8 @@ class _Step(msgspec.Struct):
 
 
 class Worker:
-    """`tell(heartbeat)` and `report(subject, bytes)` go to the network. Its clock is its own (`clock()`), and stands still for nobody."""
+    """`tell(heartbeat)` and `report(subject, bytes)` go to the network. Its clocks are its own: `clock()` stands still for
+    nobody, `now()` may be set (unix seconds)."""
 
     def __init__(
         self,
@@ -51,13 +52,14 @@ class Worker:
         pulls: bool,
         chance: random.Random,
         clock: Callable[[], float],
+        now: Callable[[], float],
         tell: Callable[[str, Heartbeat], None],
         report: Callable[[str, bytes], None],
     ) -> None:
         self.name, self.slots = name, slots
-        self._pulls, self._chance, self._clock, self._tell, self._report = pulls, chance, clock, tell, report
+        self._pulls, self._chance, self._clock, self._now, self._tell, self._report = pulls, chance, clock, now, tell, report
         self._spool: dict[Attempt, _Spooled] = {}
-        self._lives = 0
+        self._lives = self._since = 0
         self._honoured: set[str] = set()
         self.known: set[Attempt] = set()
         """What it has ever been given."""
@@ -70,11 +72,13 @@ class Worker:
     def boot(self) -> None:
         """A new life: nothing runs, and what was reported and not recorded is said again."""
         self._lives += 1
+        self._since = max(int(self._now() * 1000), self._since + 1)
         self._nonces = 0
         self.stopped = False
         self.steps = {}
         about = About(mode="pull" if self._pulls else "push")
-        self.session = Session(self.name, f"{self.name}-life-{self._lives}", bytes(32), self.slots, Offers(), self._nonce, about)
+        boot = f"{self.name}-life-{self._lives}"
+        self.session = Session(self.name, boot, self._since, bytes(32), self.slots, Offers(), self._nonce, about)
         self._beat_at = self._resent_at = float("-inf")
         for attempt, spooled in list(self._spool.items()):
             if spooled.recorded < len(spooled.bodies):

@@ -68,6 +68,8 @@ class World:
         self._snapshots: dict[str, tuple[int, str, bytes]] = {}
         self._offices.unsure = self._builds.unsure = chance.choice([0.0, 0.02])
         self._instances = [self._instance("one"), self._instance("two")]
+        self._stale: Instance | None = None
+        """One that leads no more and has not noticed; nor does it hear that the log grows."""
         self._term = 0
         self._workers = [self._worker(f"w{n}") for n in range(chance.randint(1, 4))]
         self._wanted = chance.choice([5, 20, 80])
@@ -89,6 +91,10 @@ class World:
         self._jumps[name] = self.chance.uniform(0, 1e6)
         return lambda: self.now + self._jumps[name]
 
+    def _time(self) -> float:
+        """What the machines' clocks say: they may be set."""
+        return START.timestamp() + self.now + self._wall
+
     def _instance(self, name: str) -> Instance:
         return Instance(name, self._log, self._offices, self._snapshots, self._clock(name), lambda: START.timestamp() + self.now, self._send)
 
@@ -100,7 +106,7 @@ class World:
             self._core.send((f"presence.{worker}", heartbeat))
 
         slots, pulls = chance.randint(1, 4), chance.random() < 0.4
-        return Worker(name, slots, pulls, chance, self._clock(name), tell, lambda *report: self._reports.send(report))
+        return Worker(name, slots, pulls, chance, self._clock(name), self._time, tell, lambda *report: self._reports.send(report))
 
     def _runs_by_right(self, name: str, attempt: Attempt) -> bool:
         worker = next(worker for worker in self._workers if worker.name == name)
@@ -126,7 +132,8 @@ class World:
             self._ledger.note(happened)
             self._events.send(happened)
         for instance in self._instances:
-            instance.scheduler.log_grew()
+            if instance is not self._stale:
+                instance.scheduler.log_grew()
 
     # --- what happens
 
@@ -153,6 +160,7 @@ class World:
             self._crash_scheduler: self.chance.choice([0.0, 0.1]),
             self._elect: self.chance.choice([0.02, 0.2]),
             self._depose: self.chance.choice([0.0, 0.1]),
+            self._overlap: self.chance.choice([0.0, 0.1, 0.3]),
             self._refold: 0.03,
         }
 
@@ -177,6 +185,7 @@ class World:
 
     async def _wait(self) -> None:
         """Some time in which everybody does what is due, but for those who cannot."""
+        self._notice()
         for _ in range(self.chance.randint(2, 60)):
             self.now += 0.5
             for instance in list(self._instances):
@@ -192,6 +201,7 @@ class World:
         for worker in self._workers:
             worker.stopped = False
             self._append(f"fleet-worker-{worker.name}", WorkerResumed())
+        self._notice()
         if all(instance.term is None for instance in self._instances):
             self._elect()
         until = self.now + ENOUGH
@@ -369,12 +379,27 @@ class World:
 
     def _elect(self) -> None:
         """One leads; the other knows that it does not."""
+        self._notice()
         self._term += 1
         for instance in self._instances:
             instance.term = None
         self.chance.choice(self._instances).term = self._term
 
+    def _overlap(self) -> None:
+        """Another leads, and whoever led does not know it yet."""
+        self._notice()
+        leading = [instance for instance in self._instances if instance.term is not None]
+        if leading:
+            self._stale, self._term = leading[0], self._term + 1
+            next(instance for instance in self._instances if instance is not self._stale).term = self._term
+
+    def _notice(self) -> None:
+        if self._stale is not None:
+            self._stale.term, self._stale = None, None
+            self._grew()
+
     def _depose(self) -> None:
+        self._notice()
         for instance in self._instances:
             instance.term = None
 

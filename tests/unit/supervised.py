@@ -1,7 +1,7 @@
 """A supervisor over made-up services, as a program: `python -m tests.unit.supervised FOLDER SERVICE=BEHAVIOUR…`.
 
-Behaviours: `well` ends at SIGTERM; `stubborn` does not; `dies` exits with 3 at once; `spare` is never ready, and need not be. The first
-lines of stdout are what happened."""
+Behaviours: `well` ends at SIGTERM; `stubborn` does not; `dies` exits with 3 at once; `spare` is never ready, and need not be; `expelled`
+need not be either, and exits with 77. The first lines of stdout are what happened."""
 
 import http.server
 import os
@@ -32,6 +32,9 @@ def behave(environ: Mapping[str, str], sockets: Mapping[str, socket.socket]) -> 
     if environ["BEHAVIOUR"] == "dies":
         print("no reason to live", file=sys.stderr)
         raise SystemExit(3)
+    if environ["BEHAVIOUR"] == "expelled":
+        print("it was revoked", file=sys.stderr)
+        raise SystemExit(77)
     told = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: environ["BEHAVIOUR"] in ("well", "spare") and told.set())
     server = http.server.HTTPServer(("127.0.0.1", 0), Answer, bind_and_activate=False)
@@ -58,7 +61,7 @@ def main(folder: Path, behaviours: dict[str, str]) -> int:
                     environ={"NAME": name, "FOLDER": str(folder), "BEHAVIOUR": behaviour},
                     sockets=sockets[name],
                     log=logs[name],
-                    spare=behaviour == "spare",
+                    spare=behaviour in ("spare", "expelled"),
                 ),
                 signals,
                 not_its_own=[other["status"] for key, other in sockets.items() if key != name],
@@ -68,11 +71,13 @@ def main(folder: Path, behaviours: dict[str, str]) -> int:
         supervisor = Supervisor(
             servers={}, prepare=lambda: services, logs=logs, signals=signals, say=lambda text: tell("say", text), changed=lambda: None
         )
-        supervisor.SPARE_TIMEOUT = 0.5
+        if "spare" in behaviours.values():
+            supervisor.SPARE_TIMEOUT = 0.5
         try:
             supervisor.boot()
             for service in services:
-                tell("ready", service.spec.name, service.pid, service.spec.status)
+                if service.running():
+                    tell("ready", service.spec.name, service.pid, service.spec.status)
             tell("watching")
             supervisor.watch()
         except (StartFailed, Interrupted) as error:

@@ -13,6 +13,7 @@ import pytest
 
 from penstock.cli.following import exit_code_of
 from penstock.cli.quantities import readable_size
+from penstock.cli.tables import person
 from penstock.client import Build
 
 ID = "01234567-89ab-7def-8123-456789abcdef"
@@ -265,3 +266,8 @@ def test_the_version_is_an_option_too(tmp_path: Path) -> None:
 
 def test_sizes_are_for_people() -> None:
     assert [readable_size(size) for size in (0, 999, 1500, 3_000_000)] == ["0 B", "999 B", "1.5 kB", "3.0 MB"]
+
+
+def test_the_first_token_is_called_so() -> None:
+    assert person("token:bootstrap-d134c3e9") == "first token"
+    assert person("token:0199") == "token:0199"

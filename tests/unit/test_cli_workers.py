@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from click.testing import CliRunner
 
 from penstock.cli.why import _details, _state
@@ -12,7 +13,7 @@ from penstock.cli.worker.show import _facts
 from penstock.cli.worker.start import start
 from penstock.cli.workers import print_workers
 from penstock.client import Candidate, Holder, Preparation, RunningBuild, Waiting, Worker
-from penstock.client.joining import new_membership, write_membership
+from penstock.client.joining import Membership, new_membership, write_membership
 
 NOW = 1_800_000_000.0
 MOMENT = datetime.fromtimestamp(NOW, UTC)
@@ -117,6 +118,28 @@ def test_why_a_stage_runs_where_it_runs() -> None:
 
 def test_a_stage_waits_for_others() -> None:
     assert _state(Preparation(stage="two", state="blocked", needs=["one"]), NOW) == "waits for one"
+
+
+@pytest.mark.parametrize("way", ["stdin", "environment"])
+def test_a_registration_token_need_not_be_an_argument(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments are in the list of processes."""
+    shown: list[str] = []
+
+    async def joined(wanted: Membership, token: str) -> Membership:
+        shown.append(token)
+        return msgspec.structs.replace(wanted, nats_url="nats://127.0.0.1:1", server_public_key="k")
+
+    began: list[dict[str, str]] = []
+    monkeypatch.setattr("penstock.cli.worker.start.join", joined)
+    monkeypatch.setattr("penstock.cli.worker.start._become", began.append)
+    told = ["--register", "-"] if way == "stdin" else []
+    environ = {"PENSTOCK_REGISTRATION_TOKEN": "pwt_x"} if way == "environment" else {}
+    result = CliRunner().invoke(start, ["--dir", str(tmp_path), *told, "--server", "http://127.0.0.1:1"], input="pwt_x\n", env=environ)
+    assert result.exit_code == 0, result.output
+    assert shown == ["pwt_x"] and "pwt_x" not in str(began) + result.output
+    result = CliRunner().invoke(start, ["--dir", str(tmp_path)], env=environ)
+    assert result.exit_code == 0 and shown == ["pwt_x"], "it is good once, and may stay where it is"
+    assert "there is no token" in CliRunner().invoke(start, ["--dir", str(tmp_path), "--register", "-", "--server", "http://x"], input="\n").output
 
 
 def test_a_registered_workers_key_is_not_lost_to_a_registration_under_another_name(tmp_path: Path) -> None:

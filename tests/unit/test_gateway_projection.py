@@ -285,7 +285,7 @@ def test_a_history_read_in_any_batches_gives_the_same_rows() -> None:
 
 
 REGISTERED = ("fleet-worker-w1", WorkerRegistered(worker="w1", key="k", tags=("gpu",), token_id="t1"))
-BOOTED = ("worker-w1-x", WorkerBooted(worker="w1", boot="x", slots=2, offers=Offers(tags=("own",)), about=About(version="1", mode="pull")))
+BOOTED = ("worker-w1-x", WorkerBooted(worker="w1", boot="x", since=1, slots=2, offers=Offers(tags=("own",)), about=About(version="1", mode="pull")))
 
 
 def worker(rows: Rows) -> WorkerRow:
@@ -313,6 +313,16 @@ def test_a_worker_is_registered_boots_drains_and_is_lost(rows):
     assert worker(rows).standing == "deleted"
     rows.given(("fleet-worker-w1", WorkerRegistered(worker="w1", key="other")))
     assert (worker(rows).standing, worker(rows).life, worker(rows).key) == ("registered", "", "other"), "another worker of the same name"
+
+
+def test_an_older_boot_that_is_recorded_later_is_not_the_worker_s(rows):
+    older, newer = (
+        ("worker-w1-" + boot, WorkerBooted(worker="w1", boot=boot, since=since, slots=since, offers=Offers())) for boot, since in (("z", 1), ("a", 2))
+    )
+    rows.given(REGISTERED, older, newer, older)
+    assert (worker(rows).boot, worker(rows).slots) == ("a", 2)
+    rows.given(("worker-w1-a", WorkerLost(worker="w1", boot="a", reason="silent")), ("fleet-worker-w1", WorkerDeleted()), REGISTERED, older)
+    assert (worker(rows).boot, worker(rows).life) == ("z", "up"), "registered again, it begins anew"
 
 
 def test_a_lease_is_its_workers_until_its_attempt_is_over(rows):

@@ -30,7 +30,7 @@ def heartbeat(**more: object) -> Heartbeat:
     offers = Offers(tags=("own", "gpu"), sandbox="bubblewrap")
     about = About(version="1", hostname="h", address="10.0.0.1")
     told = {"about": about, "slots": 2, "cache_used": 5, "cache_limit": 10, **more}
-    return Heartbeat(boot="b", number=1, availability=Availability(challenge=b"", offers=offers, credits=credits), **told)
+    return Heartbeat(boot="b", since=1, number=1, availability=Availability(challenge=b"", offers=offers, credits=credits), **told)
 
 
 def seen(row: WorkerRow = ROW, heard: Heard | None = None, leases: tuple[LeaseRow, ...] = (), team: str = "main", owner: bool = False):
@@ -53,6 +53,12 @@ def seen(row: WorkerRow = ROW, heard: Heard | None = None, leases: tuple[LeaseRo
 )
 def test_a_workers_status(status: str, row: dict[str, str], more: dict[str, object]) -> None:
     assert seen(msgspec.structs.replace(ROW, **row), Heard(heartbeat(**more), NOW - 1)).status == status
+
+
+def test_a_pull_worker_that_wants_nothing_has_its_reason() -> None:
+    pulls = heartbeat(offering=False, about=About(mode="pull"), limited="its load is 9")
+    assert seen(ROW, Heard(pulls, NOW - 1)).reason == "it wants no work now: its load is 9"
+    assert seen(ROW, Heard(msgspec.structs.replace(pulls, limited=""), NOW - 1)).reason == "it wants no work now"
 
 
 def test_a_worker_that_is_silent_for_long_is_lost_though_no_scheduler_said_so() -> None:

@@ -3,12 +3,14 @@
 from datetime import UTC, datetime
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proto.envelope import Fact
 from proto.events.artifact import LogArchived, LogGap
 from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageInterrupted, StageQueued, StepStarted
+from proto.events.fleet import WorkerDeleted, WorkerRegistered
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased
 from proto.events.worker import WorkerBooted, WorkerLost
 from proto.messages import ArchivedLog, Attempt, Availability, Credit, Heartbeat, Offers, Running
@@ -86,11 +88,33 @@ def test_a_deferral_keeps_its_place_in_the_queue():
 
 
 def test_boots_follow_workers():
-    booted = ("worker-w1-x", WorkerBooted(worker="w1", boot="x", slots=1, offers=Offers()))
+    booted = ("worker-w1-x", WorkerBooted(worker="w1", boot="x", since=1, slots=1, offers=Offers()))
     assert board(booted).boots == {"w1": "x"}
     assert board(booted, ("worker-w1-x", WorkerLost(worker="w1", boot="x", reason="silent"))).boots == {}
-    newer = ("worker-w1-y", WorkerBooted(worker="w1", boot="y", slots=1, offers=Offers()))
+    newer = ("worker-w1-y", WorkerBooted(worker="w1", boot="y", since=1, slots=1, offers=Offers()))
     assert board(booted, newer, ("worker-w1-x", WorkerLost(worker="w1", boot="x", reason="silent"))).boots == {"w1": "y"}
+
+
+def boot(name, since, worker="w1"):
+    return f"worker-{worker}-{name}", WorkerBooted(worker=worker, boot=name, since=since, slots=1, offers=Offers())
+
+
+REGISTERED = ("fleet-worker-w1", WorkerRegistered(worker="w1", key="k"))
+
+
+def test_an_older_boot_that_is_recorded_later_is_not_the_worker_s():
+    # FAULTS 46: two led at once, and each had heard another
+    both = board(REGISTERED, boot("z-first", 1), boot("a-second", 2), boot("z-first", 1))
+    assert both.boots == {"w1": "a-second"} and both.roster.members["w1"].latest == (2, "a-second")
+    lost = board(REGISTERED, boot("b", 2), ("worker-w1-b", WorkerLost(worker="w1", boot="b", reason="silent")), boot("a", 1))
+    assert lost.boots == {}, "it is remembered while it is lost"
+    assert board(REGISTERED, boot("b", 2), boot("b", 2)).boots == {"w1": "b"}
+    restored = Board.restore(lost.position, lost.snapshot())
+    assert restored.roster.members == lost.roster.members and restored.boots == {}
+
+
+def test_the_order_of_boots_begins_anew_with_a_registration():
+    assert board(REGISTERED, boot("b", 2), ("fleet-worker-w1", WorkerDeleted()), REGISTERED, boot("a", 1)).boots == {"w1": "a"}
 
 
 def test_an_archived_log_is_remembered():
@@ -133,9 +157,10 @@ def test_a_board_restored_anywhere_and_folded_on_is_the_board_that_never_stopped
     assert restored.held == live.held
 
 
-def heartbeat(number, boot="x", credits=("n1",), running=(), challenge=b"c", cached=None):
+def heartbeat(number, boot="x", since=1, credits=("n1",), running=(), challenge=b"c", cached=None):
     return Heartbeat(
         boot=boot,
+        since=since,
         number=number,
         slots=2,
         availability=Availability(challenge=challenge, offers=Offers(), credits=[Credit(nonce, b"k") for nonce in credits], cached=cached),
@@ -167,13 +192,16 @@ def test_an_old_heartbeat_is_ignored():
     assert fleet.on_heartbeat("w1", heartbeat(4), True, 1.0) is None
 
 
-def test_of_two_workers_with_one_identity_the_newer_wins():
+@pytest.mark.parametrize("order", ["on", "no", "non", "ono"])
+@pytest.mark.parametrize("since", [1, 2], ids=["at once", "later"])
+def test_of_two_workers_with_one_identity_the_newer_wins_in_whatever_order_they_are_heard(order, since):
     # FAULTS 46
-    fleet = Fleet()
-    fleet.on_heartbeat("w1", heartbeat(5, boot="old"), True, 0.0)
-    newer = fleet.on_heartbeat("w1", heartbeat(1, boot="new"), True, 1.0)
-    assert newer is not None and newer.heartbeat.boot == "new"
-    assert fleet.on_heartbeat("w1", heartbeat(6, boot="old"), True, 2.0) is None
+    fleet, beats = Fleet(), {"o": heartbeat(5, boot="k"), "n": heartbeat(1, boot="a" if since > 1 else "z", since=since)}
+    for at, one in enumerate(order):
+        heard = fleet.on_heartbeat("w1", beats[one], True, at)
+        assert (heard is None) == ("n" in order[:at])
+    [worker] = fleet
+    assert worker.heartbeat is beats["n"]
 
 
 def free(fleet):
@@ -201,7 +229,7 @@ def test_what_a_worker_has_cached_stands_until_it_says_otherwise_or_boots_anew()
     assert fleet.pool.holders("t1") == 1
     fleet.on_heartbeat("w1", heartbeat(3, cached=("t2",)), True, 2.0)
     assert (fleet.pool.holders("t1"), fleet.pool.holders("t2")) == (0, 1)
-    fleet.on_heartbeat("w1", heartbeat(1, boot="y"), True, 3.0)
+    fleet.on_heartbeat("w1", heartbeat(1, boot="y", since=2), True, 3.0)
     assert fleet.pool.holders("t2") == 0
 
 

@@ -58,6 +58,8 @@ class World:
         self.office = Office()
         self.box = PrivateKey.generate()
         self.number = 0
+        self.since: dict[str, int] = {}
+        """Boots in the order in which they were begun: that in which they are first heard, unless it is said before."""
         self.challenge = b""
         self.packages: list[Package] = []
         self.controls: list[Control] = []
@@ -90,6 +92,7 @@ class World:
         self.number += 1
         heartbeat = Heartbeat(
             boot=boot,
+            since=self.since.setdefault(boot, len(self.since) + 1),
             number=self.number,
             slots=2,
             availability=Availability(
@@ -466,7 +469,7 @@ async def test_a_revoked_worker_is_cut_off_its_leases_end_at_once_and_nothing_it
 
 async def test_what_a_worker_offers_has_bounds_because_it_becomes_an_event(world):
     offers = Offers(tags=tuple(f"t{number}" for number in range(100_000)))
-    heartbeat = Heartbeat(boot="b1", number=1, slots=1, availability=Availability(challenge=b"", offers=offers))
+    heartbeat = Heartbeat(boot="b1", since=1, number=1, slots=1, availability=Availability(challenge=b"", offers=offers))
     world.scheduler.hear("presence.w1", msgspec.msgpack.encode(sign(IDENTITY, "presence", msgspec.msgpack.encode(heartbeat))))
     await world.turn()
     assert not await world.events(WorkerBooted)
@@ -497,7 +500,7 @@ async def test_a_credit_that_is_a_lie_stops_nothing_else(world, credit):
     """48."""
     await world.introduced()
     available = Availability(challenge=world.challenge, offers=Offers(), credits=[credit])
-    heartbeat = Heartbeat(boot="b1", number=world.number + 1, slots=2, availability=available)
+    heartbeat = Heartbeat(boot="b1", since=1, number=world.number + 1, slots=2, availability=available)
     world.scheduler.hear("presence.w1", msgspec.msgpack.encode(sign(IDENTITY, "presence", msgspec.msgpack.encode(heartbeat))))
     world.number += 1
     await world.queue()
@@ -627,6 +630,20 @@ async def test_whoever_has_not_read_the_log_lately_does_not_know_who_may_work(wo
     assert world.scheduler.knows()
 
 
+async def test_a_boot_that_could_not_be_recorded_gets_nothing_before_it_is(world, monkeypatch):
+    world.beat()
+    await world.turn()
+    await world.queue()
+    world.beat(boot="again")
+    monkeypatch.setattr(world.log, "append", lost)
+    with pytest.raises(LogUnavailable):
+        await world.scheduler.turn()
+    monkeypatch.undo()
+    await world.turn()
+    assert [event.boot for event in await world.events(WorkerBooted)][-1:] == ["again"]
+    assert [lease.boot for lease in await world.events(StageLeased)] in ([], ["again"])
+
+
 async def lost(*_):
     raise LogUnavailable("the database is away")
 
@@ -634,7 +651,7 @@ async def lost(*_):
 @pytest.mark.parametrize("recorded", [True, False], ids=["the log knows the newer", "and does not"])
 @pytest.mark.parametrize("order", ["on", "no"], ids=["older first", "newer first"])
 async def test_after_a_failover_too_the_newer_of_two_with_one_identity_wins(world, order, recorded):
-    """FAULTS 46: a new process knows by the log who came later, whomever it hears first; what the log does not know yet is newer."""
+    """FAULTS 46: whomever a new process hears first, and whatever the log knows."""
     boots = {"o": "older", "n": "newer"}
     world.beat(boot="older")
     await world.turn()
@@ -655,6 +672,48 @@ async def test_after_a_failover_too_the_newer_of_two_with_one_identity_wins(worl
     world.beat(boot="newer")
     await world.turn()
     assert [package.boot for package in world.packages] == ["newer"]
+
+
+@pytest.mark.parametrize("recorded", [["older", "newer"], ["newer"], []], ids=["both", "the newer", "neither"])
+@pytest.mark.parametrize("fresh", [True, False], ids=["a new leader", "the same"])
+async def test_a_late_heartbeat_of_an_older_boot_shuts_nobody_out(world, fresh, recorded):
+    """FAULTS 46: the bus may bring what an earlier life said after what the present one says; also when nobody has heard that life before."""
+    world.since = {"older": 1, "newer": 2}
+    for boot in recorded:
+        world.beat(boot=boot)
+        await world.turn()
+    if fresh:
+        world.scheduler, world.office.term = world.another(), 2
+        await world.scheduler.turn()
+    for boot in ("older", "newer", "older"):
+        world.beat(boot=boot)
+        await world.turn()
+    world.beat(boot="newer")
+    await world.turn()
+    world.beat(boot="older")
+    await world.queue()
+    await world.turn()
+    assert [package.boot for package in world.packages] == ["newer"]
+    assert (await world.events(WorkerBooted))[-1].boot == "newer"
+
+
+@pytest.mark.parametrize("key", [IDENTITY, new_seed()], ids=["the same key", "another key"])
+async def test_a_worker_whose_clock_was_far_ahead_and_whose_folder_is_lost_begins_anew_when_it_is_registered_again(world, key):
+    """It had a boot of next year; its folder would have remembered that."""
+    world.since = {"next-year": 1 << 50, "now": 1}
+    world.beat(boot="next-year")
+    await world.turn()
+    world.beat(boot="next-year", goodbye=True)
+    await world.turn()
+    world.beat(boot="now")
+    await world.turn()
+    assert (world.controls[-1].boot, world.controls[-1].challenge) == ("now", b"")
+    await world.happened("fleet-worker-w1", WorkerDeleted(), WorkerRegistered(worker="w1", key=public_key(key)))
+    await world.turn()
+    world.beat(boot="now", seed=key)
+    await world.turn()
+    assert (world.controls[-1].boot, world.controls[-1].held) == ("now", []) and world.controls[-1].challenge
+    assert [event.boot for event in await world.events(WorkerBooted)] == ["next-year", "now"]
 
 
 async def test_whom_another_follows_while_nobody_here_hears_it_is_forgotten_by_the_next_leader(world):

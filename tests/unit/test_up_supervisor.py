@@ -119,6 +119,19 @@ def test_a_worker_that_is_never_let_in_keeps_nobody_from_the_rest(tmp_path: Path
         assert system.end() == 0
 
 
+def test_a_worker_that_was_expelled_is_not_started_again_and_all_else_goes_on(tmp_path: Path) -> None:
+    with supervised(tmp_path, worker="expelled", gateway="well") as system:
+        said = system.until("say worker")
+        assert "has left for good" in said and "worker.log" in said and "it was revoked" in said
+        system.until("watching")
+        os.kill(system.pids["gateway"], signal.SIGKILL)  # whoever comes back is looked after as before
+        assert system.until("say ").startswith("say gateway was killed")
+        assert system.until("say ").startswith("say gateway is back")
+        system.process.terminate()
+        assert system.end() == 0
+    assert (tmp_path / "worker.log").read_text() == "it was revoked\n"
+
+
 def test_a_stop_before_all_is_up_is_heeded(tmp_path: Path) -> None:
     with supervised(tmp_path, gateway="well", builds="dies") as system:
         system.until("say builds exited with 3")

@@ -4,15 +4,15 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from services.worker.condition import DISK_NEEDED, DISK_WANTED, Measured, measure, trouble, wants
+from services.worker.condition import DISK_NEEDED, DISK_WANTED, Measured, measure, sated, trouble
 
 FINE = Measured(load=0.5, disk_free=10 << 30, disk_size=100 << 30)
 
 
 def test_a_worker_wants_work_while_its_load_is_below_its_limit_and_its_disk_has_room() -> None:
-    assert wants(FINE, 2.0)
-    assert not wants(FINE, 0.5)
-    assert not wants(replace(FINE, disk_free=DISK_WANTED - 1), 2.0)
+    assert sated(FINE, 2.0) == ""
+    assert sated(FINE, 0.5) == f"its load is {FINE.load:.1f}, and it wants work below 0.5"
+    assert sated(replace(FINE, disk_free=DISK_WANTED - 1), 2.0) == "its disk has 1023 MiB free, and it wants work from 1024 MiB on"
 
 
 def test_a_full_disk_is_trouble() -> None:

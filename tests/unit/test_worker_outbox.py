@@ -1,5 +1,6 @@
 """What the worker keeps of a log until it is archived."""
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -16,11 +17,11 @@ ATTEMPT = Attempt("b", "s", 1)
 class Worker:
     """An outbox whose attempt has ended after five chunks."""
 
-    def __init__(self, folder: Path, bus: MemoryBus) -> None:
+    def __init__(self, folder: Path, bus: MemoryBus, boot: str = "boot") -> None:
         self.bus = bus
         self.now = 0.0
         self.spool = Spool(folder)
-        self.outbox = Outbox("w1", "boot", bus, self.spool, lambda: self.now, lambda *_: None)
+        self.outbox = Outbox("w1", boot, bus, self.spool, lambda: self.now, lambda *_: None)
 
     async def end(self) -> None:
         self.outbox.open(ATTEMPT, lambda: None)
@@ -81,6 +82,25 @@ async def test_a_log_that_nobody_will_archive_is_forgotten_whole(tmp_path: Path)
     worker.outbox.forget_log(ArchivedLog("b", "s", 1))
     assert worker.outbox.logs == []
     await worker.outbox.close()
+
+
+async def test_a_log_outlives_the_journals_last_words(tmp_path: Path) -> None:
+    """FAULTS 58: the power was cut before the attempt's end was synced, which is an event all the same; what the bus had is gone, too."""
+    bus = MemoryBus()
+    await bus.ensure(STREAMS, CONSUMERS)
+    worker = Worker(tmp_path, bus)
+    await worker.end()
+    assert await worker.sent() == [1, 2, 3, 4, 5]
+    await worker.outbox.close()
+    (journal,) = tmp_path.glob("*.journal")
+    os.truncate(journal, journal.stat().st_size - 1)
+    again = Worker(tmp_path, bus, "another boot")
+    assert again.outbox.replay() == {}, "its reports are void, or recorded"
+    assert again.outbox.logs == [ATTEMPT]
+    assert await again.pass_time(RESEND_LOGS[0]) == [1, 2, 3, 4, 5]
+    again.outbox.forget_log(ArchivedLog("b", "s", 1))
+    assert again.outbox.logs == []
+    await again.outbox.close()
 
 
 async def test_what_the_bus_did_not_take_is_sent_on_the_next_connection_at_once(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from proto.messages import About, ArchivedLog, Attempt, Control, Held, Mode, Offers, Package
 from proto.plan import Run, RunStep, Stage, TaskConfig
 from services.worker.condition import FINE, Condition
-from services.worker.session import Action, Forget, ForgetLog, Interrupt, Kill, Recorded, Refuse, Session, Start
+from services.worker.session import Action, Followed, Forget, ForgetLog, Interrupt, Kill, Recorded, Refuse, Session, Start
 from tests.controls import counter
 
 A, B = Attempt("b1", "main", 1), Attempt("b2", "main", 1)
@@ -14,7 +14,7 @@ STAGE = Stage(name="main", steps=[RunStep(name="step", config=TaskConfig(run=Run
 
 
 def session(slots: int = 1, mode: Mode = "push") -> Session:
-    return Session("w1", "boot1", b"key", slots, Offers(), counter("nonce"), About(mode=mode))
+    return Session("w1", "boot1", 1, b"key", slots, Offers(), counter("nonce"), About(mode=mode))
 
 
 def package(credit: str, attempt: Attempt = A, worker: str = "w1", boot: str = "boot1") -> Package:
@@ -55,6 +55,16 @@ def test_a_heartbeat_offers_one_credit_a_free_slot() -> None:
     assert len(set(credits)) == 3
     worker.on_package(package(credits[0]), 0.1)
     assert beat(worker, 0.2) == credits[1:]
+
+
+def test_a_later_boot_of_its_name_is_said_once_and_what_runs_is_lost() -> None:
+    worker = with_running()
+    told = answer(1, challenge=b"")
+    beat(worker, 1.0)
+    assert worker.on_control(answer(1, challenge=b"", boot="before")) == []
+    assert worker.on_control(answer(2, challenge=b"")) == [Followed(), Kill(A, "not ours any more"), Forget(A)]
+    beat(worker, 2.0)
+    assert worker.on_control(answer(3, challenge=b"")) == [] == worker.on_control(told)
 
 
 def test_a_credit_is_honoured_once() -> None:
@@ -140,7 +150,7 @@ def test_a_worker_in_trouble_says_so_and_offers_nothing_until_it_is_over() -> No
 def test_a_worker_whose_engine_is_gone_offers_all_but_images_and_says_so() -> None:
     """FAULTS 50."""
     everything = Offers(images=("image",), user=True, limits=True, privileged=True, tags=("gpu",), sandbox="bubblewrap")
-    worker = Session("w1", "boot", b"k" * 32, 1, everything, iter("abc").__next__, About())
+    worker = Session("w1", "boot", 1, b"k" * 32, 1, everything, iter("abc").__next__, About())
     gone = worker.on_heartbeat_due(0, [], condition=Condition(no_images="the container engine does not answer"))
     assert gone.availability.offers == Offers(tags=("gpu",), sandbox="bubblewrap")
     assert (len(gone.availability.credits), gone.trouble, gone.limited) == (1, "", "no images: the container engine does not answer")
@@ -155,7 +165,7 @@ def test_pull_offers_one_credit_at_a_time_and_only_while_work_is_wanted() -> Non
     worker.on_package(package(first, A), 1.1)
     (second,) = beat(worker, 1.2)
     worker.on_package(package(second, B), 1.3)
-    sated = Condition(wants=False)
+    sated = Condition(sated="s")
     assert beat(worker, 1.4, sated) == []
     (third,) = beat(worker, 1.5)
     assert len({first, second, third}) == 3
@@ -166,7 +176,7 @@ def test_pull_offers_one_credit_at_a_time_and_only_while_work_is_wanted() -> Non
 def test_a_credit_that_was_withdrawn_is_honoured_but_not_offered_again() -> None:
     worker = session(mode="pull")
     (credit,) = beat(worker, 0)
-    assert beat(worker, 1, Condition(wants=False)) == []
+    assert beat(worker, 1, Condition(sated="s")) == []
     (fresh,) = beat(worker, 2)
     assert fresh != credit
     assert worker.on_package(package(credit), 3) == Start(package(credit))
@@ -174,7 +184,13 @@ def test_a_credit_that_was_withdrawn_is_honoured_but_not_offered_again() -> None
 
 
 def test_push_offers_whatever_the_load() -> None:
-    assert len(beat(session(slots=2), 0, Condition(wants=False))) == 2
+    assert len(beat(session(slots=2), 0, Condition(sated="s"))) == 2
+
+
+def test_a_pull_worker_says_why_it_wants_nothing() -> None:
+    enough = Condition(sated="its load is 9", no_images="the engine is gone")
+    assert session(mode="pull").on_heartbeat_due(0, [], condition=enough).limited == "its load is 9"
+    assert session().on_heartbeat_due(0, [], condition=enough).limited == "no images: the engine is gone"
 
 
 @given(
@@ -185,7 +201,7 @@ def test_push_offers_whatever_the_load() -> None:
 def test_never_more_runs_than_there_are_slots_and_no_credit_is_good_twice(mode: Mode, slots: int, moves: list[tuple[str, int]]) -> None:
     """Whatever the scheduler does with the credits that it has seen."""
     worker, seen, taken, running, now = session(slots, mode), [], set(), [], 0.0
-    conditions = {"beat": Condition(), "sated": Condition(wants=False), "trouble": Condition(trouble="t")}
+    conditions = {"beat": Condition(), "sated": Condition(sated="s"), "trouble": Condition(trouble="t")}
     for number, (move, pick) in enumerate(moves):
         now += 0.7
         if move in conditions:

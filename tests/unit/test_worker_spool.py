@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -43,6 +44,16 @@ async def test_a_torn_end_is_left_out(tmp_path: Path) -> None:
         assert [record for _, record in last.replay()] == [b"whole", b"after"]
 
 
+async def test_an_end_of_zeros_is_left_out(tmp_path: Path) -> None:
+    """FAULTS 58: the file system knew the size, and had not written what is there."""
+    async with a_spool(tmp_path) as spool:
+        spool.append(b"whole")
+    (journal,) = tmp_path.glob("*.journal")
+    os.truncate(journal, journal.stat().st_size + 50)
+    async with a_spool(tmp_path) as again:
+        assert [record for _, record in again.replay()] == [b"whole"]
+
+
 async def test_a_file_in_which_nothing_is_wanted_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FILE_BYTES", 1000)
     async with a_spool(tmp_path) as spool:
@@ -51,6 +62,31 @@ async def test_a_file_in_which_nothing_is_wanted_goes(tmp_path: Path, monkeypatc
         for place in places:
             spool.release(place)
         await eventually(lambda: len(list(tmp_path.glob("*.journal"))) == 1)
+
+
+async def test_a_file_stays_until_what_was_written_before_it_was_released_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 58: a record that was carried forward is in a file that survives a power cut, the old one or the new one."""
+    monkeypatch.setattr(module, "FILE_BYTES", 1000)
+    go_on, synced = threading.Event(), os.fdatasync
+    async with a_spool(tmp_path) as spool:
+        old = spool.append(b"x" * 1000)
+        await eventually(lambda: not spool._unsynced | spool._busy)
+
+        def held_up(descriptor: int) -> None:
+            go_on.wait()
+            synced(descriptor)
+
+        monkeypatch.setattr(os, "fdatasync", held_up)
+        try:
+            spool.append(spool.read(old))
+            spool.release(old)
+            first = tmp_path / f"{old.file:08d}.journal"
+            assert first.exists(), "not written out yet"
+            await eventually(lambda: spool._busy)
+            assert first.exists(), "being written out"
+        finally:
+            go_on.set()
+        await eventually(lambda: not first.exists())
 
 
 async def test_many_records_share_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,7 @@ def policy(
     click.echo(f"inputs   {_kept(found.input_seconds)}")
     click.echo(f"outputs  {_kept(found.output_seconds)}")
     click.echo(f"quota    {readable_size(found.quota_bytes) if found.quota_bytes else 'none'}")
-    if found.privileged:
-        click.echo("steps    may be privileged, on workers that allow it")
+    click.echo(f"steps    {'may be privileged, on workers that allow it' if found.privileged else 'may not be privileged'}")
 
 
 async def _policy(client: Client, inputs: int | None, outputs: int | None, quota: int | None, privileged: bool | None) -> Policy:

@@ -3,7 +3,7 @@
 import click
 
 from penstock.cli.running import connect, json_option, print_json, run, team_option
-from penstock.cli.tables import print_table
+from penstock.cli.tables import person, print_table
 from penstock.client import Client, Secret
 
 
@@ -26,4 +26,5 @@ async def _listed(client: Client) -> list[Secret]:
 
 
 def _row(secret: Secret) -> tuple[str, ...]:
-    return secret.name, str(secret.version), secret.set_at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if secret.set_at else "", secret.set_by
+    at = secret.set_at.astimezone().strftime("%Y-%m-%d %H:%M:%S") if secret.set_at else ""
+    return secret.name, str(secret.version), at, person(secret.set_by)

@@ -22,7 +22,7 @@ def worker() -> None:
 
     \b
       penstock worker token create                                   # here, as an owner of the first team
-      penstock worker start --register TOKEN --server URL            # there, on the new machine
+      penstock worker start --register - --server URL                # there, on the new machine; asks for the token
       penstock worker start                                          # there, ever after
       penstock worker drain NAME && penstock worker show NAME        # before its machine goes down
     """

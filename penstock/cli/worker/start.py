@@ -18,10 +18,17 @@ from penstock.client.joining import Membership, join, new_membership, read_membe
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ITS_OWN = ("PENSTOCK_WORKER_", "PENSTOCK_GRACE_", "PENSTOCK_LOG_LIMIT_", "PENSTOCK_STATUS_")
 """Settings of the environment that are the worker's; others are the command line's."""
+TOKEN_VARIABLE = "PENSTOCK_REGISTRATION_TOKEN"  # noqa: S105
 
 
 @click.command(short_help="Run a worker here.")
-@click.option("--register", "token", metavar="TOKEN", help="Register first, by a token of `penstock worker token create`.")
+@click.option(
+    "--register",
+    "token",
+    metavar="-|TOKEN",
+    help="Register first, by a token of `penstock worker token create`: `-` reads it from stdin; PENSTOCK_REGISTRATION_TOKEN will do, too. As an"
+    " argument, every user of this machine can see it.",
+)
 @click.option("--server", "url", metavar="URL", help="Where to register, like https://penstock.example.")
 @click.option("--name", help="What to be called; this machine's name by default.")
 @click.option(
@@ -52,13 +59,13 @@ def start(
     it was revoked or removed.
 
     \b
-      penstock worker start --register TOKEN --server https://penstock.example --name rack-1 --slots 8
+      penstock worker start --register - --server https://penstock.example --name rack-1 --slots 8 < token
       penstock worker start --slots 8
 
     More can be set in the environment: PENSTOCK_WORKER_CACHE_BYTES, PENSTOCK_WORKER_EXECUTORS, PENSTOCK_GRACE_SECONDS and so on.
     """
     folder = (folder or _usual_folder(os.environ)).absolute()
-    member = _member(folder / "worker.json", token, url, name)
+    member = _member(folder / "worker.json", _read(token), url, name, os.environ)
     given = {
         "PENSTOCK_NATS_URL": member.nats_url,
         "PENSTOCK_WORKER_NAME": member.name,
@@ -75,15 +82,27 @@ def start(
     _become({**_environment(os.environ), **given})
 
 
-def _member(path: Path, token: str | None, url: str | None, name: str | None) -> Membership:
-    """Who this worker is: registered now, or before."""
+def _read(given: str | None) -> str | None:
+    """What --register was given; - means stdin."""
+    if given != "-":
+        return given
+    token: str = click.prompt("Token", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
+    if not token.strip():
+        raise Mistake("--register -: there is no token on stdin")
+    return token.strip()
+
+
+def _member(path: Path, token: str | None, url: str | None, name: str | None, environ: Mapping[str, str]) -> Membership:
+    """Who this worker is: registered now, or before. The environment's token is for who is not yet: it stays there, and is good once."""
     try:
         known = read_membership(path)
+        if token is None and (known is None or not known.nats_url):
+            token = environ.get(TOKEN_VARIABLE) or None
         if known is not None and known.nats_url and name not in (None, known.name):
             raise Mistake(f"the worker in {path.parent} is `{known.name}`: use another --dir for another worker")
         if token is None:
             if known is None or not known.nats_url:
-                raise Mistake(f"no worker is registered in {path.parent}: give --register TOKEN --server URL")
+                raise Mistake(f"no worker is registered in {path.parent}: give --register - --server URL")
             return known
         if not url:
             raise Mistake("--server is missing: where is the Penstock to register with?")

@@ -24,7 +24,7 @@ def create(ctx: click.Context, minutes: int, tags: tuple[str, ...], description:
     """Print a token that registers one worker. It is shown this once, and is good once.
 
     \b
-      penstock worker start --register "$(penstock worker token create)" --server URL
+      penstock worker token create | ssh HOST penstock worker start --register - --server URL
     """
     client = connect(ctx)
     issued = run(_created(client, minutes, tags, description))
@@ -33,7 +33,7 @@ def create(ctx: click.Context, minutes: int, tags: tuple[str, ...], description:
         return
     click.echo(issued.token)
     click.echo(f"good once, until {readable_moment(issued.expires_at)}; on the new machine:", err=True)
-    click.echo(f"  penstock worker start --register TOKEN --server {client.url}", err=True)
+    click.echo(f"  penstock worker start --register - --server {client.url}    # asks for it", err=True)
 
 
 async def _created(client: Client, minutes: int, tags: tuple[str, ...], description: str) -> Registration:

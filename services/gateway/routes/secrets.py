@@ -4,12 +4,12 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from libs.runtime.http import Problem, read_body, strict_json, unavailable
+from libs.runtime.http import read_body, strict_json, unavailable
 from proto.api import Secret, SecretKeys, SecretPage, SecretValue
 from proto.secrets import MAX_VALUE
 from services.gateway.auth import Principal
 from services.gateway.queries import Queries
-from services.gateway.refusals import absent, invalid
+from services.gateway.refusals import Denied, absent, invalid
 from services.gateway.routes.endpoint import MAX_PAGE, Endpoint, Parameter, answer, number
 from services.gateway.secrecy import is_name
 from services.gateway.secrets import SecretKeeper
@@ -104,7 +104,7 @@ class SecretRoutes:
 
     async def rotate(self, request: web.Request, principal: Principal) -> web.Response:
         if principal.team != self._first:
-            raise Problem(403, "forbidden", "This token may not do that", "the keys are the first team's to decide about")
+            raise Denied(403, "This token may not do that", "the keys are the first team's to decide about", why="another team")
         made = await self._keeper.rotate(principal.team, principal.actor)
         return answer(SecretKeys(sealing_version=made.version, master_key=made.master, values=made.under))
 

@@ -8,13 +8,13 @@ from aiohttp import web
 
 from libs.runtime.commands import CommandLoop, Outcome
 from libs.runtime.decisions import Cause
-from libs.runtime.http import Problem, read_body, strict_json
+from libs.runtime.http import read_body, strict_json
 from proto.api import NewToken, Policy, Team, Token
 from services.gateway import decider
 from services.gateway.auth import Principal
 from services.gateway.commands import CreateTeam, IssueToken, SetPolicy, TeamCommand
 from services.gateway.queries import Queries
-from services.gateway.refusals import absent, invalid
+from services.gateway.refusals import Denied, absent, invalid
 from services.gateway.routes.endpoint import Endpoint, answer
 from services.gateway.views import policy_view
 
@@ -110,7 +110,7 @@ class TeamRoutes:
         team = self._team(request, principal)
         policy = strict_json(await read_body(request, MAX_BODY), Policy)
         if policy.privileged and principal.team != self._first and not policy_view(await self._queries.team(team)).privileged:
-            raise Problem(403, "forbidden", "This token may not do that", "only an owner of the first team may let a team run privileged steps")
+            raise Denied(403, "This token may not do that", "only an owner of the first team may let a team run privileged steps", why="another team")
         command = SetPolicy(
             team=team,
             input_seconds=policy.input_seconds,

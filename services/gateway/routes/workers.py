@@ -59,7 +59,7 @@ class _Challenge(msgspec.Struct, frozen=True):
 
 class WorkerRoutes:
     """Owners of `first`, the team that the deployment began with, decide about workers; whoever shows a token of theirs registers one.
-    `now` is unix seconds."""
+    `now` is unix seconds, `begun` whether the workers that the deployment names are registered."""
 
     def __init__(
         self,
@@ -73,8 +73,10 @@ class WorkerRoutes:
         now: Callable[[], float],
         rate: Rate,
         registrations: Counter,
+        begun: Callable[[], bool],
     ) -> None:
         self._fleet = fleet
+        self._begun = begun
         self._queries = queries
         self._passed = passed
         self._site = site
@@ -209,6 +211,8 @@ class WorkerRoutes:
             return answer(WorkerStanding(standing="revoked"))
         row = await self._queries.worker(wanted.name)
         if row is None or row.standing == "deleted" or row.key != wanted.key:
+            if not self._begun():  # it may be about to be one
+                raise Problem(503, "unavailable", "The workers are not all known yet", "try again")
             raise Problem(404, "worker-unknown", "There is no such worker")
         return answer(WorkerStanding(standing="registered"))
 
