@@ -34,7 +34,7 @@ SELECT (SELECT version_num FROM eventlog.schema_version) AS version,
        (SELECT json_agg(nspname) FROM pg_namespace)::text AS schemas
 """
 
-_RAISE = "UPDATE eventlog.epoch SET number = greatest(number + 1, (extract(epoch FROM clock_timestamp()) / 60)::integer) RETURNING number"
+_RAISE = "UPDATE eventlog.epoch SET number = greatest(number + 1, extract(epoch FROM clock_timestamp())::bigint) RETURNING number"
 
 
 def role_of(service: str) -> str:

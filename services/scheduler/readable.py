@@ -13,11 +13,11 @@ logger = structlog.get_logger()
 
 
 def readable(streams: Mapping[str, Sequence[Recorded]]) -> dict[str, list[Event]]:
-    """The events of each stream, by its name; those with one that cannot be read are left out, and named in the log."""
+    """The events of each stream, by its name; those with one that cannot be read are left out: whoever folds them names it."""
     found: dict[str, list[Event]] = {}
     for name, rows in streams.items():
         try:
             found[name] = [decode(row.type, row.data) for row in rows]
         except (UnknownEvent, msgspec.MsgspecError) as error:
-            logger.warning("a stream cannot be read", stream=name, error=f"{type(error).__name__}: {error}")
+            logger.debug("a stream cannot be read", stream=name, error=f"{type(error).__name__}: {error}")
     return found

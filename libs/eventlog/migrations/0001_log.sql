@@ -24,7 +24,7 @@ CREATE TABLE eventlog.owner (
 -- Raised by an operator whenever the log has lost a tail.
 CREATE TABLE eventlog.epoch (
     one    boolean NOT NULL PRIMARY KEY DEFAULT true CHECK (one),
-    number integer NOT NULL
+    number bigint NOT NULL
 );
 INSERT INTO eventlog.epoch (number) VALUES (1);
 

@@ -8,7 +8,7 @@ import click
 
 from penstock.cli.running import Mistake, connect, json_option, print_json, run
 from penstock.client import Client, SecretKeys
-from penstock.client.private import write_private
+from penstock.client.private import alone, write_private
 
 
 @click.command(short_help="Renew the keys.")
@@ -43,7 +43,8 @@ def rotate(ctx: click.Context, master_keys: Path | None, as_json: bool) -> None:
 def _put_first(file: Path) -> None:
     key = base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
     try:
-        write_private(file, f"k-{secrets.token_hex(4)}:{key}\n{file.read_text(encoding='utf-8')}".encode())
+        with alone(file):
+            write_private(file, f"k-{secrets.token_hex(4)}:{key}\n{file.read_text(encoding='utf-8')}".encode())
     except (OSError, UnicodeDecodeError) as error:
         raise Mistake(f"cannot change {file}: {error.strerror if isinstance(error, OSError) else 'it is no text'}") from error
 

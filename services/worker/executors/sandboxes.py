@@ -45,8 +45,9 @@ class Sandbox(Protocol):
     def tells_on(self) -> Literal["", "stdin", "descriptor"]:
         """Where it is given a pipe's end to tell that it came up, which no step can take back; "" for what cannot fail."""
 
-    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: int = -1) -> tuple[list[str], str]:
-        """What to spawn, and where, to run `argv` in `directory` (relative to the workspace). `tell`: the descriptor to tell on, if that is how."""
+    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: tuple[int, int] = (-1, -1)) -> tuple[list[str], str]:
+        """What to spawn, and where, to run `argv` in `directory` (relative to the workspace). `tell`: the pipe to tell on, if that is how: where it is
+        read, and where it is written."""
 
     def began(self, told: bytes) -> bool:
         """Whether `argv` was run, by all that was told."""
@@ -68,7 +69,7 @@ class ProcessGroup:
     wraps = False
     tells_on: Literal["", "stdin", "descriptor"] = ""
 
-    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: int = -1) -> tuple[list[str], str]:
+    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: tuple[int, int] = (-1, -1)) -> tuple[list[str], str]:
         return list(argv), f"{folders.workspace}/{directory}"
 
     def began(self, told: bytes) -> bool:
@@ -114,7 +115,7 @@ class Unshare(ProcessGroup):
             "sh",
         ]
 
-    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: int = -1) -> tuple[list[str], str]:
+    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: tuple[int, int] = (-1, -1)) -> tuple[list[str], str]:
         return [*self._prefix, *argv], f"{folders.workspace}/{directory}"
 
     def began(self, told: bytes) -> bool:
@@ -150,8 +151,10 @@ class Bubblewrap:
         # After the step's own folders, which would otherwise hide an environment below /home or /tmp.
         self._show = [part for path in self._shown for part in ("--ro-bind", str(path), str(path))]
 
-    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: int = -1) -> tuple[list[str], str]:
-        told = ["--json-status-fd", str(tell)] if tell >= 0 else []
+    def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: tuple[int, int] = (-1, -1)) -> tuple[list[str], str]:
+        read, write = tell
+        # It keeps both ends: a bwrap that tells nobody, its worker being dead, would end before what it began has, which then waits for it for ever.
+        told = ["--json-status-fd", str(write), "--sync-fd", str(read)] if write >= 0 else []
         binds = [
             part
             for host, seen in ((folders.workspace, "/workspace"), (folders.home, "/home"), (folders.temp, "/tmp"))  # noqa: S108

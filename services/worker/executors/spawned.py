@@ -67,13 +67,13 @@ class Spawned:
                 return read, write
 
             (out, out_child), (err, err_child), (self._told, tell) = piped(), piped(), piped()
-            line, place = sandbox.command(argv, folders, directory, tell)
+            line, place = sandbox.command(argv, folders, directory, (self._told, tell))
             self._process = subprocess.Popen(
                 line,
                 stdin=tell if sandbox.tells_on == "stdin" else subprocess.DEVNULL,
                 stdout=out_child,
                 stderr=err_child,
-                pass_fds=(tell,) if sandbox.tells_on == "descriptor" else (),
+                pass_fds=(self._told, tell) if sandbox.tells_on == "descriptor" else (),
                 cwd=place,
                 env=environment,
                 start_new_session=True,

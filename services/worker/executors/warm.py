@@ -97,7 +97,7 @@ class WarmContainers:
 
     def keep(self, key: str, binds: list[Bind], wanted: Callable[[Folders], dict[str, Any]]) -> None:
         """A step of this kind has run: have a container ready for the next."""
-        if not self._most or key in self._idle or key in self._making:
+        if len(self._making) >= self._most or key in self._idle or key in self._making:
             return
         task = asyncio.get_running_loop().create_task(self._make(key, binds, wanted))
         self._making[key] = task
@@ -117,8 +117,6 @@ class WarmContainers:
     async def _make(self, key: str, binds: list[Bind], wanted: Callable[[Folders], dict[str, Any]]) -> None:
         while len(self._idle) + len(self._making) > self._most and self._idle:
             await self._discard(self._idle.pop(next(iter(self._idle))))
-        if len(self._making) > self._most:
-            return
         name = f"{self._prefix}-{next(self._numbers)}"
         try:
             folders = self._pool.take()
