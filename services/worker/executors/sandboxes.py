@@ -46,8 +46,8 @@ class Sandbox(Protocol):
         """Where it is given a pipe's end to tell that it came up, which no step can take back; "" for what cannot fail."""
 
     def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: tuple[int, int] = (-1, -1)) -> tuple[list[str], str]:
-        """What to spawn, and where, to run `argv` in `directory` (relative to the workspace). `tell`: the pipe to tell on, if that is how: where it is
-        read, and where it is written."""
+        """What to spawn, and where, to run `argv` in `directory` (relative to the workspace). `tell`: the pipe to tell on, if that is how: its
+        read end and its write end."""
 
     def began(self, told: bytes) -> bool:
         """Whether `argv` was run, by all that was told."""
