@@ -174,9 +174,16 @@ def test_usage_and_policy(cli: Cli, work: Path) -> None:
     used = json.loads(cli("artifact", "usage", "--json").stdout)
     assert (used["artifacts"], used["artifact_bytes"]) == (2, 54)
     assert cli("artifact", "usage").stdout.splitlines()[1] == "artifacts  2, 54 B if each were stored for itself"
-    assert cli("artifact", "policy").stdout.splitlines() == ["inputs   kept for 12 h", "outputs  kept for 30 d", "quota    none"]
+    assert cli("artifact", "policy").stdout.splitlines() == [
+        "inputs   kept for 12 h",
+        "outputs  kept for 30 d",
+        "quota    none",
+        "steps    may not be privileged",
+    ]
     changed = cli("artifact", "policy", "--inputs", "36h", "--outputs", "forever", "--quota", "50GB")
-    assert changed.stdout.splitlines() == ["inputs   kept for 36 h", "outputs  kept forever", "quota    50.0 GB"], changed.stderr
+    assert changed.stdout.splitlines() == ["inputs   kept for 36 h", "outputs  kept forever", "quota    50.0 GB", "steps    may not be privileged"], (
+        changed.stderr
+    )
     assert "of 50.0 GB (0%)" in cli("artifact", "usage").stdout
     assert cli("artifact", "policy", "--quota", "none").stdout.splitlines()[2] == "quota    none"
 
