@@ -22,8 +22,12 @@ logger = structlog.get_logger()
 
 EVERY = 1.0
 """Seconds between two looks at each stream."""
+CALM = 4.0
+"""The same, while it is nearly empty."""
 REST = 30.0
 """And once nobody was found to hold too much of a full one."""
+NEARLY_EMPTY = 0.05
+"""What share of its room is used then, at most."""
 FULL = 0.75
 """What share of a stream's room may be used before it is asked by whom."""
 BACKLOG = 100_000
@@ -74,26 +78,26 @@ class Quota:
         while True:
             await self._leadership.wait()
             try:
-                pause = EVERY if await self.look(watched) else REST
+                pause = await self.look(watched)
             except BusUnavailable:
                 pause = EVERY
             await asyncio.sleep(pause)
 
-    async def look(self, watched: Watched) -> bool:
-        """Once. Whether there is room, or was made. Raises BusUnavailable."""
+    async def look(self, watched: Watched) -> float:
+        """Once. In how many seconds it is time for the next look. Raises BusUnavailable."""
         stream, kind, consumer = watched
-        state = await self._state(watched)
+        used, state = await self._state(watched)
         if state is not None and consumer is not None:
             await self._bus.purge(stream.name, ">", await self._bus.settled(consumer))
-            state = await self._state(watched)
+            used, state = await self._state(watched)
         if state is None:
-            return True
+            return CALM if used <= NEARLY_EMPTY else EVERY
         too_much = TOO_MUCH * state.bytes
         held = await self._bus.holders(stream.name, int(too_much))
         worker = max(held, key=lambda name: held[name], default="")
         if not worker or held[worker] < too_much:
             logger.warning("a stream is nearly full, and nobody holds much more than others", stream=stream.name, workers=len(held))
-            return False
+            return REST
         logger.error(
             "a worker fills a stream: what it has there is removed, and it may add nothing for a while",
             worker=worker,
@@ -104,13 +108,13 @@ class Quota:
         self._locked.labels(stream.name).inc()
         await self._bus.send(f"withhold.{worker}", _encode(Withhold(kind=kind, seconds=WITHHELD_SECONDS)))
         await self._bus.purge(stream.name, f"{kind}.{worker}.>")
-        return True
+        return EVERY
 
-    async def _state(self, watched: Watched) -> StreamState | None:
-        """Of a stream that is crowded; else None."""
+    async def _state(self, watched: Watched) -> tuple[float, StreamState | None]:
+        """What share of its room a stream uses, and its state if it is crowded."""
         state = await self._bus.stream_state(watched.stream.name)
         if state is None:
-            return None
+            return 0.0, None
         used = state.bytes / watched.stream.max_bytes
         self._used.labels(watched.stream.name).set(used)
-        return state if used >= FULL or (watched.consumer is not None and state.messages >= BACKLOG) else None
+        return used, state if used >= FULL or (watched.consumer is not None and state.messages >= BACKLOG) else None

@@ -32,7 +32,7 @@ from services.scheduler.vault import Vault
 logger = structlog.get_logger()
 
 GROUP = "scheduler"
-LOOK_EVERY = 1.0
+LOOK_EVERY = 3.0
 """Seconds between two looks for builds that have ended, and at the keys."""
 AT_FIRST = 0.1
 """The same, while there is no key to seal to."""

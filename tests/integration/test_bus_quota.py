@@ -15,7 +15,7 @@ from libs.bus.jetstream import JetStreamBus, connect_jetstream
 from libs.eventlog.leadership import Leadership
 from libs.tokens import new_seed, public_key
 from proto.topology import BUILDS_REPORTS, LOGS, REPORTS
-from services.builds.quota import TOO_MUCH, Quota, Watched
+from services.builds.quota import CALM, EVERY, REST, TOO_MUCH, Quota, Watched
 from services.scheduler.withholding import heed_quotas
 from tests.controls import eventually
 from tests.nats_fixture import SEEDS, NatsServer, admitting, bare_client
@@ -73,7 +73,7 @@ async def test_who_fills_the_logs_loses_its_part_and_says_no_more_there_and_the_
     with pytest.raises(StreamFull):  # what the flood is for
         await scene.honest.publish("logs.honest.b.s.1", bytes(64 << 10))
 
-    assert await scene.quota.look(OF_LOGS)
+    assert await scene.quota.look(OF_LOGS) == EVERY
     await scene.honest.publish("logs.honest.b.s.1", bytes(64 << 10))
     assert await scene.core.last("LOGS", "logs.liar.>") is None
     state = await scene.core.stream_state("LOGS")
@@ -86,7 +86,7 @@ async def test_who_fills_the_logs_loses_its_part_and_says_no_more_there_and_the_
     assert await scene.core.last("LOGS", "logs.liar.>") is None
     said.cancel()
     assert scene.honest.connections == 1
-    assert await scene.quota.look(OF_LOGS)
+    assert await scene.quota.look(OF_LOGS) == CALM
     assert scene.floods("LOGS") == 1
 
 
@@ -111,10 +111,10 @@ async def test_what_was_dealt_with_makes_room_before_anybody_is_accused(scene: S
             got = batch[-1].sequence
             if (await scene.core.stream_state("REPORTS")).last_sequence == got:  # type: ignore[union-attr]
                 break
-    assert await scene.quota.look(OF_REPORTS)
+    assert await scene.quota.look(OF_REPORTS) == CALM
     assert (await scene.honest.publish("reports.honest.b", bytes(64 << 10))).sequence == got + 1
     assert scene.floods("REPORTS") == 0
-    assert await scene.quota.look(OF_REPORTS)
+    assert await scene.quota.look(OF_REPORTS) == CALM
     assert scene.liar.connections == 1
 
 
@@ -122,7 +122,7 @@ async def test_a_backlog_of_reports_is_its_sender_s_own(scene: Scene, monkeypatc
     monkeypatch.setattr("services.builds.quota.BACKLOG", 1000)
     await scene.honest.publish("reports.honest.b", b"first")
     await asyncio.gather(*(scene.liar.publish(f"reports.liar.b{n}", b"lie") for n in range(1000)))
-    assert await scene.quota.look(OF_REPORTS)
+    assert await scene.quota.look(OF_REPORTS) == EVERY
     assert scene.floods("REPORTS") == 1
     async with scene.core.consume(BUILDS_REPORTS) as batches:
         assert [message.subject for message in await anext(batches)] == ["reports.honest.b"]
@@ -147,7 +147,7 @@ async def test_nobody_is_accused_when_all_hold_alike(scene: Scene) -> None:
     for n in range(50):
         await scene.core.publish(f"logs.worker{n % 8}.b.s.1", bytes(64 << 10))
     assert TOO_MUCH > 1 / 8
-    assert not await scene.quota.look(OF_LOGS)
+    assert await scene.quota.look(OF_LOGS) == REST
     assert scene.floods("LOGS") == 0
     state = await scene.core.stream_state("LOGS")
     assert state is not None and state.messages == 50
