@@ -217,6 +217,8 @@ async def serving(database: Database, nats: NatsServer, store: Path, **more: str
         await eventually(lambda: not service.problems())
         async with aiohttp.ClientSession(auto_decompress=False, headers={"Accept-Encoding": "identity"}) as session:
             yield Api(f"http://127.0.0.1:{sock.getsockname()[1]}", session, store, service.registry)
+        if service._died.done():
+            service._died.result()
     finally:
         await service.aclose()
         sock.close()

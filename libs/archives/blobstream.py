@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import TypeVar
 
-from libs.archives.pages import LARGE, Filling, Paged, is_paged
+from libs.archives.pages import LARGE, Filling, Paged, is_paged, paged
 from libs.archives.pump import gathered
 from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import CHUNK, DIGEST
@@ -13,6 +13,9 @@ from libs.archives.tree import CHUNK, DIGEST
 MEDIA_TYPE = "application/vnd.penstock.blobs"
 _HEADER = DIGEST + 4
 P = TypeVar("P", bound=bytes | memoryview)
+
+Fill = Callable[[memoryview], Awaitable[int]]
+"""Puts into memory as much of a stream as fits: less, and then nothing, only at its end."""
 
 END_FRAME = bytes(_HEADER)
 _PIECE = 1 << 20
@@ -40,17 +43,20 @@ def _frames(blobs: Iterable[tuple[bytes, P]]) -> Iterator[P | bytes]:
     yield END_FRAME
 
 
-async def whole_pieces(fill: Callable[[memoryview], Awaitable[int]], filling: Filling) -> AsyncIterator[memoryview]:
+async def whole_pieces(fill: Fill, filling: Filling) -> AsyncIterator[memoryview]:
     """A stream in pieces for a BlobStreamReader, each large blob in one, which lies so that it need not be copied to be stored; the memory for those
-    is `filling`'s. `fill` puts into memory as much as fits, less only at the stream's end. What is out of order is left to the reader."""
+    is `filling`'s. What is out of order is left to the reader."""
     begun = memoryview(b"")
     inside = 0
     while True:
         if not inside and len(begun) < _HEADER:
             header = memoryview(bytearray(_HEADER))
             header[: len(begun)] = begun
-            begun = header[: len(begun) + await fill(header[len(begun) :])]
+            came = await fill(header[len(begun) :])
+            begun = header[: len(begun) + came]
             if len(begun) < _HEADER:
+                if came:
+                    continue
                 yield begun
                 return
         if begun:
@@ -75,6 +81,34 @@ async def whole_pieces(fill: Callable[[memoryview], Awaitable[int]], filling: Fi
             at += _HEADER + size
         begun, inside = piece[at:came], max(at - came, 0)
         yield piece[: min(at, came)]
+
+
+def poured(pieces: AsyncIterator[P]) -> Fill:
+    """A stream that comes in pieces as a `fill`. What came before it broke off is given first."""
+    rest: memoryview = memoryview(b"")
+    broken: Exception | None = None
+
+    async def fill(memory: memoryview) -> int:
+        nonlocal rest, broken
+        at = 0
+        while at < len(memory):
+            if not rest:
+                try:
+                    if broken is not None:
+                        raise broken
+                    rest = memoryview(await anext(pieces, b""))
+                except Exception as error:
+                    if not at:
+                        raise
+                    broken = error
+                if not rest:
+                    break
+            part, rest = rest[: len(memory) - at], rest[len(memory) - at :]
+            memory[at : at + len(part)] = part
+            at += len(part)
+        return at
+
+    return fill
 
 
 class BlobStreamReader:
@@ -104,7 +138,7 @@ class BlobStreamReader:
                     if len(part) == self._needed and is_paged(part):
                         yield self._verified(part)
                         continue
-                    self._large = Paged(self._needed)
+                    self._large = Paged(paged(self._needed))
                 self._needed -= len(part)
                 self._large.add(part)
                 if self._needed:

@@ -2,9 +2,10 @@
 
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from typing import Literal, TypeVar
 
+from libs.archives.pump import drawn
 from libs.archives.rules import ArchiveRefused, LimitExceeded, Limits
 
 if sys.version_info >= (3, 14):
@@ -42,7 +43,7 @@ class Decompressor:
         self.came_in = 0
         self._went_out = 0
 
-    def feed(self, data: P) -> Iterator[P | bytes]:
+    def feed(self, data: P) -> Generator[P | bytes, None, None]:
         """Plain pieces; what is not packed, as it is. Raises ArchiveRefused for damaged data and LimitExceeded for a bomb."""
         self.came_in += len(data)
         if self._format is None:
@@ -118,6 +119,14 @@ class Decompressor:
                 return
             else:
                 data = b""
+
+
+async def unpacked(pieces: AsyncIterator[bytes], source: Decompressor) -> AsyncIterator[bytes]:
+    """What they are packed, unpacked in threads. Raises as `source` does."""
+    async for piece in pieces:
+        async for plain in drawn(source.feed(piece)):
+            yield plain
+    source.finish()
 
 
 def compressed(pieces: Iterable[bytes], form: Format) -> Iterator[bytes]:

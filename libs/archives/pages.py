@@ -112,12 +112,12 @@ def keep(data: bytes | memoryview) -> None:
 
 
 class Paged:
-    """So much memory, to be filled from its start."""
+    """Memory to be filled from its start."""
 
     __slots__ = ("_at", "_view")
 
-    def __init__(self, size: int) -> None:
-        self._view = paged(size)
+    def __init__(self, memory: memoryview) -> None:
+        self._view = memory
         self._at = 0
 
     def add(self, data: bytes | memoryview) -> None:

@@ -4,7 +4,10 @@ so that slow peers cost none."""
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
 from concurrent.futures import Executor
+from contextlib import AsyncExitStack
 from typing import TypeVar
+
+from libs.archives.pages import Filling
 
 T = TypeVar("T")
 P = TypeVar("P", bound=bytes | memoryview)
@@ -30,13 +33,32 @@ async def to_its_end(work: asyncio.Future[T]) -> T:
         raise
 
 
-async def pump(chunks: AsyncIterator[P], feed: Callable[[P], None], finish: Callable[[], T], threads: Executor | None = None) -> T:
+Asking = Generator[int, memoryview, None]
+"""Work that asks for memory, so many bytes at a time, and is sent it."""
+
+
+async def pump(
+    chunks: AsyncIterator[P],
+    feed: Callable[[P], Asking | None],
+    finish: Callable[[], T],
+    threads: Executor | None = None,
+    filling: Filling | None = None,
+) -> T:
     """Call `feed` in threads, one call at a time, with each of `chunks`; a thread is taken for 64 KiB to about 1 MiB of them, and meanwhile more are
     read. Then `finish`, whose answer is the answer. When this returns or raises, no call is under way. The producer waits once so much is waiting:
-    backpressure."""
+    backpressure. What a feed asks for is `filling`'s, and is being filled until the next is asked for; no thread waits for it."""
     waiting: list[P] = []
     size = 0
     working: asyncio.Task[None] | None = None
+    lending = AsyncExitStack()
+
+    async def work(pieces: list[P]) -> None:
+        feeding, lent = _feeding(feed, pieces), list[memoryview]()
+        while wanted := await in_thread(lambda: _until_asked(feeding, lent), threads):
+            assert filling is not None
+            await lending.aclose()
+            lent.append(await lending.enter_async_context(filling(wanted, 0)))
+
     try:
         async for chunk in chunks:
             waiting.append(chunk)
@@ -46,19 +68,19 @@ async def pump(chunks: AsyncIterator[P], feed: Callable[[P], None], finish: Call
                 continue
             if working is not None:
                 await working
-            working = asyncio.create_task(in_thread(_feeding(feed, waiting), threads))
+            working = asyncio.create_task(work(waiting))
+            await asyncio.sleep(0)  # it begins now, not when nothing is left to read
             waiting, size = [], 0
         if working is not None:
             await working
-
-        def last() -> T:
-            _feeding(feed, waiting)()
-            return finish()
-
-        return await in_thread(last, threads)
+        await work(waiting)
+        return await in_thread(finish, threads)
     finally:
         if working is not None:
+            if filling is not None:
+                working.cancel()  # it may wait for memory, which is wanted no more
             await _settled(working)
+        await lending.aclose()
 
 
 async def drawn(pieces: Generator[P, None, None], threads: Executor | None = None) -> AsyncGenerator[P, None]:
@@ -106,15 +128,19 @@ def gathered(pieces: Iterable[P]) -> Generator[P | bytes, None, None]:
         yield b"".join(waiting)
 
 
-def _feeding(feed: Callable[[P], None], pieces: list[P]) -> Callable[[], None]:
+def _feeding(feed: Callable[[P], Asking | None], pieces: list[P]) -> Asking:
     """Each piece is let go once it was fed."""
+    pieces.reverse()
+    while pieces:
+        yield from feed(pieces.pop()) or ()
 
-    def work() -> None:
-        pieces.reverse()
-        while pieces:
-            feed(pieces.pop())
 
-    return work
+def _until_asked(work: Asking, lent: list[memoryview]) -> int:
+    """What it asks for next; 0: it is done. Nobody else has what was lent."""
+    try:
+        return work.send(lent.pop()) if lent else next(work)
+    except StopIteration:
+        return 0
 
 
 async def _settled(future: asyncio.Future[T]) -> None:

@@ -21,7 +21,7 @@ from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
 from libs.runtime.reactions import PARK_AFTER, UNKNOWN_AGAIN
 from proto.catalogue import UnknownEvent
-from proto.envelope import fact
+from proto.envelope import facts
 from proto.events.artifact import LogArchived, LogGap
 from proto.topology import ARTIFACTS_ARCHIVE, MAX_CHUNK
 from services.artifacts.chunks import Chunks, LateChunks
@@ -131,8 +131,8 @@ class Archivist:
     async def _archived(self, ended: EndedLog) -> LogArchived | None:
         stream = log_stream(ended.build, ended.stage, ended.attempt)
         history = (await self._log.read_streams([stream]))[stream]
-        event = fact(history[-1]).event if history else None
-        return event if isinstance(event, LogArchived) else None
+        last = [fact.event for fact in facts(history[-1:])]
+        return last[0] if last and isinstance(last[0], LogArchived) else None
 
     async def _first(self, ended: EndedLog) -> int:
         """The last sequence on the bus that is not needed any more, or 0; as `_another`."""

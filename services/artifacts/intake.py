@@ -6,6 +6,7 @@ from hashlib import sha256
 from libs.archives.blobstream import END_FRAME, BlobStreamReader
 from libs.archives.compression import Decompressor, Format
 from libs.archives.pages import LARGE, Paged, keep
+from libs.archives.pump import Asking
 from libs.archives.reader import HOLE, ArchiveReader, Member
 from libs.archives.rules import ArchiveRefused, LimitExceeded, Limits
 from libs.archives.tree import (
@@ -38,16 +39,17 @@ class TarIntake:
         self._remaining = 0
         self._chunk: list[bytes | memoryview] = []
         self._large: Paged | None = None
+        self._hash = sha256()
         self._room = CHUNK
         self._digests = bytearray()
 
-    def feed(self, data: bytes) -> None:
-        """Raises ArchiveRefused, QuotaExceeded, LogUnavailable, StoreUnavailable."""
+    def feed(self, data: bytes) -> Asking:
+        """Asks for memory for each large chunk. Raises ArchiveRefused, QuotaExceeded, LogUnavailable, StoreUnavailable."""
         for found in self._reader.feed(data):
             if isinstance(found, Member):
                 self._begin(found)
             else:
-                self._more(found)
+                yield from self._more(found)
 
     def finish(self) -> TreeSummary:
         """The tree; it is whole in the store. Raises as `feed`."""
@@ -69,15 +71,16 @@ class TarIntake:
         else:
             self._tree.add(self._tree.link(member))
 
-    def _more(self, piece: bytes | memoryview) -> None:
+    def _more(self, piece: bytes | memoryview) -> Asking:
         while piece:
             if self._room == CHUNK and piece is not HOLE and self._remaining >= LARGE:
-                self._large = Paged(min(self._remaining, CHUNK))
+                self._large, self._hash = Paged((yield min(self._remaining, CHUNK))), sha256()
             part, piece = piece[: self._room], piece[self._room :]
             if self._large is None:
                 self._chunk.append(part)
             else:
                 self._large.add(part)
+                self._hash.update(part)  # now, while it is at hand, and while more is read
             self._room -= len(part)
             self._remaining -= len(part)
             if not self._room or not self._remaining:
@@ -87,12 +90,16 @@ class TarIntake:
 
     def _keep(self) -> None:
         """A chunk is complete."""
-        if self._large is not None:
-            chunk: bytes | memoryview = self._large.filled()
-        else:
-            chunk = HOLE if self._chunk[0] is HOLE else b"".join(self._chunk)
+        large, parts = self._large, self._chunk
         self._chunk, self._large, self._room = [], None, CHUNK
-        self._digests += ZERO_CHUNK if chunk is HOLE or chunk == HOLE else self._upload.add(chunk)
+        if large is None:
+            chunk = HOLE if parts[0] is HOLE else b"".join(parts)
+            self._digests += ZERO_CHUNK if chunk is HOLE or chunk == HOLE else self._upload.add(chunk)
+            return
+        digest = self._hash.digest()
+        self._digests += digest
+        if digest != ZERO_CHUNK:
+            self._upload.add(large.filled(), digest)
 
     def _end(self) -> None:
         member = self._member
@@ -163,9 +170,8 @@ class ManifestIntake:
 class BlobIntake:
     """A blob stream; `came` are the blobs of it that were wanted and whole, whatever became of the rest."""
 
-    def __init__(self, upload: Upload, sizes: Mapping[bytes, int], limits: Limits, form: Format = "tar") -> None:
+    def __init__(self, upload: Upload, sizes: Mapping[bytes, int]) -> None:
         self._upload = upload
-        self._unpacked = Decompressor(limits, form)
         self._reader = BlobStreamReader(sizes.get)
 
     @property
@@ -174,15 +180,13 @@ class BlobIntake:
 
     def feed(self, data: bytes | memoryview) -> None:
         """Raises as TarIntake."""
-        for piece in self._unpacked.feed(data):
-            for digest, contents in self._reader.feed(piece):
-                if digest != ZERO_CHUNK:
-                    self._upload.add(contents, digest)
-                else:
-                    keep(contents)
+        for digest, contents in self._reader.feed(data):
+            if digest != ZERO_CHUNK:
+                self._upload.add(contents, digest)
+            else:
+                keep(contents)
 
     def finish(self) -> None:
         """All of it is in the store. Raises as `feed`."""
-        self._unpacked.finish()
         self._reader.finish()
         self._upload.flush()

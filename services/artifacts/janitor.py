@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 
 import asyncpg
 import structlog
@@ -11,9 +10,10 @@ from libs.archives.tree import ZERO_CHUNK
 from libs.blobstore.store import BlobDamaged, BlobMissing, BlobStore, StoreUnavailable
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.eventlog.postgres import Pool, unavailable
-from libs.runtime.commands import CommandLoop
+from libs.runtime.commands import CommandLoop, Outcome
 from libs.runtime.decisions import Cause
 from proto.catalogue import category_of, decode
+from proto.envelope import UnreadableEvent
 from proto.events.artifact import LogArchived
 from services.artifacts.commands import Command, ExpireArtifact
 from services.artifacts.decider import State, log_stream
@@ -30,8 +30,6 @@ ACTOR = "artifacts"
 _AT_ONCE = 500
 SKEW = 60.0
 """Seconds by which our clock and the database's may differ. When it is more, one of them is wrong, and nobody's time is up."""
-_GATHER = 1.0
-"""Seconds for which more is waited for when there is something to release."""
 _DUE = """
 SELECT id, team FROM artifact a WHERE due_at > 0 AND due_at <= $1
 AND NOT EXISTS (SELECT FROM build_use u WHERE u.uploads ? a.upload) ORDER BY due_at LIMIT $2
@@ -74,7 +72,7 @@ class Janitor:
         life: str = "",
         skew: float = SKEW,
     ) -> None:
-        """It looks each `interval` seconds, when something is due before, and when it is woken; an upload that is to be sealed and is not seen as an
+        """It looks each `interval` seconds, and when something is due before; an upload that is to be sealed and is not seen as an
         artifact (its maker is at it or has died, or it was deleted at once) is its to seal, too. `instance`: how the ids of this instance's uploads,
         and of no other's, begin ("": as any), `life`: how those begin that it has made since its start."""
         self._log = log
@@ -91,13 +89,14 @@ class Janitor:
         self._instance, self._life = instance, life
         self._skew = skew
         self._begun = False
-        self._wanted = uploads.dropped
+        self._agenda = uploads.agenda
         self.problem: str | None = "has not begun"
         """Why no upload can be taken."""
 
     async def run(self) -> None:
         """Make the table of uploads; then tidy up for ever."""
         while True:
+            self._agenda.begin()
             try:
                 if self.problem is not None:
                     await self._sessions.create()
@@ -111,18 +110,10 @@ class Janitor:
                 pause = min(self._interval, 5.0) if self.problem is None else 0.5
             except asyncpg.UndefinedTableError:
                 pause = 0.1  # the read models, or the store's tables, are still to be made
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._wanted.wait()
-                    await asyncio.sleep(_GATHER)
-
-    def wake(self) -> None:
-        """There may be something to release."""
-        self._wanted.set()
+            await self._agenda.rest(pause)
 
     async def round(self) -> None:
         """Everything once. Raises LogUnavailable, StoreUnavailable."""
-        self._wanted.clear()
         right = await self._clock_is_right()
         if (right and await self._expire()) or not self._begun:
             await self._read_models.passed(await self._log.head(), 5.0)
@@ -146,13 +137,19 @@ class Janitor:
         while True:
             with unavailable():
                 due = await self._pool.fetch(_DUE, now, _AT_ONCE)
-            outcomes = await asyncio.gather(
-                *(self._commands.execute(ExpireArtifact(artifact=row["id"], now=now), _cause(row["team"], row["id"])) for row in due)
-            )
-            positions = [outcome.position for outcome in outcomes if outcome.events]
+            outcomes = await asyncio.gather(*(self._expired(row["team"], row["id"], now) for row in due))
+            positions = [outcome.position for outcome in outcomes if outcome is not None and outcome.events]
             expired = expired or bool(positions)
             if len(due) < _AT_ONCE or not positions or not await self._read_models.passed(max(positions), 5.0):
                 return expired
+
+    async def _expired(self, team: str, artifact: str, now: float) -> Outcome | None:
+        """One whose stream cannot be read stays, and stops no other."""
+        try:
+            return await self._commands.execute(ExpireArtifact(artifact=artifact, now=now), _cause(team, artifact))
+        except UnreadableEvent as error:
+            logger.error("an artifact cannot expire", artifact=artifact, team=team, why=str(error))
+            return None
 
     async def _clock_is_right(self) -> bool:
         """What has expired is gone for ever, so two clocks must agree on it."""
@@ -171,7 +168,10 @@ class Janitor:
     async def _end_uploads(self) -> None:
         await self._sessions.forget_sealed()
         for session in await self._sessions.stale(self._now()):
-            await self._complete(session)
+            try:
+                await self._complete(session)
+            except UnreadableEvent as error:
+                logger.error("an upload cannot be ended", upload=session.id, team=session.team, why=str(error))
 
     async def _complete(self, session: Session) -> None:
         """Whoever marked it died, or sleeps, before it heard what became of it."""

@@ -6,7 +6,7 @@ import msgspec
 
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.eventlog.postgres import Pool, unavailable
-from proto.envelope import fact
+from proto.envelope import facts
 from proto.events.artifact import LogArchived
 from proto.events.team import DEFAULT_POLICY
 from services.artifacts.decider import ArtifactDecider, Sealed, State, artifact_stream, log_stream
@@ -38,7 +38,7 @@ class Passing(Protocol):
 
 
 class Queries:
-    """All of them raise LogUnavailable."""
+    """All of them raise LogUnavailable, those about one stream UnreadableEvent."""
 
     def __init__(self, log: EventLog, pool: Pool, read_models: Passing) -> None:
         self._log = log
@@ -114,6 +114,6 @@ class Queries:
         if not history or history[0].team != team:
             return None
         state = self._decider.initial
-        for recorded in history:
-            state = self._decider.evolve(state, fact(recorded).event)
+        for fact in facts(history):
+            state = self._decider.evolve(state, fact.event)
         return state

@@ -10,16 +10,17 @@ import msgspec
 from aiohttp import web
 
 from libs.archives.blobstream import MEDIA_TYPE as BLOBS
-from libs.archives.blobstream import whole_pieces
-from libs.archives.compression import Format
-from libs.archives.pages import Filling, Pages
+from libs.archives.blobstream import Fill, poured, whole_pieces
+from libs.archives.compression import Decompressor, Format, unpacked
+from libs.archives.pages import Pages
 from libs.archives.rules import ArchiveRefused, Limits
 from libs.blobstore.store import BlobMissing
 from libs.runtime.decisions import Cause
 from libs.runtime.http import TIMEOUTS, Problem, StraightBody, Timeouts, body_chunks, straight, widen
 from libs.runtime.memory import give_back_memory
 from libs.tokens import BuildToken, Grant
-from proto.api import LONGEST, PendingUpload
+from proto.api.artifacts import PendingUpload
+from proto.api.bodies import LONGEST
 from proto.events.base import ArtifactRef
 from services.artifacts.access import Access, Action
 from services.artifacts.answers import Traffic, absent, answer, damaged, invalid, path_of, refused
@@ -83,7 +84,8 @@ class Receiving:
             if request.content_type in (TREE, LED_TREE):
                 return _answer(await self._manifest(request, team, seal, keep, cause))
             self._check_length(request, self._limits.max_stream)
-            return _answer(await self._uploads.tar(team, seal, keep, cause, self._received(request, team)))
+            with self._pages.share() as filling:
+                return _answer(await self._uploads.tar(team, seal, keep, cause, self._received(request, team), filling))
 
     async def put_blobs(self, request: web.Request) -> web.StreamResponse:
         grant, artifact = self._granted(request, "send")
@@ -147,8 +149,8 @@ class Receiving:
             with straight(request) if form == "tar" else nullcontext() as body, self._pages.share() as filling:
                 if body is not None:
                     await asyncio.to_thread(give_back_memory)  # what small pieces left free would come on top
-                pieces = self._received(request, team) if body is None else self._straight(request, team, body, filling)
-                return await self._uploads.blobs(team, artifact, cause, pieces, form)
+                fill = self._straight(request, team, body) if body is not None else poured(self._unpacked(request, team, form))
+                return await self._uploads.blobs(team, artifact, cause, whole_pieces(fill, filling))
         except ArchiveRefused as error:
             raise refused("blobs-refused", error) from None
 
@@ -193,8 +195,12 @@ class Receiving:
             yield piece
             pace.wait()
 
-    def _straight(self, request: web.Request, team: str, body: StraightBody, filling: Filling) -> AsyncIterator[memoryview]:
-        """The same of a blob stream, where it is to be stored: in memory that all of them share."""
+    def _unpacked(self, request: web.Request, team: str, form: Format) -> AsyncIterator[bytes]:
+        body = self._received(request, team)
+        return body if form == "tar" else unpacked(body, Decompressor(self._limits, form))
+
+    def _straight(self, request: web.Request, team: str, body: StraightBody) -> Fill:
+        """The same, into memory that it is to stay in."""
         pace = self._pace(request, team)
 
         async def fill(memory: memoryview) -> int:
@@ -205,7 +211,7 @@ class Receiving:
                 memory = memory[came:]
             return size - len(memory)
 
-        return whole_pieces(fill, filling)
+        return fill
 
     def _pace(self, request: web.Request, team: str) -> "_Pace":
         seconds = request.app.get(TIMEOUTS, Timeouts()).body

@@ -17,7 +17,7 @@ from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
 from libs.runtime.http import Problem, body_chunks, read_body, strict_json
 from libs.tokens import BuildToken, Grant
-from proto.api import ArtifactChange, TreeEntry, TreePage, Usage
+from proto.api.artifacts import ArtifactChange, TreeEntry, TreePage, Usage
 from services.artifacts.access import Access, Action
 from services.artifacts.answers import (
     Traffic,
@@ -52,7 +52,7 @@ LISTS = 16
 
 
 class Serving:
-    """Handlers. `now` is unix seconds; `most_chunks` is what one request may ask for, `tidy` is called when something has gone."""
+    """Handlers. `now` is unix seconds; `most_chunks` is what one request may ask for, `expect` is told when something will be due, or that it is."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Serving:
         now: Callable[[], float],
         traffic: Traffic,
         most_chunks: int,
-        tidy: Callable[[], None],
+        expect: Callable[[float], None],
         at_once: int = DOWNLOADS,
     ) -> None:
         self._access = access
@@ -77,7 +77,7 @@ class Serving:
         self._now = now
         self._traffic = traffic
         self._most_chunks = most_chunks
-        self._tidy = tidy
+        self._expect = expect
         self._downloads = Turns(at_once, "downloads")
         self._lists = Turns(LISTS, "lists")
         self._log_reads = Turns(at_once, "logs")
@@ -125,14 +125,14 @@ class Serving:
         command = ChangeLifetime(artifact=grant.artifact, pinned=change.pinned, expires_at=expires_at, shorten=change.shorten)
         sealed = (await self._commands.execute(command, _cause(grant))).state
         assert isinstance(sealed, Sealed)
-        if change.shorten:
-            self._tidy()
+        if sealed.expires_at and not sealed.pinned:
+            self._expect(sealed.expires_at)
         return answer(200, described(sealed))
 
     async def delete_artifact(self, request: web.Request) -> web.StreamResponse:
         grant, _ = await self._artifact(request, "change")
         await self._commands.execute(DeleteArtifact(artifact=grant.artifact), _cause(grant))
-        self._tidy()
+        self._expect(self._now())
         return web.Response(status=204)
 
     async def get_usage(self, request: web.Request) -> web.StreamResponse:

@@ -12,6 +12,7 @@ import structlog
 from msgspec.structs import replace
 
 from libs.archives.compression import Format
+from libs.archives.pages import Filling
 from libs.archives.pump import in_thread, pump
 from libs.archives.rules import Limits
 from libs.archives.tree import ZERO_CHUNK, InvalidManifest, TreeSummary, manifest_of
@@ -19,7 +20,8 @@ from libs.blobstore.store import BlobMissing, BlobStore, QuotaExceeded, StoreFul
 from libs.eventlog.log import LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
-from proto.api import PendingUpload
+from proto.api.artifacts import PendingUpload
+from services.artifacts.agenda import Agenda
 from services.artifacts.commands import Command, SealArtifact
 from services.artifacts.decider import Sealed, State
 from services.artifacts.intake import BlobIntake, ManifestIntake, TarIntake
@@ -109,17 +111,17 @@ class Uploads:
         self._ids = ids
         self._now = now
         self._wanted: OrderedDict[str, Wanted] = OrderedDict()
-        self.dropped = asyncio.Event()
-        """Set when something was given up, so that there may be something to release."""
+        self.agenda = Agenda(now)
+        """When something of them will be due, or what they gave up can be released."""
 
-    async def tar(self, team: str, seal: SealArtifact, lifetime: int, cause: Cause, body: AsyncIterator[bytes]) -> Sealed:
-        """A tar, plain, gzip or zstd. Raises ArchiveRefused, QuotaExceeded."""
+    async def tar(self, team: str, seal: SealArtifact, lifetime: int, cause: Cause, body: AsyncIterator[bytes], filling: Filling) -> Sealed:
+        """A tar, plain, gzip or zstd, whose large chunks are in memory of `filling`'s. Raises ArchiveRefused, QuotaExceeded."""
         session = await self._sessions.open(Session(self._ids(), team, seal, lifetime), self._now())
         try:
             upload = self._store.begin(team, session.holder, *await self._room(team))
             try:
                 intake = TarIntake(upload, self._limits)
-                tree = await pump(self._alive(session, body), intake.feed, intake.finish, self._store.threads)
+                tree = await pump(self._alive(session, body), intake.feed, intake.finish, self._store.threads, filling)
             finally:
                 await in_thread(upload.close, self._store.threads)
         except BaseException:
@@ -201,7 +203,7 @@ class Uploads:
             raise BlobMissing(f"{begun.missing_blobs} chunks of {digest}")
         return begun
 
-    async def blobs(self, team: str, artifact: str, cause: Cause, body: AsyncIterator[Piece], form: Format = "tar") -> Sealed | PendingUpload:
+    async def blobs(self, team: str, artifact: str, cause: Cause, body: AsyncIterator[Piece]) -> Sealed | PendingUpload:
         """Chunks of a tree whose manifest is known. What came is kept, whatever becomes of the rest, unless the store is full. Raises
         UploadUnknown, ArchiveRefused, QuotaExceeded."""
         session = await self._sessions.find(team, artifact, self._now())
@@ -209,7 +211,7 @@ class Uploads:
             raise UploadUnknown
         wanted = await self._want(session)
         upload = self._store.begin(team, session.holder, *await self._room(team))
-        intake = BlobIntake(upload, wanted.sizes, self._limits, form)
+        intake = BlobIntake(upload, wanted.sizes)
         try:
             await self._receive(session, upload, intake, body)
         except StoreFull:
@@ -345,6 +347,8 @@ class Uploads:
             upload=session.id,
         )
         self._wanted.pop(session.id, None)
+        if seal.expires_at:
+            self.agenda.expect(seal.expires_at)
         if not await self._sessions.mark(session.id, seal, now, shared):
             raise UploadUnknown
         sealed = await self.finish(Session(session.id, session.team, seal), cause)
@@ -360,7 +364,7 @@ class Uploads:
 
     async def _let_go(self, gone: Coroutine[None, None, None]) -> None:
         """At once if it can be; otherwise it lapses, or is ended by the janitor."""
-        self.dropped.set()
+        self.agenda.expect(self._now())
         try:
             await gone
         except LogUnavailable as error:

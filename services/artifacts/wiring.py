@@ -21,7 +21,7 @@ from libs.eventlog.postgres import open_postgres_log
 from libs.eventlog.projections import StoredProjection
 from libs.runtime.addresses import PROXIES, networks
 from libs.runtime.commands import CommandLoop
-from libs.runtime.epoch import Epoch
+from libs.runtime.epoch import begin_epoch
 from libs.runtime.ids import new_id
 from libs.runtime.memory import give_back_memory, keep_memory
 from libs.runtime.projector import Projector
@@ -84,6 +84,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     keep_memory(_KEPT)
     self_test()
     log = await service.enter(open_postgres_log(settings.database_url))
+    epoch = await begin_epoch(log, service.draining.set)
     clock = SharedClock(log.pool, time.time, time.monotonic)
     with suppress(LogUnavailable):
         await clock.look()
@@ -103,7 +104,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     janitor = Janitor(log, log.pool, projector, store, sessions, uploads, trees, logs, commands, time.time, settings.tidy_seconds, instance, life)
     receiving = Receiving(access, queries, uploads, limits, traffic, Pages(_COMING), settings.max_uploads)
     most_chunks = settings.max_artifact_files + (settings.max_artifact_bytes >> 23)
-    serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, janitor.wake, settings.max_downloads)
+    serving = Serving(access, queries, trees, logs, store, commands, time.time, traffic, most_chunks, uploads.agenda.expect, settings.max_downloads)
 
     projector.measure(service.registry)
     service.depends("database", lambda: projector.problem)
@@ -111,7 +112,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.depends("nats", lambda: None if bus.connected else "is not connected")
     service.depends("store", lambda: store.problem)
     service.depends("uploads", lambda: janitor.problem)
-    service.spawn("epoch", Epoch(log, service.draining.set).watch())
+    service.spawn("epoch", epoch.watch())
     service.spawn("store", store.run())
     service.spawn("clock", clock.run())
     service.spawn("commands", commands.run())

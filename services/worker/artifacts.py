@@ -23,7 +23,7 @@ from libs.archives.pump import drawn, in_thread, pump
 from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import Entry, InvalidManifest
 from libs.proofs import NOTHING, STREAM, WINDOW, proof_headers
-from proto.api import PendingUpload
+from proto.api.artifacts import PendingUpload
 from proto.events.base import ArtifactRef
 from proto.messages import Package
 from services.worker.cache import Cache

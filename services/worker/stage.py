@@ -36,8 +36,6 @@ logger = structlog.get_logger()
 T = TypeVar("T")
 
 LOW_DISK_BYTES = 1 << 20
-_COMPLAINT = 512
-"""Bytes of stderr, at most, with which what runs a step says that it cannot."""
 
 
 class Tools(NamedTuple):
@@ -82,8 +80,6 @@ class StageRun:
         self._process: Running | None = None
         self._stop: Stop | None = None
         self._stopped = asyncio.Event()
-        self._stderr = b""
-        """How the step's began."""
 
     async def run(self) -> Status:
         """Until the stage is over and its folders are gone. When cancelled: everything is killed, nothing more is said."""
@@ -202,7 +198,7 @@ class StageRun:
             ours = code in (-signal.SIGTERM, -signal.SIGKILL) or (executor.wraps and code in (128 + signal.SIGTERM, 128 + signal.SIGKILL))
             exit_code = None if ours else _exit_code(code)
             return ReportStepFinished(step=step.name, status=self._stop.status, exit_code=exit_code, error=self._stop.error)
-        status, error = self._judge(code, executor)
+        status, error = self._judge(code)
         if status == "failed" and why:
             error = why
         outputs, problem = await self._take_outputs(step) if config.outputs else ({}, None)
@@ -218,11 +214,8 @@ class StageRun:
             for lines in self._log.write(step.name, stream, data):
                 if stream == "stdout":
                     progress.on_lines(lines)
-            if stream == "stderr":
-                self._stderr = (self._stderr + data)[: _COMPLAINT + 1]
             return not outbox.is_full(attempt)
 
-        self._stderr = b""
         fresh = step.name == self.package.stage.steps[0].name
         job = Job(
             attempt, self.package.team, step, self._folders, on_output, lambda text: self._log.say(step.name, text), self._workspace.link_in, fresh
@@ -243,14 +236,12 @@ class StageRun:
         self._process = await executor.start(job)
         return self._process
 
-    def _judge(self, code: int, executor: Executor) -> tuple[Status, str]:
+    def _judge(self, code: int) -> tuple[Status, str]:
         if code == 0:
             return "succeeded", ""
         disk = os.statvfs(self._folders.root)
         if disk.f_bavail * disk.f_frsize < LOW_DISK_BYTES:
             return "errored", f"worker's disk is full: {disk.f_bavail * disk.f_frsize} bytes left"
-        if len(self._stderr) <= _COMPLAINT and (complaint := executor.complaint(code, self._stderr)):
-            return "errored", complaint
         number = -code if code < 0 else code - 128
         if code < 0 or code > 128:
             with contextlib.suppress(ValueError):

@@ -12,9 +12,9 @@ from services.worker.executors.docker import DockerExecutor
 from tests.controls import eventually
 from tests.engine_controls import a_docker_system, containers, docker, script
 from tests.engine_fixture import IMAGE, Dockerd
-from tests.integration.test_worker_process import a_process
+from tests.faults.measured import peak
 from tests.nats_fixture import SEEDS, NatsServer, admitting
-from tests.worker_controls import IDENTITY, Scheduler, a_scheduler, alive, sh
+from tests.worker_controls import IDENTITY, Scheduler, a_process, a_scheduler, alive, sh
 
 
 async def seen(scheduler: Scheduler, attempt: object, text: str) -> None:
@@ -63,11 +63,18 @@ async def test_a_daemon_that_forked_away_dies_with_its_step(tmp_path: Path, dock
 
 
 async def test_a_flood_of_log_neither_fills_memory_nor_a_disk(tmp_path: Path, dockerd: Dockerd) -> None:
-    async with a_docker_system(tmp_path, dockerd, log_limit=1 << 20) as (scheduler, _):
-        attempt = await scheduler.send(script("busybox yes 0123456789012345678901234567890123456789 | busybox head -c 100000000"))
-        extent = await scheduler.finished(attempt, timeout=60)
-        assert (extent.status, extent.dropped > 90_000_000) == ("succeeded", True)
-        assert not list((dockerd.folder / "data" / "containers").rglob("*.log"))
+    flood = "busybox yes 0123456789012345678901234567890123456789 | busybox head -c 200000000; touch flooded; sleep 60"
+    async with a_docker_system(tmp_path, dockerd, log_limit=1 << 20) as (scheduler, running):
+        Path("/proc/self/clear_refs").write_text("5")  # the most memory that this process has had is what it has
+        before = peak("self")
+        attempt = await scheduler.send(script(flood))
+        await eventually(lambda: list((running.folder / "work").glob("*/workspace/flooded")), timeout=60)
+        [container] = (dockerd.folder / "data" / "containers").iterdir()  # with it goes what the engine has kept
+        assert sum(file.stat().st_size for file in container.rglob("*") if file.is_file()) < 1 << 20
+        scheduler.interrupted[attempt] = "aborted"
+        extent = await scheduler.finished(attempt)
+        assert (extent.status, extent.dropped > 190_000_000) == ("aborted", True)
+        assert peak("self") - before < 48 << 20
 
 
 async def test_what_was_written_last_is_in_the_log(tmp_path: Path, dockerd: Dockerd) -> None:

@@ -256,6 +256,21 @@ async def test_an_artifact_is_pinned_kept_longer_and_deleted(api: Api) -> None:
     await eventually(lambda: api.stored() == [])
 
 
+@pytest.mark.parametrize("changes", [[], ['{"keep": 1, "shorten": true}'], ['{"pinned": true}', '{"keep": 1, "shorten": true}', '{"pinned": false}']])
+async def test_what_is_due_soon_goes_then_however_seldom_it_is_looked_for(
+    database: Database, nats_server: NatsServer, tmp_path: Path, changes: list[str]
+) -> None:
+    async with serving(database, nats_server, tmp_path / "store", PENSTOCK_TIDY_SECONDS="3600") as api:
+        artifact = (await api.put(FILES, query="?keep=1000" if changes else "?keep=1"))["id"]
+        for change in changes:
+            assert (await api.of(artifact, "change", "PATCH", data=change.encode())).status == 200
+
+        async def gone() -> bool:
+            return (await api.of(artifact, "see", "GET", "/tree")).status == 410 and api.stored() == []
+
+        await eventually(gone)
+
+
 async def test_what_is_due_goes_unless_it_is_pinned_or_an_unfinished_build_uses_it(api: Api, log: PostgresLog) -> None:
     due, pinned, used = [await api.put({name: name.encode()}, query="?keep=2") for name in ("due", "pinned", "used")]
     await api.of(pinned["id"], "change", "PATCH", data=b'{"pinned": true}')

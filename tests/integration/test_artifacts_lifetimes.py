@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from libs.archives.pages import paged
 from libs.archives.rules import ArchiveRefused, Limits
 from libs.blobstore.objects import Folder
 from libs.blobstore.store import BlobMissing, QuotaExceeded, StoreFull, StoreUnavailable, open_blob_store
@@ -26,7 +27,7 @@ from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
 from libs.runtime.ids import new_id
 from libs.runtime.projector import Projector
-from proto.api import PendingUpload
+from proto.api.artifacts import PendingUpload
 from proto.catalogue import decode
 from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactSealed
 from proto.events.base import ArtifactRef
@@ -53,6 +54,11 @@ REFUSALS = (ArchiveRefused, Gone, Refused, TreeUnknown, UploadUnknown, NoSuchPat
 LIFETIME = 3600
 
 Files = dict[str, bytes]
+
+
+@asynccontextmanager
+async def own_memory(size: int, before: int) -> AsyncIterator[memoryview]:
+    yield paged(size, before)
 
 
 class Clock:
@@ -159,7 +165,7 @@ class World:
 
     async def tar(self, at: Instance) -> None:
         files, seal, team = self.files(), self.seal(), self.random.choice(TEAMS)
-        await at.uploads.tar(team, seal, self.lifetime(), cause(team), pieces(tar(files), self.random))
+        await at.uploads.tar(team, seal, self.lifetime(), cause(team), pieces(tar(files), self.random), own_memory)
         self.artifacts[seal.artifact] = team
 
     async def manifest(self, at: Instance) -> None:
@@ -506,7 +512,7 @@ async def test_nothing_expires_or_lapses_while_the_clock_is_not_the_databases(da
     at = await Instance(database, tmp_path / "store", clock, "a", skew=60).start()
     try:
         seal = SealArtifact(artifact=str(uuid4()), kind="user", digest="", size=0, files=0, name="")
-        sealed = await at.uploads.tar("main", seal, LIFETIME, cause("main"), whole(tar(files)))
+        sealed = await at.uploads.tar("main", seal, LIFETIME, cause("main"), whole(tar(files)), own_memory)
         pending = replace(seal, artifact=str(uuid4()))
         assert isinstance(await at.uploads.manifest("main", pending, 0, cause("main"), whole(manifest({"y": b"y"}))), PendingUpload)
         clock.now += 10 * LIFETIME
@@ -515,7 +521,7 @@ async def test_nothing_expires_or_lapses_while_the_clock_is_not_the_databases(da
         await reads_back(at, sealed.as_sealed.digest, files)
         assert await at.log.pool.fetchval("SELECT count(*) FROM upload WHERE NOT sealing") == 1
         clock.now -= 10 * LIFETIME
-        await at.uploads.tar("main", replace(seal, artifact=str(uuid4())), 20, cause("main"), whole(tar({"z": b"z"})))
+        await at.uploads.tar("main", replace(seal, artifact=str(uuid4())), 20, cause("main"), whole(tar({"z": b"z"})), own_memory)
         clock.now += 40
         await at.projector.passed(await at.log.head(), 10)
         await at.janitor.round()

@@ -1,6 +1,8 @@
 """Images that an engine pulls from a registry, which speaks the real protocol and fails as it is told to."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import pytest
 
 from proto.messages import Attempt
 from proto.plan import ImageResource, RunStep
+from services.worker.executors.engine import Engine
+from services.worker.executors.executor import CannotRun
+from services.worker.executors.images import Guarded, Images
 from tests.engine_controls import a_docker_system, docker, script
 from tests.engine_fixture import Dockerd
 from tests.registry import Registry, a_registry
@@ -131,6 +136,55 @@ async def test_an_image_that_is_not_there_is_said_at_once(tmp_path: Path, docker
         assert (await scheduler.finished(attempt)).status == "errored"
         assert scheduler.step(attempt).error.startswith(f"the image {registry.repository}:nope cannot be pulled: ")
         assert "manifest unknown" in scheduler.step(attempt).error
+
+
+class Counting(Engine):
+    """Which says how many pulls there were, and at most at once."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.now = self.most = self.pulls = 0
+
+    async def pull(self, reference: str, auth: Mapping[str, str] | None) -> AsyncIterator[dict[str, Any]]:
+        self.now, self.pulls = self.now + 1, self.pulls + 1
+        self.most = max(self.most, self.now)
+        try:
+            async for said in super().pull(reference, auth):
+                yield said
+        finally:
+            self.now -= 1
+
+
+@pytest.mark.parametrize(("tag", "pulls"), [("1", 1), ("nope", 12)])
+async def test_one_image_is_pulled_by_one_at_a_time(tmp_path: Path, dockerd: Dockerd, registry: Registry, tag: str, pulls: int) -> None:
+    """Also by whoever comes when one has just failed, while another has waited for that."""
+    engine = Counting(dockerd.url)
+    images = Images(engine, 60.0, Guarded(engine, tmp_path / "guarded"))
+    config = resource(registry, tag=tag).config
+
+    async def want(who: int) -> None:
+        for build in range(3):
+            with suppress(CannotRun):
+                await images.ready(config, "main", f"{who}.{build}", lambda text: None)
+
+    try:
+        await asyncio.gather(*map(want, range(4)))
+    finally:
+        await engine.close()
+    assert (engine.pulls, engine.most) == (pulls, 1)
+
+
+async def test_an_image_that_somebody_removed_from_the_engine_is_pulled_again(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:
+    engine = Engine(dockerd.url)
+    images, said = Images(engine, 60.0, Guarded(engine, tmp_path / "guarded")), list[str]()
+    try:
+        for build in ("1", "1", "2"):
+            found = await images.ready(resource(registry, tag="1").config, "main", build, said.append)
+            assert docker(dockerd, "images", "--quiet", "--no-trunc", f"{registry.repository}:1") == found.id
+            docker(dockerd, "rmi", "--force", found.id)
+    finally:
+        await engine.close()
+    assert len([text for text in said if text.startswith("pulled ")]) == 3
 
 
 async def test_a_registry_that_wants_a_login_gets_the_sources(tmp_path: Path, dockerd: Dockerd, registry: Registry) -> None:

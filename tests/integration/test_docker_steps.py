@@ -139,19 +139,56 @@ async def test_images_are_named_as_concourse_does_it(tmp_path: Path, dockerd: Do
             assert await scheduler.log(attempt, "stdout") == "here\n"
 
 
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("nope", "run.path: `nope` cannot be run in its image: No such file or directory"),
-        ("/bin/nope", "run.path: `/bin/nope` cannot be run in its image: No such file or directory"),
-        ("./nope", "run.path: `/workspace/nope` cannot be run in its image: No such file or directory"),
-        ("not-executable", "run.path: `not-executable` cannot be run in its image: Permission denied"),
+        ("nope", f"run.path: `nope` does not exist in its image (PATH is {PATH})"),
+        ("/bin/nope", "run.path: `/bin/nope` does not exist in its image"),
+        ("/bin", "run.path: `/bin` is a folder in its image"),
+        ("./nope", "run.path: `./nope` does not exist"),
+        ("not-executable", f"run.path: `/bin/not-executable` is not executable in its image (PATH is {PATH})"),
     ],
 )
 async def test_a_command_that_is_not_there_is_said(tmp_path: Path, dockerd: Dockerd, path: str, said: str) -> None:
     async with a_docker_system(tmp_path, dockerd) as (scheduler, _):
         attempt = await scheduler.send(contained(path))
         assert ((await scheduler.finished(attempt)).status, scheduler.step(attempt).error) == ("errored", said)
+
+
+async def test_a_command_of_the_workspace_is_one_that_is_there_and_may_be_run(tmp_path: Path, dockerd: Dockerd) -> None:
+    make = "echo 'echo made' >a; echo 'echo made' >b; busybox chmod +x b; ln -s /bin/busybox c; echo '#!/nope' >d; busybox chmod +x d"
+    run = "run.path: `./{}` {}".format
+    async with a_docker_system(tmp_path, dockerd) as (scheduler, _):
+        for name, error in (("a", run("a", "is not executable")), ("b", ""), ("c", ""), ("d", "")):
+            attempt = await scheduler.send(script(make), contained(f"./{name}", "echo", "linked", name="second"))
+            await scheduler.finished(attempt)
+            assert scheduler.step(attempt, "second").error == error
+        assert scheduler.step(attempt, "second").status == "failed"
+        assert "exec /workspace/d failed: No such file or directory" in await scheduler.log(attempt, "stderr")
+        for path, where in (("b", "/workspace:/bin"), ("./bin/echo", "")):
+            run = contained(path, name="second", params={"PATH": where} if where else {})
+            attempt = await scheduler.send(script(f"{make}; ln -s /bin bin"), run)
+            assert (await scheduler.finished(attempt)).status == "succeeded", "where a link leads, or PATH, is the step's own affair"
+
+
+@pytest.mark.parametrize("code", [126, 127])
+async def test_a_step_that_speaks_like_the_engines_init_has_failed_by_itself(tmp_path: Path, dockerd: Dockerd, code: int) -> None:
+    lie = f"echo '[FATAL tini (7)] exec nope failed: No such file or directory' >&2; busybox rm -f tool; exit {code}"
+    make = f'echo "{lie}" >tool; busybox chmod +x tool'
+    async with a_docker_system(tmp_path, dockerd, warm=1) as (scheduler, running):
+        executor = running.tools.executors.containers
+        assert isinstance(executor, DockerExecutor)
+        for _ in range(2):
+            attempt = await scheduler.send(script(lie))
+            assert (await scheduler.finished(attempt)).status == "failed"
+            assert (scheduler.step(attempt).exit_code, scheduler.step(attempt).error) == (code, "")
+            await eventually(lambda: executor.waiting, timeout=30)
+        attempt = await scheduler.send(script(make), contained("./tool", name="second"))
+        assert (await scheduler.finished(attempt)).status == "failed"
+        assert (scheduler.step(attempt, "second").exit_code, scheduler.step(attempt, "second").error) == (code, "")
 
 
 async def test_a_folder_to_run_in_that_is_not_there_is_said(tmp_path: Path, dockerd: Dockerd) -> None:

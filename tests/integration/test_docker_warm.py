@@ -18,9 +18,8 @@ from services.worker.executors.docker import DockerExecutor
 from tests.controls import eventually
 from tests.engine_controls import a_docker_system, contained, containers, docker, script
 from tests.engine_fixture import IMAGE, Dockerd, root_filesystem
-from tests.integration.test_worker_process import a_process
 from tests.nats_fixture import SEEDS, NatsServer, admitting, fresh_nats, nats_server
-from tests.worker_controls import IDENTITY, Running, Scheduler, a_scheduler, alive
+from tests.worker_controls import IDENTITY, Running, Scheduler, a_process, a_scheduler, alive
 from tests.worker_shop import TOKEN, a_shop
 
 __all__ = ["fresh_nats", "nats_server"]
@@ -114,8 +113,8 @@ async def test_a_container_that_waited_is_named_for_its_step_keeps_its_limits_an
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("nope", "run.path: `nope` cannot be run in its image: No such file or directory"),
-        ("not-executable", "run.path: `not-executable` cannot be run in its image: Permission denied"),
+        ("nope", "run.path: `nope` does not exist in its image (PATH is /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin)"),
+        ("/bin/not-executable", "run.path: `/bin/not-executable` is not executable in its image"),
     ],
 )
 async def test_a_command_that_is_not_there_is_said_by_what_waited_too(tmp_path: Path, dockerd: Dockerd, path: str, said: str) -> None:
@@ -233,6 +232,19 @@ async def test_what_nobody_wants_goes_and_nothing_is_left_of_it(tmp_path: Path, 
         await scheduler.finished(await scheduler.send(contained("true")))
         await waits(dockerd, running)
     assert containers(dockerd) == []
+
+
+async def test_what_waits_says_whose_it_is_and_for_what_and_a_later_life_removes_it(tmp_path: Path, dockerd: Dockerd) -> None:
+    async with a_docker_system(tmp_path, dockerd, warm=1) as (scheduler, running):
+        await scheduler.finished(await scheduler.send(contained("true")))
+        waiting = inspected(dockerd, await waits(dockerd, running))
+        labels = waiting["Config"]["Labels"]
+        image = f"docker.io/library/{IMAGE}"
+        assert labels == {"penstock.worker": "w1", "penstock.owner": str(tmp_path), "penstock.waits-for": image}
+        left = [part for key, value in labels.items() for part in ("--label", f"{key}={value}")]
+        docker(dockerd, "run", "--detach", "--network=none", "--name", "lost", *left, IMAGE, "sleep", "60")
+        assert await executor_of(running).sweep() == 1
+        assert docker(dockerd, "ps", "--all", "--no-trunc", "--quiet", "--filter", f"label=penstock.waits-for={image}") == waiting["Id"]
 
 
 async def test_an_attempt_that_ends_before_its_step_gives_back_what_waited_for_it(tmp_path: Path, dockerd: Dockerd) -> None:

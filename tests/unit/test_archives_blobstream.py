@@ -2,13 +2,14 @@
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libs.archives.blobstream import END_FRAME, BlobStreamReader, frame_header, frames, whole_pieces
+from libs.archives.blobstream import END_FRAME, BlobStreamReader, frame_header, frames, poured, whole_pieces
 from libs.archives.pages import LARGE, Pages, is_paged
 from libs.archives.rules import ArchiveRefused
 from libs.archives.tree import CHUNK
@@ -91,6 +92,26 @@ def test_whole_pieces_are_the_stream_and_large_blobs_are_not_copied(sizes: list[
     stream = b"".join(frames(blobs.items()))
     assert asyncio.run(_whole(stream)) == (stream, blobs, sum(len(contents) >= LARGE for contents in blobs.values()))
     assert asyncio.run(_whole(stream[:cut], whole=False))[0] == stream[:cut]
+
+
+@given(st.lists(st.integers(1, 3000), max_size=8), st.integers(1, 2000), st.booleans())
+def test_what_is_poured_is_the_stream_up_to_where_it_broke_off(sizes: list[int], each: int, breaks: bool) -> None:
+    stream = [bytes([n]) * size for n, size in enumerate(sizes)]
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for piece in stream:
+            yield piece
+        if breaks:
+            raise ConnectionResetError
+
+    async def pour() -> bytes:
+        fill, together, memory = poured(pieces()), b"", memoryview(bytearray(each))
+        with pytest.raises(ConnectionResetError) if breaks else nullcontext():
+            while came := await fill(memory):
+                together += memory[:came]
+        return together
+
+    assert asyncio.run(pour()) == b"".join(stream)
 
 
 async def _whole(stream: bytes, whole: bool = True) -> tuple[bytes, dict[bytes, bytes], int]:

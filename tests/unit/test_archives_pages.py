@@ -2,11 +2,15 @@
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from libs.archives.pages import LARGE, Filling, Pages, is_paged, keep
+from libs.archives.pump import Asking, pump
 from libs.archives.tree import CHUNK
 from libs.blobstore.upload import Upload
 
@@ -124,3 +128,65 @@ async def test_what_waits_to_be_a_pack_is_not_counted_or_many_who_gather_would_w
         await asyncio.to_thread(upload.close)
         await settled()
         assert pages.free == CHUNK
+
+
+async def body() -> AsyncIterator[bytes]:
+    for _ in range(3):
+        yield bytes(1 << 16)
+
+
+def asking(data: bytes) -> Asking:
+    memory = yield LARGE
+    assert is_paged(memory)
+
+
+async def test_who_is_fed_in_threads_waits_for_memory_without_one() -> None:
+    pages = Pages(LARGE)
+    with ThreadPoolExecutor(1) as threads, pages.share() as theirs, pages.share() as mine:
+        memory = await taken(theirs)
+        pumping = asyncio.create_task(pump(body(), asking, lambda: "done", threads, mine))
+        while not pages._waiting:
+            await asyncio.sleep(0)
+        assert await asyncio.get_running_loop().run_in_executor(threads, lambda: "free") == "free"
+        del memory
+        assert await asyncio.wait_for(pumping, 10) == "done"
+    await settled()
+    assert pages.free == LARGE
+
+
+async def test_a_body_that_breaks_off_while_memory_is_waited_for_does_not_wait_for_it() -> None:
+    pages = Pages(LARGE)
+
+    async def breaking() -> AsyncIterator[bytes]:
+        async for piece in body():
+            yield piece
+        while not pages._waiting:
+            await asyncio.sleep(0)
+        raise ConnectionResetError
+
+    with ThreadPoolExecutor(1) as threads, pages.share() as theirs, pages.share() as mine:
+        memory = await taken(theirs)
+        with pytest.raises(ConnectionResetError):
+            await asyncio.wait_for(pump(breaking(), asking, lambda: None, threads, mine), 10)
+        del memory
+    await settled()
+    assert pages.free == LARGE
+
+
+async def test_what_has_come_is_worked_on_while_more_is_read() -> None:
+    order: list[str] = []
+
+    class Noting(Executor):
+        def submit(self, work: Any, /, *args: Any, **more: Any) -> Future[Any]:
+            done = Future[Any]()
+            done.set_result(work())
+            order.append("worked")
+            return done
+
+    async def at_hand() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            order.append("read")
+            yield bytes(1 << 16)
+
+    await pump(at_hand(), lambda data: None, lambda: None, Noting())
+    assert order[:2] == ["read", "worked"]

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from libs.archives.pages import LARGE, PAGE, Paged, is_paged
+from libs.archives.pages import paged as memory_of
 from libs.blobstore.objects import Folder
 
 
 def paged(data: bytes) -> memoryview:
-    memory = Paged(len(data))
+    memory = Paged(memory_of(len(data)))
     memory.add(data)
     return memory.filled()
 

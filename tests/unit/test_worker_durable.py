@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.worker.durable import write_durably
-from services.worker.executors.docker import owner_of
+from services.worker.executors.owned import owner_of
 from services.worker.folders import next_boot
 
 

@@ -1,8 +1,10 @@
 """The container engine: one connection to it, and what it says when it refuses or is gone, in our words."""
 
 import asyncio
+import base64
 import contextlib
 import hashlib
+import stat
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ SECONDS = 60.0
 _UNREACHABLE = 900
 """aiodocker's status for an engine that does not answer."""
 _UNIX = "unix://"
+_GO_FOLDER, _GO_LINK = 1 << 31, 1 << 27
 
 
 class Refused(CannotRun):
@@ -88,6 +91,19 @@ class Engine:
         with self.translated():
             shown: dict[str, Any] = await self.docker.containers.container(name).show()
             return shown["Config"].get("Labels") or {}
+
+    async def mode(self, container: str, path: str) -> int | None:
+        """As `lstat` gives it, of what lies there in a container, which need not run; None: nothing. Raises CannotRun."""
+        url = self.docker._canonicalize_url(f"containers/{container}/archive", versioned_api=True)
+        with self.translated():
+            async with self.docker.session.head(url, params={"path": path}, timeout=self.docker._timeout) as answer:
+                if answer.status == 404:
+                    return None
+                if answer.status != 200:
+                    raise Refused(answer.status, f"the container engine refused to look for {path}")
+                seen: int = msgspec.json.decode(base64.b64decode(answer.headers["X-Docker-Container-Path-Stat"]))["mode"]
+        kind = stat.S_IFDIR if seen & _GO_FOLDER else stat.S_IFLNK if seen & _GO_LINK else stat.S_IFREG
+        return kind | seen & 0o777
 
     async def remove(self, name: str) -> None:
         """Whatever state it is in, with what it ran; quietly when there is none. Raises CannotRun."""

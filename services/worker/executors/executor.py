@@ -73,9 +73,6 @@ class Executor(Protocol):
     async def start(self, job: Job) -> Running:
         """Raises CannotRun, NotRunnable, OSError. When cancelled: nothing of it is left."""
 
-    def complaint(self, code: int, stderr: bytes) -> str:
-        """What kept the command from being run, if that is what its exit code and all of its stderr tell; else ""."""
-
 
 class Containers(Executor, Protocol):
     """They take time to start, and one may wait for its step already, in folders of its own."""

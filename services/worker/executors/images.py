@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -92,7 +93,8 @@ class Images:
         self._engine = engine
         self._seconds = seconds
         self._guarded = guarded
-        self._turns: dict[str, asyncio.Lock] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By reference, for as long as anybody has a turn or waits for one."""
         self._chosen: dict[tuple[str, str], str] = {}
         """Image ids, by build and reference: within a build a tag means one image."""
 
@@ -153,9 +155,6 @@ class Images:
                     return await self._fetched(reference, team, auth, say)
         except TimeoutError as error:
             raise CannotRun(f"the image {reference} could not be pulled within {self._seconds:.0f} s") from error
-        finally:
-            if not turn.locked():
-                self._turns.pop(str(reference), None)
 
     async def _fetched(self, reference: Reference, team: str, auth: Mapping[str, str] | None, say: Callable[[str], None]) -> Image:
         pause, began = FIRST_PAUSE, time.monotonic()

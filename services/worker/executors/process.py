@@ -28,6 +28,3 @@ class ProcessExecutor:
             return Spawned(command.argv, environment, command.directory, job.folders, self._sandbox, self._orphans, job.on_output)
         except OSError as error:
             raise CannotRun(f"run.path: `{run.path}` cannot be run: {error.strerror}") from error
-
-    def complaint(self, code: int, stderr: bytes) -> str:
-        return ""  # what was spawned says that itself: a step can write whatever a sandbox would

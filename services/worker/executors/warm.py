@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from aiodocker.stream import Stream as Attached
 from services.worker.executors.engine import Engine
 from services.worker.executors.executor import CannotRun
 from services.worker.executors.hardened import Bind, shape_of, waiting_of
+from services.worker.executors.owned import Owned
 from services.worker.executors.sandboxes import Folders
 from services.worker.executors.waiter import program
 from services.worker.folders import FolderPool, remove_tree
@@ -25,6 +26,8 @@ logger = structlog.get_logger()
 
 IDLE_SECONDS = 300.0
 """For a container to be wanted."""
+_WAITS_FOR = "penstock.waits-for"
+"""Labels never change: one that has become a step's says so by its name, as any other."""
 
 
 class Waiting(NamedTuple):
@@ -40,25 +43,14 @@ class Waiting(NamedTuple):
 
 
 class WarmContainers:
-    """At most `most`, one for each kind of step that ran here last. `create` makes a container by name, `remove` it is one that never raises."""
+    """At most `most`, one for each kind of step that ran here last; `prefix` begins their names."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        folder: Path,
-        most: int,
-        prefix: str,
-        labels: dict[str, str],
-        create: Callable[[str, dict[str, Any]], Awaitable[DockerContainer]],
-        remove: Callable[[str], Awaitable[object]],
-    ) -> None:
+    def __init__(self, engine: Engine, folder: Path, most: int, prefix: str, owned: Owned) -> None:
         """`folder` is the worker's. Raises OSError."""
         self._engine = engine
         self._pool = FolderPool(folder / "work", "warm")
         self._prefix = prefix
-        self._labels = labels
-        self._create = create
-        self._remove = remove
+        self._owned = owned
         self._numbers = itertools.count(1)
         self._idle: dict[str, Waiting] = {}
         self._taken: dict[Path, Waiting] = {}
@@ -95,11 +87,11 @@ class WarmContainers:
         """It is not wanted, or is no good."""
         await self._end(waiting.container.id, waiting.stream)
 
-    def keep(self, key: str, binds: list[Bind], wanted: Callable[[Folders], dict[str, Any]]) -> None:
-        """A step of this kind has run: have a container ready for the next."""
+    def keep(self, key: str, image: str, binds: list[Bind], wanted: Callable[[Folders], dict[str, Any]]) -> None:
+        """A step of this kind has run: have a container ready for the next. `image` is for people."""
         if len(self._making) >= self._most or key in self._idle or key in self._making:
             return
-        task = asyncio.get_running_loop().create_task(self._make(key, binds, wanted))
+        task = asyncio.get_running_loop().create_task(self._make(key, image, binds, wanted))
         self._making[key] = task
         task.add_done_callback(lambda _: self._making.pop(key, None))
 
@@ -114,7 +106,7 @@ class WarmContainers:
             await asyncio.wait(self._making.values())
         await self.expire(0.0)
 
-    async def _make(self, key: str, binds: list[Bind], wanted: Callable[[Folders], dict[str, Any]]) -> None:
+    async def _make(self, key: str, image: str, binds: list[Bind], wanted: Callable[[Folders], dict[str, Any]]) -> None:
         while len(self._idle) + len(self._making) > self._most and self._idle:
             await self._discard(self._idle.pop(next(iter(self._idle))))
         name = f"{self._prefix}-{next(self._numbers)}"
@@ -128,7 +120,8 @@ class WarmContainers:
             for bind in binds:
                 (folders.workspace / bind.path).mkdir(parents=True, exist_ok=True)
             body = wanted(folders)
-            container = await self._create(name, waiting_of(body, self._labels, str(self._waiter), str(self._init)))
+            labels = self._owned.labelled({_WAITS_FOR: image})
+            container = await self._owned.create(name, waiting_of(body, labels, str(self._waiter), str(self._init)))
             with self._engine.translated():
                 stream = await container.attach(stdin=True, stdout=True, stderr=True).__aenter__()
                 await container.start()
@@ -145,7 +138,7 @@ class WarmContainers:
         if stream is not None:
             with contextlib.suppress(Exception):
                 await stream.close()
-        await self._remove(name)
+        await self._owned.gone(name)
 
     async def _discard(self, waiting: Waiting) -> None:
         await self.end(waiting)
