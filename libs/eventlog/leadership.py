@@ -1,7 +1,8 @@
 """Who does what only one instance may do: a row (holder, term, until) on the database's clock.
 
 Never a session's lock, which a stopped process would hold for ever. A leader trusts its term only as long as the row surely names it, counted on its
-own monotonic clock from before it asked; what it writes names the term.
+own monotonic clock from before it asked; what it writes names the term. A row that reaches far ahead was written before the clock was set back, and
+holds no more.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ ON CONFLICT (name) DO UPDATE SET
     holder = excluded.holder,
     term = CASE WHEN l.holder = excluded.holder AND l.until > clock_timestamp() THEN l.term ELSE l.term + 1 END,
     until = clock_timestamp() + $3 * interval '1 second'
-WHERE l.holder = excluded.holder OR l.until <= clock_timestamp()
+WHERE l.holder = excluded.holder OR l.until <= clock_timestamp() OR l.until > clock_timestamp() + $3 * 2 * interval '1 second'
 RETURNING term
 """
 _RESIGN = "UPDATE leadership SET until = clock_timestamp() WHERE name = $1 AND holder = $2 AND term = $3"

@@ -106,6 +106,11 @@ class Fleet:
         self._workers.pop(name, None)
         self.pool.remove(name)
 
+    def forget(self, name: str) -> None:
+        """It is no worker any more: another that gets its name begins anew."""
+        self.remove(name)
+        self._comings.pop(name, None)
+
 
 def unlisted(heartbeat: Heartbeat, attempt: Attempt) -> bool:
     """Whether a worker does not hold an attempt, by its own word."""

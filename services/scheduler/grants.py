@@ -17,6 +17,7 @@ class _Grant(msgspec.Struct):
     since: float
     credit: Credit | None
     sent: float
+    shown: bool = False
 
 
 class Grants:
@@ -30,16 +31,18 @@ class Grants:
 
     def shown(self, attempt: Attempt, now: float) -> None:
         """Its worker holds it."""
-        self.note(attempt, None, now)
+        self._grants[attempt] = _Grant(now, None, now, True)
 
     def since(self, attempt: Attempt, now: float) -> float:
         """When it was given or shown; now, if nothing is known of it."""
         return self._grant(attempt, now).since
 
-    def given_up(self, lease: Lease, now: float) -> str:
-        """Why a worker that lives and does not hold it never will; "" if it may yet."""
-        waited = now - self.since(lease.attempt, now)
-        if lease.recorded and waited > RESEND:
+    def given_up(self, lease: Lease, now: float, listening_since: float) -> str:
+        """Why a worker that lives and does not list it never will; "" if it may yet: until it was shown, what is heard may be from before it was
+        taken, above all by a process that did not listen for a while."""
+        grant = self._grant(lease.attempt, now)
+        waited = now - max(grant.since, listening_since)
+        if grant.shown and waited > RESEND:
             return f"worker {lease.worker} gave it up"
         return f"worker {lease.worker} never took it" if waited > CREDIT_LIFE + 1 else ""
 

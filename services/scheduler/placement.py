@@ -15,7 +15,7 @@ from proto.events.base import ArtifactRef
 from proto.events.lease import Candidate
 from proto.messages import TREE_HINT, Attempt, Credit
 from services.scheduler.contest import Contest
-from services.scheduler.pool import DRAINING, IN_TROUBLE, Pool, WorkerView, bits
+from services.scheduler.pool import DRAINING, IN_TROUBLE, Pool, Standing, WorkerView, bits
 from services.scheduler.queue import Queue, Queued
 
 CANDIDATES = 5
@@ -25,12 +25,20 @@ REASONS = 8
 OTHERS = "something else"
 WORDS = 80
 """Letters of a reason that an event holds."""
+UNREADABLE = "its plan cannot be read: the scheduler's log says why"
 PRECISION = 20
 """Bits in which the bytes that a worker has of an attempt's inputs are counted: trees under a millionth of the whole do not matter."""
 LIMIT = 256
 """Attempts placed at once."""
 LOOKS = 256
 """Classes looked at at once; the others have their turn."""
+
+
+_CURES = {
+    (DRAINING,): "resume one, or start another",
+    (IN_TROUBLE,): "`penstock workers` says why",
+    (DRAINING, IN_TROUBLE): "`penstock workers` says which, and why",
+}
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,8 +105,8 @@ def explain(queue: Queue, pool: Pool, before: float, limit: int) -> list[Deferra
             line.reason = ""
             line.unsaid.clear()
             continue
-        refused = _bounded(standing.refused)
-        reason = _reason(refused)
+        refused = _bounded(standing.refused) if line.requirements is not None else {}
+        reason = _reason(line.needs, standing) if line.requirements is not None else UNREADABLE
         if reason != line.reason:
             line.reason = reason
             members = sorted((queued for group in line.groups.values() for queued in group.members.values()), key=lambda queued: queued.position)
@@ -212,8 +220,19 @@ def _bounded(counts: Mapping[str, int]) -> dict[str, int]:
     return short
 
 
-def _reason(refused: Mapping[str, int]) -> str:
-    if not refused:
+def _reason(needs: Sequence[str], standing: Standing) -> str:
+    """Why nobody is able, and where that is not plain, what to do."""
+    if not standing.refused:
         return "no worker is connected"
-    lacking = sorted(refused.keys() - {DRAINING, IN_TROUBLE})
-    return "no worker offers " + " or ".join(lacking) if lacking else "every worker is " + " or ".join(sorted(refused))
+    if standing.missing:
+        return f"no worker offers {_words(standing.missing, 'or')}"
+    if not standing.closed:
+        return f"no worker offers {_words(needs, 'and')} together"
+    who = "every worker" if standing.refused.keys() <= set(standing.closed) else f"every worker that offers {_words(needs, 'and')}"
+    return f"{who} is {' or '.join(standing.closed)}: {_CURES[standing.closed]}"
+
+
+def _words(words: Sequence[str], last: str) -> str:
+    """Several, fit for an event."""
+    short = [word[:WORDS] for word in words[:REASONS]] + [OTHERS] * (len(words) > REASONS)
+    return f" {last} ".join(filter(None, (", ".join(short[:-1]), short[-1])))

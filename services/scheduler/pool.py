@@ -46,11 +46,14 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """`able` are those that offer all that is needed and may take work, free or not; `refused` counts the others by the first reason; `rarest` is the
-    need that the fewest offer: whoever comes to be able offers that."""
+    need that the fewest offer: whoever comes to be able offers that. `missing` are the needs that nobody offers, `closed` why those may take no work
+    that offer all."""
 
     able: int
     refused: dict[str, int]
     rarest: str
+    missing: tuple[str, ...]
+    closed: tuple[str, ...]
 
 
 class Pool:
@@ -158,7 +161,8 @@ class Pool:
         return known
 
     def _standing(self, needs: Sequence[str]) -> "Standing":
-        able, refused = self.takers, {word: workers.bit_count() for word, workers in self._closed.items()}
+        able, refused = self.takers, {why: workers.bit_count() for why, workers in self._closed.items()}
+        closed, missing = dict(self._closed), []
         rarest, fewest = "", len(self._views) + 1
         for word in needs:
             offering = self._offering.get(word, 0)
@@ -166,9 +170,16 @@ class Pool:
                 rarest, fewest = word, offering.bit_count()
             refused[word] = (able & ~offering).bit_count()
             able &= offering
+            closed = {why: workers & offering for why, workers in closed.items()}
             if not offering:
-                break
-        return Standing(able=able, refused={word: count for word, count in refused.items() if count}, rarest=rarest)
+                missing.append(word)
+        return Standing(
+            able=able,
+            refused={word: count for word, count in refused.items() if count},
+            rarest=rarest,
+            missing=tuple(missing),
+            closed=tuple(sorted(why for why, workers in closed.items() if workers)),
+        )
 
     def holders(self, tree: str) -> int:
         return self._holding.of(tree)

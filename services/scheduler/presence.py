@@ -64,6 +64,14 @@ class Presence:
         since = self._clock() - seconds
         return {worker.name: worker for worker in self.fleet if worker.heard >= since}
 
+    def forget_expelled(self) -> None:
+        """Who may not work here any more, as the log has just come to say, is not there: the very turn that reads of it gives it nothing."""
+        roster = self._roster()
+        for name, key in roster.news:
+            if key and roster.key_of(name) != key:
+                self.dismiss(name)
+                self.fleet.forget(name)
+
     def forget_followed(self) -> None:
         """Whom another has followed, as the log has come to say, is not there."""
         for worker in list(self.fleet):

@@ -32,6 +32,8 @@ class Queued(msgspec.Struct, frozen=True, kw_only=True):
     deferred: str = ""
 
 
+READABLE = "a plan that can be read"
+"""What those need that are set aside: no worker offers it."""
 Rank = tuple[float, int, str]
 """A group's place among those of its class, the lowest first: `rank`, its oldest attempt's position, its team."""
 
@@ -62,11 +64,11 @@ class Group:
 
 class Line:
     """A class: its groups by team and in order; where it is parked while no worker can take it; what its attempts were told (`reason`) and which
-    of them were not yet (`unsaid`)."""
+    of them were not yet (`unsaid`). That without `requirements` is of those that are set aside."""
 
-    def __init__(self, requirements: Requirements, ticks: int) -> None:
+    def __init__(self, requirements: Requirements | None, ticks: int) -> None:
         self.requirements = requirements
-        self.needs = wanted(requirements)
+        self.needs = wanted(requirements) if requirements is not None else (READABLE,)
         self.groups: dict[str, Group] = {}
         self.order: list[Rank] = []
         self.ticks = ticks
@@ -87,7 +89,7 @@ class Queue:
         self._ticks = 0
         self._generation: object = None
         self.running: dict[str, int] = {}
-        self.lines: dict[Requirements, Line] = {}
+        self.lines: dict[Requirements | None, Line] = {}
         self.awake: OrderedDict[Line, None] = OrderedDict()
         self.unexplained: OrderedDict[Line, None] = OrderedDict()
 
@@ -119,10 +121,19 @@ class Queue:
         found = self._line_of.get(queued.attempt)
         if found is not None:
             found[1].members[queued.attempt] = queued
-            return
-        line = self.lines.get(queued.requirements)
+        else:
+            self._enter(queued, queued.requirements)
+
+    def set_aside(self, attempt: Attempt) -> None:
+        """What it runs cannot be read: it waits, in a class that no worker can take, until somebody starts with a queue of its own."""
+        queued = self.remove(attempt)
+        if queued is not None:
+            self._enter(queued, None)
+
+    def _enter(self, queued: Queued, requirements: Requirements | None) -> None:
+        line = self.lines.get(requirements)
         if line is None:
-            line = self.lines[queued.requirements] = Line(queued.requirements, self._ticks)
+            line = self.lines[requirements] = Line(requirements, self._ticks)
             self.awake[line] = None
         group = line.groups.setdefault(queued.team, Group())
         group.members[queued.attempt] = queued

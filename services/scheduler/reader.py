@@ -3,19 +3,30 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+import structlog
+
 from libs.eventlog.log import EventLog, is_full
 from libs.eventlog.projections import Unprojectable
-from proto.catalogue import decode
+from proto.catalogue import UnknownEvent, decode
 from proto.envelope import Recorded, fact
 from proto.events.build import BuildCreated
 from proto.messages import Attempt
 from proto.plan import Stage
 from services.scheduler.board import CATEGORIES, CODE_VERSION, Board
 
+logger = structlog.get_logger()
+
 SNAPSHOT_EVERY = 20_000
 """Facts between two snapshots."""
 BATCH = 5_000
+MEMBERS = frozenset({"fleet"})
+"""The categories that tell who may work here."""
 _NAME = "scheduler-board"
+
+
+class NoStage(Exception):
+    """What an attempt runs cannot be read."""
 
 
 class Snapshots(Protocol):
@@ -25,8 +36,8 @@ class Snapshots(Protocol):
 
 
 class Reader:
-    """Set `unread` when there may be something to read; `board` is not `whole` until it is at the head of the log. `read_at`: as of when it was there
-    last."""
+    """Set `unread` when there may be something to read. `stuck`: the event that `board` stands before and cannot take; its roster goes on. `read_at`:
+    as of when it was last known who may work here, which was never if it is not `whole`."""
 
     def __init__(self, log: EventLog, snapshots: Snapshots, clock: Callable[[], float]) -> None:
         self._log = log
@@ -39,24 +50,56 @@ class Reader:
         self.unread = True
         self.whole = False
         self.read_at = float("-inf")
+        self.stuck: Unprojectable | None = None
+        self._members_at = 0
 
     async def read(self) -> None:
-        """Fold everything up to the head of the log. It is unread again when this fails, when somebody appends, and when we do.
-        Raises LogUnavailable, and Unprojectable: the board stays before that event."""
+        """Fold everything up to the head of the log, or to an event that cannot be folded. It is unread again when this fails, when somebody appends,
+        and when we do. Raises LogUnavailable."""
         self.unread = False
         began = self._clock()
         try:
-            await self._fold()
+            await self._fold_or_stand_still()
+            if self.stuck is None or await self._fold_members(self.stuck.position):
+                self.whole, self.read_at = True, began
         except BaseException:
             self.unread = True
             raise
-        self.whole, self.read_at = True, began
+
+    async def _fold_or_stand_still(self) -> None:
+        try:
+            await self._fold()
+            self.stuck, self._members_at = None, 0
+        except Unprojectable as error:  # tried again when something is appended, or the next time that the log is looked at anyway
+            if str(error) != str(self.stuck):
+                logger.error("the board stands still: what is leased goes on, and nothing else is", why=str(error), exc_info=error.__cause__)
+            self.stuck = error
+
+    async def _fold_members(self, stuck: int) -> bool:
+        """Who may work here, past an event that is about something else: what is leased goes on, and so do logins. What is folded twice, once the
+        board gets on, comes to the same. Whether it is known."""
+        while True:
+            head, after = await self._log.head(), max(self._members_at, stuck - 1)
+            rows = await self._log.read(after, BATCH, MEMBERS)
+            for row in rows:
+                try:
+                    one = fact(row)
+                    self.board.roster.apply(one.subject_id, one.event)
+                except Exception:
+                    return False
+                self._members_at = row.position
+            if not is_full(rows, BATCH):
+                self._members_at = max(self._members_at, head)
+                return True
 
     async def _fold(self) -> None:
         if not self._version:
             version = f"{CODE_VERSION}.{await self._log.epoch()}"
             if stored := await self._snapshots.load(_NAME, version):
-                self.board = Board.restore(*stored)
+                try:
+                    self.board = Board.restore(*stored)
+                except Exception as error:  # losing it costs time, never truth
+                    logger.warning("a snapshot cannot be read, and the whole log is", exc_info=error)
             self._saved_at, self._version = self.board.position, version
         while True:
             rows = await self._log.read(self.board.position, BATCH, CATEGORIES)
@@ -80,11 +123,13 @@ class Reader:
             await self._snapshots.save(_NAME, self.board.position, self._version, self.board.snapshot())
 
     async def stage(self, attempt: Attempt) -> Stage:
-        """What the attempt runs: remembered, or from the build's stream."""
-        plan = self.board.plans.get(attempt.build)
-        if plan is None:
-            history = (await self._log.read_streams([f"build-{attempt.build}"]))[f"build-{attempt.build}"]
-            created = decode(history[0].type, history[0].data)
-            assert isinstance(created, BuildCreated)
-            plan = {stage.name: stage for stage in created.plan.stages}
-        return plan[attempt.stage]
+        """What the attempt runs: remembered, or from the build's stream. Raises LogUnavailable, and NoStage."""
+        plan, stream = self.board.plans.get(attempt.build), f"build-{attempt.build}"
+        try:
+            if plan is None:
+                created = (await self._log.read_streams([stream]))[stream][0]
+                event = decode(created.type, created.data)
+                plan = {stage.name: stage for stage in event.plan.stages} if isinstance(event, BuildCreated) else {}
+            return plan[attempt.stage]
+        except (UnknownEvent, msgspec.MsgspecError, LookupError) as error:
+            raise NoStage(f"{stream}: {type(error).__name__}: {error}") from error

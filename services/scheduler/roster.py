@@ -39,6 +39,11 @@ class Roster:
         """A worker that may work here."""
         return None if self.barred(name) else self.members[name]
 
+    def key_of(self, name: str) -> str | None:
+        """Its public key; None for who may not."""
+        member = self.get(name)
+        return member.key if member else None
+
     def barred(self, name: str) -> str:
         """Why one may not; "" if it may."""
         member = self.members.get(name)

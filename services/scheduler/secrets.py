@@ -14,7 +14,7 @@ from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
 from libs.sealing import NotSealed
-from proto.catalogue import UnknownEvent
+from proto.envelope import UnreadableEvent
 from proto.events.base import Event
 from proto.events.build import BuildFinished
 from proto.events.secret import SealingKeyMade, SecretRemoved, SecretSet
@@ -87,18 +87,32 @@ class Secrets:
             await asyncio.Event().wait()
 
     async def _answer(self, subject: str, question: bytes) -> bytes:
-        team = subject.partition(".")[2]
+        """What cannot be read is repeated nowhere, nor is what a decoder says of it: it may hold a value."""
+        try:
+            request = _REQUEST.decode(question)
+        except msgspec.MsgspecError:
+            answer = SecretAnswer(refused="it is no request that schedulers know")
+        else:
+            answer = await self._answer_to(subject.partition(".")[2], request)
+        return msgspec.msgpack.encode(answer)
+
+    async def _answer_to(self, team: str, request: SecretRequest) -> SecretAnswer:
         try:
             await self._create()
-            answer = await self._do(team, _REQUEST.decode(question))
-        except (NotSealed, msgspec.MsgspecError):
-            answer = SecretAnswer(refused="it was not sealed to a key of the schedulers'")
-        return msgspec.msgpack.encode(answer)
+            return await self._do(team, request)
+        except NotSealed:
+            return SecretAnswer(refused="what it holds was not sealed to a key of the schedulers' for this")
+        except UnreadableEvent as error:
+            logger.error("a secret's history cannot be read", team=team, error=str(error))
+            return SecretAnswer(refused=str(error))
 
     async def _do(self, team: str, request: SecretRequest) -> SecretAnswer:
         match request:
             case KeepSecret():
-                ((name, value),) = (await self._unsealed(team, request)).items()
+                values = await self._unsealed(team, request)
+                if len(values) != 1:
+                    raise NotSealed
+                [(name, value)] = values.items()
                 return await self._set(team, name, value, request.by)
             case KeepForBuild():
                 values = await self._unsealed(team, request)
@@ -111,7 +125,11 @@ class Secrets:
                 return await self._renew(request.by)
 
     async def _unsealed(self, team: str, request: KeepSecret | KeepForBuild) -> Mapping[str, str]:
-        values = _VALUES.decode(await self._sealing.opened(request.key, request.sealed))
+        opened = await self._sealing.opened(request.key, request.sealed)
+        try:
+            values = _VALUES.decode(opened)
+        except msgspec.MsgspecError:
+            raise NotSealed from None
         if values.team != team:
             raise NotSealed
         return values.values
@@ -152,7 +170,7 @@ class Secrets:
                     swept = self._clock()
                     await self.sweep(SETTLED)
                     await self._rotate()  # another instance may have had older keys for longer
-            except (LogUnavailable, UnknownEvent, msgspec.MsgspecError) as error:  # the last: of a stream that a command is decided on
+            except (LogUnavailable, UnreadableEvent) as error:
                 logger.warning("secrets are not minded now", error=f"{type(error).__name__}: {error}")
             await asyncio.sleep(LOOK_EVERY if self._index().sealing is not None else AT_FIRST)
 

@@ -6,7 +6,7 @@ import msgspec
 
 from libs.bus.bus import Bus
 from proto.messages import WhyWaiting
-from services.scheduler.leader import Scheduler
+from services.scheduler.scheduler import Scheduler
 
 
 async def answer_why(bus: Bus, scheduler: Scheduler) -> None:

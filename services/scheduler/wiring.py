@@ -10,7 +10,7 @@ from aiohttp import web
 from prometheus_client import Gauge
 
 from libs.bus.accounts import callout_seeds
-from libs.bus.callout import keeping_the_door
+from libs.bus.callout import connect_doorkeeper
 from libs.bus.jetstream import connect_jetstream
 from libs.eventlog.clock import SharedClock
 from libs.eventlog.leadership import Leadership
@@ -18,7 +18,7 @@ from libs.eventlog.log import LogUnavailable
 from libs.eventlog.postgres import open_postgres_log
 from libs.eventlog.snapshots import Snapshots
 from libs.runtime.commands import CommandLoop
-from libs.runtime.epoch import Epoch
+from libs.runtime.epoch import begin_epoch
 from libs.runtime.ids import new_id
 from libs.runtime.projector import measure_stuck
 from libs.runtime.service import Service
@@ -26,9 +26,9 @@ from libs.runtime.settings import BadSettings, decode
 from proto.private import Private
 from services.scheduler.commands import BootWorker, Command, LeaseStage
 from services.scheduler.decider import SchedulerDecider, State
-from services.scheduler.leader import Scheduler
 from services.scheduler.master_keys import Keyring
 from services.scheduler.packages import Packer
+from services.scheduler.scheduler import Scheduler
 from services.scheduler.sealing import SealingKeys
 from services.scheduler.secrets import Secrets
 from services.scheduler.vault import Vault
@@ -64,6 +64,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     """Build the scheduler and start its parts."""
     settings = decode(Settings, environ)
     log = await service.enter(open_postgres_log(settings.database_url))
+    epoch = await begin_epoch(log, service.draining.set)
     clock = SharedClock(log.pool, time.time, time.monotonic)
     with suppress(LogUnavailable):
         await clock.look()
@@ -72,7 +73,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     commands: CommandLoop[Command, State] = CommandLoop(log, SchedulerDecider(), new_id, creates=_creates)
     leadership = Leadership(log.pool, "placement", settings.instance or new_id())
     door = await service.enter(
-        keeping_the_door(
+        connect_doorkeeper(
             settings.nats_url,
             callout_seeds(settings.callout_seed),
             lambda worker: scheduler.key_of(worker),
@@ -100,8 +101,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
         bus=bus,
         commands=commands,
         vault=vault,
-        sealing=SealingKeys(vault, commands, new_id, lambda: scheduler.log_time),
-        index=lambda: scheduler.secret_index,
+        sealing=SealingKeys(vault, commands, new_id, lambda: scheduler.board.now),
+        index=lambda: scheduler.board.secrets,
         leads=lambda: leadership.term is not None and scheduler.problem is None,
         ids=new_id,
         clock=time.monotonic,
@@ -114,7 +115,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.warns("board", lambda: scheduler.stuck)
     service.depends("nats", lambda: None if bus.connected and door.connected else "is not connected")
     service.on_drain(leadership.resign)  # once it campaigns no more
-    service.spawn("epoch", Epoch(log, service.draining.set).watch())
+    service.spawn("epoch", epoch.watch())
     service.spawn("clock", clock.run())
     service.spawn("leadership", leadership.run())
     service.spawn("commands", commands.run())
@@ -124,6 +125,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.spawn("secrets", secrets.serve())
     service.spawn("secrets-tidy", secrets.tidy())
     service.spawn("why", answer_why(bus, scheduler))
+    service.spawn("door", door.keep())
     service.spawn("quotas", heed_quotas(bus, door))
     return None
 

@@ -61,6 +61,15 @@ async def test_each_takeover_is_a_later_term(pool: Pool) -> None:
     assert first.term is None
 
 
+@pytest.mark.parametrize("ahead", ["9 seconds", "1 hour"])
+async def test_a_dead_leader_is_followed_soon_though_the_databases_clock_was_set_back(pool: Pool, ahead: str) -> None:
+    first, second = Leadership(pool, "relay", "a"), Leadership(pool, "relay", "b")
+    await first.campaign()
+    await pool.execute("UPDATE leadership SET until = clock_timestamp() + $1::text::interval", ahead)
+    assert await second.campaign() == (ahead == "1 hour"), "by less it is only waited for"
+    assert await first.campaign() == (ahead != "1 hour")
+
+
 async def test_a_leader_that_let_its_term_run_out_gets_a_later_one(pool: Pool) -> None:
     """Another may have led, and ended, in between."""
     leader = Leadership(pool, "relay", "a")

@@ -20,9 +20,9 @@ from proto.messages import TREE_HINT, Reports, ReportStageFinished
 from proto.plan import Plan, Requirements, Stage, TaskInput
 from proto.topology import CONSUMERS, STREAMS
 from services.scheduler.decider import SchedulerDecider
-from services.scheduler.leader import Scheduler
 from services.scheduler.master_keys import Keyring
 from services.scheduler.packages import Packer
+from services.scheduler.scheduler import Scheduler
 from services.scheduler.vault import Vault
 from tests.controls import counter, eventually, write
 from tests.worker_controls import IDENTITY, SERVER, a_worker, sh
@@ -71,15 +71,15 @@ class World:
         return lease
 
     def credits(self, name: str) -> int:
-        worker = self.scheduler._fleet.get(name)
+        worker = self.scheduler.fleet.get(name)
         return len(worker.credits) if worker else 0
 
     def boot(self, name: str) -> str:
-        worker = self.scheduler._fleet.get(name)
+        worker = self.scheduler.fleet.get(name)
         return worker.heartbeat.boot if worker else ""
 
     def known(self, name: str) -> tuple[str, ...]:
-        worker = self.scheduler._fleet.get(name)
+        worker = self.scheduler.fleet.get(name)
         return worker.cached if worker else ()
 
     async def record(self) -> None:
@@ -100,6 +100,8 @@ class NobodyComes:
     def cut(self, worker: str, key: str) -> None: ...
 
     def sweep(self) -> None: ...
+
+    def look(self) -> None: ...
 
 
 @asynccontextmanager

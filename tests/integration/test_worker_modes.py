@@ -73,9 +73,9 @@ async def test_a_pull_worker_gets_work_only_while_it_wants_some(tmp_path: Path) 
     async with a_world(tmp_path) as world, a_worker(world.bus, tmp_path / "w2", "w2", slots=SLOTS, mode="pull", condition=machine, heartbeat=BEAT):
         await eventually(lambda: world.boot("w2"))
         (build,) = await queue(world, "true")
-        said = world.scheduler._fleet.get("w2").heartbeat.number
-        await eventually(lambda: world.scheduler._fleet.get("w2").heartbeat.number > said + 1)
-        assert await leases(world) == {} and world.scheduler._fleet.get("w2").view().credits == []
+        said = world.scheduler.fleet.get("w2").heartbeat.number
+        await eventually(lambda: world.scheduler.fleet.get("w2").heartbeat.number > said + 1)
+        assert await leases(world) == {} and world.scheduler.fleet.get("w2").view().credits == []
         machine.now = Condition()
         await eventually(lambda: succeeded(world, [build]))
 
@@ -89,7 +89,7 @@ async def test_a_worker_in_trouble_gets_nothing_and_its_stage_goes_elsewhere(tmp
     ):
         await eventually(lambda: world.credits("w1") == SLOTS)
         machine.now = Condition(trouble="disk full: 3 MiB free")
-        await eventually(lambda: (worker := world.scheduler._fleet.get("w1")) is not None and worker.view().closed == "in trouble")
+        await eventually(lambda: (worker := world.scheduler.fleet.get("w1")) is not None and worker.view().closed == "in trouble")
         await eventually(lambda: world.credits("w2") == SLOTS)
         builds = await queue(world, "true", "true", "true")
         await eventually(lambda: succeeded(world, builds))
@@ -105,7 +105,7 @@ async def test_a_drained_worker_finishes_and_gets_nothing_until_it_is_resumed(tm
         await eventually(lambda: world.credits("w1") == SLOTS - 1)
         await world.log.append([write("fleet-worker-w1", WorkerDrained(reason="a new disk"))])
         world.scheduler.log_grew()
-        await eventually(lambda: world.scheduler._fleet.get("w1").heartbeat.draining)
+        await eventually(lambda: world.scheduler.fleet.get("w1").heartbeat.draining)
         (waiting,) = await queue(world, "true")
         gate.touch()
         await eventually(lambda: succeeded(world, [running]))

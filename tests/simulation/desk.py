@@ -1,6 +1,5 @@
 """Commands decided at once over a log in memory; what is folded as it goes along must be what a fold from the start gives."""
 
-import asyncio
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
@@ -33,18 +32,10 @@ class Desk(Generic[C, S]):
         self._states: dict[str, tuple[int, S]] = {}
         self.unsure = 0.0
 
-    def submit(self, command: C, cause: Cause) -> "asyncio.Future[Sequence[Event]]":
-        future: asyncio.Future[Sequence[Event]] = asyncio.get_running_loop().create_future()
-        try:
-            future.set_result(self.execute(command, cause))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
     def execute(self, command: C, cause: Cause) -> Sequence[Event]:
         """The events that came of it. Raises Refused, Early, or LogUnavailable before or after it was recorded."""
         self._count()
-        lost = self._chance.random() < self.unsure and self._chance.choice(["before", "after"])
+        lost = self.lost()
         if lost == "before":
             raise LogUnavailable("simulated")
         stream = self._decider.stream(command)
@@ -69,6 +60,10 @@ class Desk(Generic[C, S]):
         if lost:
             raise LogUnavailable("simulated")
         return events
+
+    def lost(self) -> str:
+        """Whether nobody is told what came of a question ("": it is told), and whether nothing did ("before") or something ("after")."""
+        return self._chance.choice(["before", "after"]) if self._chance.random() < self.unsure else ""
 
     def crash(self) -> None:
         """All that it remembers is gone. Before, it is compared with what the log says."""

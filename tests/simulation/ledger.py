@@ -58,7 +58,7 @@ class Ledger:
                 known = self._stages[build, stage]
                 assert (number, event.worker, False) == (known.leased, known.worker, known.expired), f"{event} of {known}"
                 known.expired = True
-                runs = not known.over and "silent" in event.evidence and self._runs(event.worker, Attempt(build, stage, number))
+                runs = not known.over and self._runs(event.worker, Attempt(build, stage, number))
                 assert not runs, f"{event.worker} runs attempt {number} of {build}/{stage} by right, and the lease expires: {event.evidence}"
             case StepStarted() | StepProgressed() | StepFinished():
                 known = self._of(build, event.stage)

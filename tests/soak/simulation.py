@@ -75,7 +75,7 @@ def quick() -> Iterator[None]:
 
 def main(first: int, steps: int | None = None, seconds: float = float("inf")) -> int:
     """One world; or worlds one after another, until so many steps are done. Each is a line on stdout: its seed, and its steps (-1: it failed)."""
-    from tests.simulation.world import lived
+    from tests.simulation.life import lived
 
     seed, done, until, failed = first, 0, time.monotonic() + seconds, False
     with quick():

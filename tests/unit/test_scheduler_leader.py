@@ -9,7 +9,7 @@ from nacl.public import PrivateKey, SealedBox
 
 from libs.bus.bus import BusUnavailable
 from libs.bus.memory import MemoryBus
-from libs.eventlog.log import LogUnavailable
+from libs.eventlog.log import LogUnavailable, NewEvent
 from libs.eventlog.memory import MemoryLog
 from libs.runtime.commands import CommandLoop
 from libs.tokens import BuildToken, new_seed, public_key, read_token, sign, verify
@@ -24,11 +24,11 @@ from proto.plan import Plan, Requirements, Run, RunStep, Stage, TaskConfig
 from proto.topology import MAX_PAYLOAD
 from services.scheduler.board import Board
 from services.scheduler.decider import SchedulerDecider
-from services.scheduler.leader import Scheduler
 from services.scheduler.master_keys import Keyring
 from services.scheduler.packages import Packer
+from services.scheduler.scheduler import Scheduler
 from services.scheduler.vault import Vault
-from tests.controls import counter, write
+from tests.controls import counter, eventually, write
 
 SERVER = new_seed()
 IDENTITY = new_seed()
@@ -57,6 +57,7 @@ class World:
         self.now = 1000.0
         self.office = Office()
         self.box = PrivateKey.generate()
+        self.packer = Packer(SERVER, "http://artifacts", LEASE, lambda: NOW)
         self.number = 0
         self.since: dict[str, int] = {}
         """Boots in the order in which they were begun: that in which they are first heard, unless it is said before."""
@@ -64,7 +65,8 @@ class World:
         self.packages: list[Package] = []
         self.controls: list[Control] = []
         self.cuts: list[tuple[str, str]] = []
-        self.sweeps = 0
+        self.sweeps = self.looks = 0
+        self.snapshots = NoSnapshots()
         self.scheduler = self.another()
 
     def another(self):
@@ -73,9 +75,9 @@ class World:
             bus=self.bus,
             commands=self.commands,
             leadership=self.office,
-            snapshots=NoSnapshots(),
+            snapshots=self.snapshots,
             vault=Vault(None, lambda: Keyring(f"k1:{new_seed()}")),
-            packer=Packer(SERVER, "http://artifacts", LEASE, lambda: NOW),
+            packer=self.packer,
             door=self,
             lease_seconds=LEASE,
             clock=lambda: self.now,
@@ -87,6 +89,9 @@ class World:
 
     def sweep(self):
         self.sweeps += 1
+
+    def look(self):
+        self.looks += 1
 
     def beat(self, *, free=1, running=(), boot="b1", goodbye=False, seed=IDENTITY, challenge=None, logs=()):
         self.number += 1
@@ -130,6 +135,10 @@ class World:
 
     async def events(self, *kinds):
         found = [decode(r.type, r.data) for r in await self.log.read(0, 1000)]
+        return [event for event in found if isinstance(event, kinds)]
+
+    async def events_of(self, stream, *kinds):
+        found = [decode(r.type, r.data) for r in (await self.log.read_streams([stream]))[stream]]
         return [event for event in found if isinstance(event, kinds)]
 
     async def introduced(self):
@@ -189,6 +198,22 @@ async def listening(bus):
 
 
 A1 = Attempt("x1", "main", 1)
+
+
+async def test_whoever_admits_workers_is_told_to_look_when_it_is_known_who_is_one(world, monkeypatch):
+    """At once when the scheduler starts, rather than at the next tick; and again when it had not known for a while."""
+    monkeypatch.setattr("services.scheduler.scheduler.CANDIDATE_TICK", 600.0)
+    assert world.looks == 1
+    world.office.term = None
+    async with running(world.another().run()):
+        await eventually(lambda: world.looks == 2)
+    world.scheduler.log_grew()
+    await world.turn()
+    assert world.looks == 2, "it knew"
+    world.now += 60
+    world.scheduler.log_grew()
+    await world.turn()
+    assert world.looks == 3
 
 
 async def test_an_attempt_is_leased_to_a_credit_and_its_package_names_all_that_it_is_for(world):
@@ -281,6 +306,21 @@ async def test_time_counts_only_while_the_scheduler_could_have_heard(world):
     assert not await world.events(LeaseExpired)
     await world.turn(LEASE + 2)
     assert await world.events(LeaseExpired)
+
+
+async def test_what_was_said_before_a_stop_is_no_evidence_after_it(world):
+    """It was sent before the package arrived, and is heard half a minute later."""
+    await world.introduced()
+    await world.queue()
+    await world.turn()
+    world.now += 30
+    world.beat(free=0)
+    await world.turn()
+    assert not await world.events(LeaseExpired)
+    for _ in range(12):
+        await world.turn(1.0)
+        world.beat(free=0)
+    assert [expired.evidence for expired in await world.events(LeaseExpired)] == ["worker w1 never took it"]
 
 
 async def test_a_takeover_grants_each_lease_a_whole_term(world):
@@ -399,7 +439,7 @@ async def test_what_was_leased_while_the_bus_went_away_is_sent_when_it_is_back(w
 
 
 async def test_a_package_that_the_bus_cannot_carry_stops_nothing_else(world, monkeypatch):
-    monkeypatch.setattr(world.scheduler._packer, "package", lambda *_: b"x" * (MAX_PAYLOAD + 1))
+    monkeypatch.setattr(world.packer, "package", lambda *_: b"x" * (MAX_PAYLOAD + 1))
     await world.introduced()
     await world.queue()
     await world.turn()
@@ -416,6 +456,21 @@ async def test_an_attempt_that_its_worker_had_and_lists_no_more_is_given_to_anot
     await world.turn()
     [expired] = await world.events(LeaseExpired)
     assert "gave it up" in expired.evidence
+
+
+async def test_what_a_worker_said_before_it_took_an_attempt_is_no_evidence_against_it(world):
+    """The heartbeat was long under way, or this process long busy: its reports were quicker."""
+    await world.introduced()
+    await world.queue()
+    await world.turn()
+    await world.happened("build-x1", StepStarted(stage="main", attempt=1, step="run", worker="w1", report=1))
+    await world.turn(1.5)
+    world.beat(free=0)
+    await world.turn(1.5)
+    world.beat(free=0, running=[A1])
+    await world.turn()
+    assert not await world.events(LeaseExpired)
+    assert world.controls[-1].held == [Held(A1, 1)]
 
 
 async def test_why_nothing_can_be_placed_is_recorded_once(world):
@@ -446,7 +501,7 @@ async def test_a_worker_is_told_what_the_archive_of_a_log_holds(world):
         world.beat(logs=[A1])
         await world.turn()
         assert world.controls[-1].archived == [ArchivedLog("x1", "main", 1, 5, [(2, 3)])], remembered
-        world.scheduler._board.archived.clear()
+        world.scheduler.board.archived.clear()
 
 
 async def test_a_revoked_worker_is_cut_off_its_leases_end_at_once_and_nothing_it_says_counts(world):
@@ -467,12 +522,13 @@ async def test_a_revoked_worker_is_cut_off_its_leases_end_at_once_and_nothing_it
     assert 9 <= len(world.cuts) <= 12, "whoever another instance let in meanwhile is cut off too, but not for ever"
 
 
-async def test_what_a_worker_offers_has_bounds_because_it_becomes_an_event(world):
-    offers = Offers(tags=tuple(f"t{number}" for number in range(100_000)))
+@pytest.mark.parametrize(("tags", "heard"), [(3, True), (100_000, False)])
+async def test_what_a_worker_offers_has_bounds_because_it_becomes_an_event(world, tags, heard):
+    offers = Offers(tags=tuple(f"t{number}" for number in range(tags)))
     heartbeat = Heartbeat(boot="b1", since=1, number=1, slots=1, availability=Availability(challenge=b"", offers=offers))
     world.scheduler.hear("presence.w1", msgspec.msgpack.encode(sign(IDENTITY, "presence", msgspec.msgpack.encode(heartbeat))))
     await world.turn()
-    assert not await world.events(WorkerBooted)
+    assert bool(await world.events(WorkerBooted)) == heard
 
 
 @pytest.mark.parametrize("asked", [{"logs": [A1] * 150_000}, {"running": [A1] * 150_000}], ids=["logs", "attempts"])
@@ -524,6 +580,18 @@ async def test_a_liar_that_comes_again_and_again_makes_few_events_and_is_heard_a
     world.beat(boot="honest")
     await world.turn()
     assert [event.boot for event in (await world.events(WorkerBooted))[before:]] == ["honest"]
+
+
+async def test_another_that_gets_the_name_of_one_that_came_too_often_is_heard_at_once(world):
+    for number in range(30):
+        world.beat(boot=f"b{number}")
+        await world.scheduler.turn()
+    other = new_seed()
+    await world.happened("fleet-worker-w1", WorkerRevoked(), WorkerDeleted(), WorkerRegistered(worker="w1", key=public_key(other)))
+    await world.scheduler.turn()
+    world.beat(boot="another", seed=other)
+    await world.scheduler.turn()
+    assert (await world.events(WorkerBooted))[-1].boot == "another"
 
 
 @pytest.mark.parametrize("gone", [[WorkerRevoked()], [WorkerRevoked(), WorkerDeleted()]])
@@ -606,7 +674,7 @@ async def test_a_key_that_was_revoked_is_good_for_nothing_under_any_name_and_aft
     await world.happened("fleet-worker-w9", WorkerRegistered(worker="w9", key=key))
     await world.turn()
     assert set(world.cuts) == {("w1", key), ("twin", key)}
-    board = world.scheduler._board
+    board = world.scheduler.board
     for roster in (board.roster, Board.restore(board.position, board.snapshot()).roster):
         assert [roster.get(name) for name in ("w1", "twin", "w9")] == [None] * 3
         assert roster.get("lost") is not None
@@ -644,6 +712,120 @@ async def test_a_boot_that_could_not_be_recorded_gets_nothing_before_it_is(world
     assert [lease.boot for lease in await world.events(StageLeased)] in ([], ["again"])
 
 
+class Kept(NoSnapshots):
+    """A snapshot of a board."""
+
+    def __init__(self, board):
+        self.stored = board.position, board.snapshot()
+
+    async def load(self, *_):
+        return self.stored
+
+
+def spoil(log, stream, to):
+    """A stream's first event is one that this code cannot read, as after a step back to it from newer code."""
+    rows = log._records.streams[stream]
+    rows[0] = msgspec.structs.replace(rows[0], **to)
+
+
+UNREADABLE = {"of tomorrow": {"type": "build.of_tomorrow"}, "not of its type": {"data": b"{}"}, "no JSON": {"data": b"{"}}
+
+
+@pytest.mark.parametrize("to", UNREADABLE.values(), ids=UNREADABLE.keys())
+async def test_an_attempt_whose_plan_cannot_be_read_waits_and_is_told_why_and_the_others_do_not_wait_for_it(world, to):
+    await world.queue("x1")
+    await world.queue("x2")
+    await world.turn()
+    world.snapshots = Kept(world.scheduler.board)
+    spoil(world.log, "build-x1", to)
+    world.scheduler, world.office.term = world.another(), 2
+    await world.scheduler.turn()
+    await world.introduced()
+    await world.turn()
+    assert [package.attempt.build for package in world.packages] == ["x2"]
+    await world.turn(5)
+    world.beat(running=[Attempt("x2", "main", 1)])
+    await world.turn()
+    assert [event.reason for event in await world.events(StageDeferred)] == ["its plan cannot be read: the scheduler's log says why"]
+    [waits] = world.scheduler.waits([A1]).stages
+    assert (waits.able, waits.ahead) == (0, 0)
+    assert [queued.attempt for queued in Board.restore(*Kept(world.scheduler.board).stored).queue.all()] == [A1]
+
+
+async def test_a_package_that_cannot_be_made_again_holds_up_no_other(world):
+    await world.introduced()
+    await world.queue("x1")
+    await world.turn()
+    world.scheduler.board.plans.clear()
+    spoil(world.log, "build-x1", UNREADABLE["of tomorrow"])
+    await world.queue("x2")
+    await world.turn(1.1)
+    world.beat()
+    await world.turn()
+    assert [package.attempt.build for package in world.packages] == ["x1", "x2"]
+    for _ in range(12):
+        await world.turn(1.0)
+        world.beat(running=[Attempt("x2", "main", 1)])
+    await world.turn()
+    assert [(event.attempt, event.evidence) for event in await world.events(LeaseExpired)] == [(1, "worker w1 never took it")]
+
+
+@pytest.fixture
+async def stuck(world):
+    """One attempt is leased, and the board cannot take what came after it."""
+    await leased(world)
+    await world.log.append([write("build-bad", NewEvent("bad", "build.of_tomorrow", b"{}"))])
+    world.scheduler.log_grew()
+    await world.turn()
+    assert "build-bad" in str(world.scheduler.stuck)
+    return world
+
+
+async def pass_by(world, seconds):
+    for _ in range(seconds):
+        world.scheduler.log_grew()
+        await world.turn(1.0)
+
+
+async def test_who_may_work_is_known_past_an_event_that_the_board_cannot_take(stuck):
+    """Else nobody could log in again, and what runs would end with the logins."""
+    await pass_by(stuck, 20)
+    assert stuck.scheduler.knows() and stuck.scheduler.key_of("w1") == public_key(IDENTITY)
+    await stuck.happened("fleet-worker-w2", WorkerRegistered(worker="w2", key="k2"))
+    await stuck.happened("fleet-worker-w1", WorkerRevoked())
+    await stuck.turn()
+    assert (stuck.scheduler.key_of("w1"), stuck.scheduler.key_of("w2")) == (None, "k2")
+    assert stuck.cuts == [("w1", public_key(IDENTITY))]
+    assert not await stuck.events_of("lease-x1", LeaseExpired)
+    await stuck.log.append([write("fleet-worker-w3", NewEvent("worse", "worker.of_tomorrow", b"{}"))])
+    await pass_by(stuck, 20)
+    assert not stuck.scheduler.knows(), "that may be another's leave to work, or its end"
+
+
+async def test_whoever_starts_before_an_event_that_it_cannot_take_renews_what_is_leased(stuck):
+    stuck.scheduler, stuck.office.term = stuck.another(), 2
+    await stuck.turn()
+    stuck.beat(free=0, running=[A1])
+    await stuck.turn()
+    assert stuck.controls[-1].number == stuck.number and stuck.controls[-1].held == [Held(A1, 1)]
+
+
+async def test_a_board_that_gets_on_again_has_the_members_that_the_log_has(stuck):
+    await stuck.happened("fleet-worker-w2", WorkerRegistered(worker="w2", key="k2"), WorkerRevoked())
+    await stuck.happened("fleet-worker-w3", WorkerRegistered(worker="w3", key="k3", tags=("gpu",)), WorkerDrained())
+    await stuck.turn()
+    rows = stuck.log._records.events
+    at = next(n for n, row in enumerate(rows) if row.stream == "build-bad")
+    rows[at] = msgspec.structs.replace(rows[at], stream="team-bad")
+    stuck.scheduler.log_grew()
+    await stuck.turn()
+    assert stuck.scheduler.stuck is None
+    fresh = stuck.another()
+    await fresh.turn()
+    assert stuck.scheduler.board.roster.members == fresh.board.roster.members
+    assert stuck.scheduler.board.snapshot() == fresh.board.snapshot()
+
+
 async def lost(*_):
     raise LogUnavailable("the database is away")
 
@@ -665,7 +847,7 @@ async def test_after_a_failover_too_the_newer_of_two_with_one_identity_wins(worl
         for each in order:
             world.beat(boot=boots[each])
         await world.turn()
-    assert world.scheduler._fleet.get("w1").heartbeat.boot == "newer"
+    assert world.scheduler.fleet.get("w1").heartbeat.boot == "newer"
     assert [event.boot for event in await world.events(WorkerBooted)] == ["older", "newer"]
     await world.queue()
     world.beat(boot="older")
@@ -732,7 +914,7 @@ async def test_whom_another_follows_while_nobody_here_hears_it_is_forgotten_by_t
     world.controls.clear()
     await world.queue()
     await world.turn()
-    assert world.scheduler._fleet.get("w1") is None and not world.packages
+    assert world.scheduler.fleet.get("w1") is None and not world.packages
     world.beat(boot="older")
     await world.turn()
     assert world.controls[-1].boot == "older" and world.controls[-1].challenge == b""
@@ -769,7 +951,7 @@ async def test_who_may_work_survives_in_the_snapshot(world):
     await world.happened("fleet-worker-w2", WorkerRegistered(worker="w2", key="k2", tags=("gpu",)), WorkerDrained())
     await world.happened("fleet-worker-w3", WorkerRegistered(worker="w3", key="k3"), WorkerRevoked())
     await world.turn()
-    board = world.scheduler._board
+    board = world.scheduler.board
     assert Board.restore(board.position, board.snapshot()).roster.members == board.roster.members
     assert (world.scheduler.key_of("w2"), world.scheduler.key_of("w3"), world.scheduler.key_of("w4")) == ("k2", None, None)
 

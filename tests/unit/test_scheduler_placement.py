@@ -163,9 +163,51 @@ def reasons(queue, fleet, before=LATER, limit=100):
 
 def test_an_empty_fleet_is_said():
     assert reasons(queue_of(queued(1)), Pool()) == [("b1", "no worker is connected")]
-    assert reasons(queue_of(queued(1)), Pool([worker("w", closed="draining")])) == [("b1", "every worker is draining")]
-    closed = Pool([worker("v", closed="in trouble"), worker("w", closed="draining")])
-    assert reasons(queue_of(queued(1)), closed) == [("b1", "every worker is draining or in trouble")]
+
+
+@pytest.mark.parametrize(
+    ("fleet", "reason"),
+    [
+        ([worker("w", tags=("gpu",), closed="draining")], "every worker is draining: resume one, or start another"),
+        (
+            [worker("v", tags=("gpu",), closed="in trouble"), worker("w", tags=("gpu",), closed="draining")],
+            "every worker is draining or in trouble: `penstock workers` says which, and why",
+        ),
+        (
+            [worker("v"), worker("w", tags=("gpu",), closed="draining")],
+            "every worker that offers platform linux and tag gpu is draining: resume one, or start another",
+        ),
+        (
+            [worker("v", closed="draining"), worker("w", tags=("gpu",), closed="in trouble")],
+            "every worker that offers platform linux and tag gpu is in trouble: `penstock workers` says why",
+        ),
+        ([worker("v", closed="draining"), worker("w")], "no worker offers tag gpu"),
+        ([worker("v"), worker("w", platform="darwin", tags=("gpu",))], "no worker offers platform linux and tag gpu together"),
+    ],
+    ids=["all drain", "all are closed", "one drains", "one is in trouble", "none has it", "none has both"],
+)
+def test_what_is_said_is_true_of_those_that_may_take_nothing_too(fleet, reason):
+    queue, pool = queue_of(queued(1, requirements=Requirements(tags=("gpu",)))), Pool(fleet)
+    assert reasons(queue, pool) == [("b1", reason)]
+    pool.put(worker("new", free=0, tags=("gpu",)))
+    assert reasons(queue, pool) == [], "a busy one is no reason, only a wait"
+
+
+def test_all_that_nobody_offers_is_named():
+    queue = queue_of(queued(1, requirements=Requirements(platform="plan9", tags=("a", "b"))))
+    assert reasons(queue, Pool([worker("w")])) == [("b1", "no worker offers platform plan9, tag a or tag b")]
+
+
+def test_one_that_is_set_aside_holds_up_nobody_and_waits_in_its_place_of_the_log():
+    queue, fleet = queue_of(queued(1), queued(2)), Pool([worker("w", free=1)])
+    queue.set_aside(Attempt("b1", "main", 1))
+    [assignment] = place(queue, fleet, 0.0)
+    assert assignment.queued.attempt.build == "b2"
+    assert reasons(queue, fleet) == [("b1", "its plan cannot be read: the scheduler's log says why")]
+    assert [(one.attempt.build, one.deferred != "") for one in queue.all()] == [("b2", False), ("b1", True)]
+    lease(queue, fleet, assignment, 0.0)
+    assert place(queue, fleet, 0.0) == [] and not queue.awake, "nothing is looked at again and again"
+    assert queue.remove(Attempt("b1", "main", 1)) is not None and queue.lines == {}
 
 
 def test_a_reason_is_said_once_and_again_when_it_is_another():

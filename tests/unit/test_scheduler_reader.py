@@ -27,6 +27,13 @@ class Kept:
         return self.stored.get((name, code_version))
 
 
+class Spoilt(Kept):
+    """What it keeps is not what was stored."""
+
+    async def load(self, name: str, code_version: str) -> tuple[int, bytes] | None:
+        return 1, b"\x81\xa6queued\xc0"
+
+
 async def queued(log: MemoryLog, *builds: str) -> None:
     for build in builds:
         made = BuildCreated(plan=PLAN), StageQueued(stage="main", attempt=1, requirements=Requirements())
@@ -51,3 +58,9 @@ async def test_a_snapshot_is_of_the_epoch_in_which_it_was_made(monkeypatch: pyte
     await queued(restored, "x3")
     restored.raise_epoch()
     assert await board(restored, kept) == (2, {"x3"})
+
+
+async def test_a_snapshot_that_cannot_be_read_is_none() -> None:
+    log = MemoryLog()
+    await queued(log, "x1", "x2")
+    assert await board(log, Spoilt()) == (4, {"x1", "x2"})
