@@ -1,10 +1,11 @@
 """An event with its place in the log, as a decider, a reaction or a projection sees it, and as it travels on the bus."""
 
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 
 import msgspec
 
-from proto.catalogue import TAGS, category_of, decode
+from proto.catalogue import TAGS, UnknownEvent, category_of, decode
 from proto.events.base import Event
 
 
@@ -62,6 +63,23 @@ def fact(recorded: Recorded) -> Fact:
         recorded_at=recorded.recorded_at,
         event=decode(recorded.type, recorded.data),
     )
+
+
+class UnreadableEvent(Exception):
+    """Names an event of the log that this code cannot read: it is of a newer version, or is not what it should be."""
+
+    def __init__(self, recorded: Recorded, why: Exception) -> None:
+        super().__init__(f"event {recorded.position} ({recorded.type} on {recorded.stream}) cannot be read: {type(why).__name__}: {why}")
+        self.position = recorded.position
+
+
+def facts(rows: Iterable[Recorded]) -> Iterator[Fact]:
+    """Decode what was read of a stream, to act on it. Raises UnreadableEvent."""
+    for recorded in rows:
+        try:
+            yield fact(recorded)
+        except (UnknownEvent, msgspec.MsgspecError) as error:
+            raise UnreadableEvent(recorded, error) from error
 
 
 class CloudEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

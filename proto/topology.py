@@ -4,8 +4,10 @@ from typing import Literal, NamedTuple
 
 MAX_EVENT = 1 << 20
 """An event, and so a plan, is at most 1 MiB."""
+MAX_NAME = 1000
+"""Bytes in each of the names around an event: its stream, team, type, ids and actor."""
 MAX_PAYLOAD = MAX_EVENT + (64 << 10)
-"""The server's max_payload: an event and its envelope."""
+"""The server's max_payload: an event and its envelope, whose names have room even where JSON needs six bytes for each of theirs."""
 MAX_CHUNK = 64 << 10
 """Data in one log chunk."""
 

@@ -153,6 +153,8 @@ class FakeArtifacts:
 
     async def archive(self, request: web.Request) -> web.Response:
         self._grant(request, "log")
+        if self.refuse is not None:
+            return self.refuse
         names = request.match_info
         found = self.archives.get(f"{names['build']}/{names['stage']}/{names['attempt']}")
         if found is None:

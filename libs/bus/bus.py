@@ -4,6 +4,7 @@ The bus is never the only holder of anything: all that is on it may vanish at an
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
@@ -44,7 +45,7 @@ class StreamFull(BusUnavailable):
 
 
 class TooLarge(Exception):
-    """Over the server's max_payload; found out before anything is sent."""
+    """Over the server's max_payload, which is found out before anything is sent; or over what the stream takes."""
 
 
 class Message(Protocol):
@@ -94,7 +95,7 @@ class Bus(Protocol):
         The future fails with BusUnavailable (no connection, no ack within 5 s, no stream, StreamFull) or TooLarge. A msg_id counts for the whole
         stream, whoever sends it: where senders do not trust one another it must not be guessable, or one makes another's message a duplicate
         beforehand.
-        Raises ValueError for a subject or msg_id that is none.
+        Raises ValueError for a subject or msg_id that is none (see `check_subject`).
         """
 
     async def send(self, subject: str, data: bytes) -> None:
@@ -131,6 +132,17 @@ class Bus(Protocol):
 
     async def stream_state(self, stream: str) -> StreamState | None:
         """None when there is no such stream. Raises BusUnavailable."""
+
+
+_SUBJECT = re.compile(r"[^\s.*>\x00]+(?:\.[^\s.*>\x00]+)*")
+_LONGEST = 3500
+"""Bytes of a subject: with a longer one the line that it is on is over 4 KiB, and the server hangs up."""
+
+
+def check_subject(subject: str) -> None:
+    """Raises ValueError for what nothing can be sent to."""
+    if not _SUBJECT.fullmatch(subject) or len(subject.encode()) > _LONGEST:
+        raise ValueError(f"not a subject to send to: {subject[:100]!r}")
 
 
 def matches(pattern: str, subject: str) -> bool:

@@ -8,8 +8,10 @@ a JWT that confines the connection, and ends it when the JWT lapses: the client 
 import asyncio
 import base64
 import binascii
+from bisect import insort
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -17,8 +19,9 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter
 
 from libs.bus.accounts import CalloutKeys, permissions
-from libs.bus.connection import Connection, Login, connect
+from libs.bus.connection import Connection, connect
 from libs.bus.nkeys import jwt, nkey, public_of
+from libs.bus.wire import Login
 from libs.tokens import is_signed, public_key
 
 GROUP = "callout"
@@ -27,10 +30,8 @@ _EVENTS = "$SYS.ACCOUNT.WORKERS."
 _PAGE = 1024
 MOST = 2
 """Connections that a key may have: whoever renews one has two for a moment. The oldest goes."""
-LOOK = 0.25
-"""Seconds between two looks whether we know whom to admit by now."""
-LOOK_AGAIN = 5.0
-"""The same, whether we still do: a question that comes when we do not is a reason to look, too."""
+LOOK = 5.0
+"""Seconds between two looks whether we (still) know whom to admit, if nothing else is a reason to: a question that comes when we do not is one."""
 
 logger = structlog.get_logger()
 
@@ -64,6 +65,7 @@ class _Request(msgspec.Struct, frozen=True):
 
 class _Held(msgspec.Struct, frozen=True):
     cid: int
+    start: datetime
     authorized_user: str = ""
 
 
@@ -80,6 +82,7 @@ class _Connections(msgspec.Struct, frozen=True):
 
 class _Whose(msgspec.Struct, frozen=True):
     id: int
+    start: datetime
     user: str = ""
 
 
@@ -122,8 +125,8 @@ def user_name(worker: str, key: str) -> str:
 
 
 class Doorkeeper:
-    """Answers while it is kept (see `keeping_the_door`) and `knows` who is a worker. `cut` and `sweep` end connections; of those of one key that are
-    too many the oldest are ended by themselves."""
+    """Answers while `keep` runs, and it `knows` who is a worker; whoever comes to know tells it to `look`. `cut` and `sweep` end connections; of
+    those of one key that are too many the oldest are ended by themselves."""
 
     def __init__(
         self, asked: Connection, system: Connection, key_of: Callable[[str], str | None], issuer: str, seconds: float, knows: Callable[[], bool]
@@ -135,16 +138,14 @@ class Doorkeeper:
         self._seconds = seconds
         self._knows = knows
         self._refused: Counter | None = None
-        self._in_vain = asyncio.Event()
-        """Set when we were asked, and did not know."""
+        self._look = asyncio.Event()
         self._withheld: dict[str, dict[str, float]] = {}
         """By worker: what it may not say, and until when by the loop's clock."""
         self._pages, self._lists = system.new_inbox(), system.new_inbox()
-        self._unwanted: set[str] = set()
-        self._held: dict[str, list[tuple[str, int]]] = {}
-        """By user: server and number of each connection, the oldest first, as the servers tell."""
+        self._held: dict[str, list[tuple[datetime, int, str]]] = {}
+        """By user: when each connection began, its number and its server, the oldest first, whatever we heard of first."""
         self._seen = 0
-        system.subscribe(self._pages, self._kick_unwanted)
+        system.subscribe(f"{self._pages}.*.*", self._kick_unwanted)
         system.subscribe(self._lists, self._listed)
         system.subscribe(f"{_EVENTS}CONNECT", self._came)
         system.subscribe(f"{_EVENTS}DISCONNECT", self._went)
@@ -163,26 +164,26 @@ class Doorkeeper:
         """Answer for ever, but only while it is known who is a worker: meanwhile the server asks others."""
         answering = None
         while True:
+            self._look.clear()
             if self._knows() and answering is None:
                 answering = self._asked.subscribe(_ASKED, self._answer, GROUP)
             elif not self._knows() and answering is not None:
                 logger.warning("nobody is admitted by what may have changed: the log cannot be read")
                 await self._asked.unsubscribe(answering)
                 answering = None
-            if answering is None:
-                await asyncio.sleep(LOOK)
-                continue
-            self._in_vain.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_AGAIN):
-                    await self._in_vain.wait()
+                async with asyncio.timeout(LOOK):
+                    await self._look.wait()
+
+    def look(self) -> None:
+        """It may be known by now who is a worker, or not any more."""
+        self._look.set()
 
     def cut(self, worker: str, key: str) -> None:
         """End the connections of a worker with this key, without waiting for it; whoever wants to be sure says it again."""
         user = user_name(worker, key)
-        self._unwanted.add(user)
         query = {"auth": True, "acc": "WORKERS", "user": user, "limit": _PAGE}
-        self._system.write(b"$SYS.REQ.SERVER.PING.CONNZ", self._pages.encode(), msgspec.json.encode(query))
+        self._system.write(b"$SYS.REQ.SERVER.PING.CONNZ", f"{self._pages}.{user}".encode(), msgspec.json.encode(query))
 
     def withhold(self, worker: str, kind: str, seconds: float) -> None:
         """Let it say nothing of this kind ("reports", "logs") for so long: its connections end, and the next ones do not allow it."""
@@ -215,15 +216,16 @@ class Doorkeeper:
             if self._knows() and self._key_of(name) != key:
                 self._kick(found.server.id, one.cid, one.authorized_user)
             else:
-                self._note(one.authorized_user, found.server.id, one.cid)
+                self._note(one.authorized_user, found.server.id, one.cid, one.start)
         if held and found.data.offset + len(held) < found.data.total:
             self._list(found.server.id, found.data.offset + len(held))
 
     def _kick_unwanted(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-        found = _connections(data)
+        """A page of one user's connections, whom the subject names."""
+        found, user = _connections(data), subject.decode().removeprefix(f"{self._pages}.")
         for held in found.data.connections or ():
-            if held.authorized_user in self._unwanted:
-                self._kick(found.server.id, held.cid, held.authorized_user)
+            if held.authorized_user == user:
+                self._kick(found.server.id, held.cid, user)
 
     def _kick(self, server: str, cid: int, user: str) -> None:
         """What asks for no answer is ignored there."""
@@ -232,18 +234,19 @@ class Doorkeeper:
 
     def _came(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         event = _event(data)
-        self._note(event.client.user, event.server.id, event.client.id)
+        self._note(event.client.user, event.server.id, event.client.id, event.client.start)
 
-    def _note(self, user: str, server: str, cid: int) -> None:
+    def _note(self, user: str, server: str, cid: int, start: datetime) -> None:
         held = self._held.setdefault(user, [])
-        if (server, cid) not in held:
-            held.append((server, cid))
+        if (start, cid, server) not in held:
+            insort(held, (start, cid, server))
         while len(held) > MOST:
-            self._kick(*held.pop(0), user)
+            _, oldest, there = held.pop(0)
+            self._kick(there, oldest, user)
 
     def _went(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         event = _event(data)
-        left = [one for one in self._held.get(event.client.user, ()) if one != (event.server.id, event.client.id)]
+        left = [one for one in self._held.get(event.client.user, ()) if one[1:] != (event.client.id, event.server.id)]
         if left:
             self._held[event.client.user] = left
         else:
@@ -258,7 +261,7 @@ class Doorkeeper:
 
     def _answer(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         if not self._knows():
-            self._in_vain.set()
+            self.look()
             return
         text, admitted = answer(data, self._key_of, self._issuer, self._seconds, self._left)
         if not admitted:
@@ -270,7 +273,7 @@ class Doorkeeper:
 
 
 @asynccontextmanager
-async def keeping_the_door(
+async def connect_doorkeeper(
     url: str,
     seeds: CalloutKeys,
     key_of: Callable[[str], str | None],
@@ -278,18 +281,11 @@ async def keeping_the_door(
     knows: Callable[[], bool] = lambda: True,
     patience: float = 2.0,
 ) -> AsyncIterator[Doorkeeper]:
-    """Answer for workers, each admitted for `seconds`, as one of the schedulers that do; only while `knows()`."""
+    """What answers for workers once it is told to `keep` the door, as one of the schedulers that do: each is admitted for `seconds`."""
     async with AsyncExitStack() as stack:
         asked = await stack.enter_async_context(connect(Login(url, seeds.asked, "callout"), "_INBOX", patience))
         system = await stack.enter_async_context(connect(Login(url, seeds.system, "callout"), "_INBOX", patience))
-        door = Doorkeeper(asked, system, key_of, seeds.issuer, seconds, knows)
-        keeping = asyncio.create_task(door.keep(), name="door")
-        try:
-            yield door
-        finally:
-            keeping.cancel()
-            with suppress(asyncio.CancelledError):
-                await keeping
+        yield Doorkeeper(asked, system, key_of, seeds.issuer, seconds, knows)
 
 
 def _is_its_own(key: str, said: _Connecting, nonce: str) -> bool:

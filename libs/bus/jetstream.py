@@ -3,18 +3,20 @@
 import asyncio
 import base64
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, TypeVar
 
 import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
 
-from libs.bus.bus import Ack, Answer, BusUnavailable, StreamFull, StreamState
-from libs.bus.connection import Connection, Login, connect
+from libs.bus.api import NO_MESSAGE, STREAM_NOT_FOUND, Api, ConsumerInfo, MessageAnswer, PubAck, Refusal, Reply, StreamInfo, is_status, nanoseconds
+from libs.bus.bus import Ack, Answer, BusUnavailable, StreamFull, StreamState, TooLarge
+from libs.bus.connection import Connection, connect
 from libs.bus.mailbox import Arrived, Mailbox
 from libs.bus.pull import RECHECK, Delivery, Prepared, StandingPull
+from libs.bus.streams import Streams
+from libs.bus.wire import Login
 from proto.topology import Consumer, Stream
 
 TAIL_BATCH = 128
@@ -28,73 +30,9 @@ PATIENCE = 2.0
 WARN_SECONDS = 10.0
 """Between two warnings that messages are dropped."""
 
-_STREAM_NOT_FOUND = 10059
-_CONSUMER_NOT_FOUND = 10014
-_NO_MESSAGE = 10037
-_CONSUMER_FAILED, _UNREADABLE = 10012, "creating store"
-"""What the server says of a consumer whose file it cannot read."""
 _STORE_FAILED = 10077
-
-T = TypeVar("T", bound="_Answer")
-
-
-class _Fault(msgspec.Struct, frozen=True):
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
-
-
-class _Answer(msgspec.Struct, frozen=True):
-    error: _Fault | None = None
-
-
-class _PubAck(_Answer, frozen=True):
-    stream: str = ""
-    seq: int = 0
-    duplicate: bool = False
-
-
-class _State(msgspec.Struct, frozen=True):
-    messages: int
-    first_seq: int
-    last_seq: int
-    bytes: int
-
-
-class _StreamInfo(_Answer, frozen=True):
-    created: str = ""
-    state: _State = _State(0, 0, 0, 0)
-
-
-class _Delivered(msgspec.Struct, frozen=True):
-    stream_seq: int = 0
-
-
-class _ConsumerInfo(_Answer, frozen=True):
-    created: str = ""
-    delivered: _Delivered = _Delivered()
-    ack_floor: _Delivered = _Delivered()
-
-
-class _StoredMessage(msgspec.Struct, frozen=True):
-    subject: str
-    seq: int
-    data: str = ""
-
-
-class _MessageAnswer(_Answer, frozen=True):
-    message: _StoredMessage | None = None
-
-
-_PUB_ACK = msgspec.json.Decoder(_PubAck)
-
-
-class _Refusal(BusUnavailable):
-    """JetStream said no; `number` is its error code."""
-
-    def __init__(self, fault: _Fault) -> None:
-        super().__init__(fault.description)
-        self.number = fault.err_code
+_MESSAGE_TOO_LARGE, _HEADER_TOO_LARGE = 10054, 10097
+_PUB_ACK = msgspec.json.Decoder(PubAck)
 
 
 class JetStreamBus:
@@ -104,9 +42,8 @@ class JetStreamBus:
         self.dropped = 0
         self._connection = connection
         self._log = structlog.get_logger("bus")
-        self._streams: dict[str, Stream] = {}
-        self._consumers: dict[str, Consumer] = {}
-        self._remaking: asyncio.Task[None] | None = None
+        self._api = Api(connection)
+        self._streams = Streams(self._api)
         self._seen = connection.connections
         self._warn_again = 0.0
         connection.watchers.add(self._reconnected)
@@ -133,12 +70,7 @@ class JetStreamBus:
         await self._connection.wait_connected()
 
     async def ensure(self, streams: Sequence[Stream], consumers: Sequence[Consumer]) -> None:
-        for stream in streams:
-            await self._ensure_stream(stream)
-            self._streams[stream.name] = stream
-        for consumer in consumers:
-            await self._ensure_consumer(consumer)
-            self._consumers[consumer.name] = consumer
+        await self._streams.ensure(streams, consumers)
 
     def publish(self, subject: str, data: bytes, msg_id: str = "") -> asyncio.Future[Ack]:
         return self._connection.ask(subject, data, self._acked, msg_id)
@@ -200,7 +132,7 @@ class JetStreamBus:
     @asynccontextmanager
     async def consume(self, consumer: Consumer) -> AsyncIterator[AsyncIterator[list[Delivery]]]:
         async def prepare() -> Prepared:
-            info = await self._looked_at(consumer)
+            info = await self._streams.consumer_info(consumer)
             return Prepared(consumer.stream, consumer.name, info.created)
 
         pull = StandingPull(self._connection, prepare, consumer.batch, recheck=RECHECK)
@@ -216,7 +148,7 @@ class JetStreamBus:
 
         async def prepare() -> Prepared:
             nonlocal after, created
-            info = await self._stream_info(stream)
+            info = await self._streams.stream_info(stream)
             if created not in ("", info.created):
                 after = 0
             created = info.created
@@ -232,10 +164,10 @@ class JetStreamBus:
                 "replay_policy": "instant",
                 "mem_storage": True,
                 "num_replicas": 1,
-                "inactive_threshold": _nanoseconds(60.0),
+                "inactive_threshold": nanoseconds(60.0),
                 "headers_only": headers_only,
             }
-            await self._api(f"CONSUMER.CREATE.{stream}.{name}", {"stream_name": stream, "config": config, "action": "create"}, _ConsumerInfo)
+            await self._api.ask(f"CONSUMER.CREATE.{stream}.{name}", {"stream_name": stream, "config": config, "action": "create"}, ConsumerInfo)
             return Prepared(stream, name, created)
 
         pull = StandingPull(self._connection, prepare, _COUNT_BATCH if headers_only else TAIL_BATCH, ordered=True)
@@ -256,9 +188,9 @@ class JetStreamBus:
 
     async def last(self, stream: str, subject: str) -> Arrived | None:
         try:
-            answer = await self._api(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject}, _MessageAnswer)
-        except _Refusal as refusal:
-            if refusal.number in (_NO_MESSAGE, _STREAM_NOT_FOUND):
+            answer = await self._api.ask(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject}, MessageAnswer)
+        except Refusal as refusal:
+            if refusal.number in (NO_MESSAGE, STREAM_NOT_FOUND):
                 return None
             raise
         if answer.message is None:
@@ -266,20 +198,20 @@ class JetStreamBus:
         return Arrived(answer.message.subject, base64.b64decode(answer.message.data), answer.message.seq)
 
     async def purge(self, stream: str, subject: str, last: int | None = None) -> None:
-        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject} | ({} if last is None else {"seq": last + 1}), _Answer)
+        await self._api.ask(f"STREAM.PURGE.{stream}", {"filter": subject} | ({} if last is None else {"seq": last + 1}), Reply)
 
     async def stream_state(self, stream: str) -> StreamState | None:
         try:
-            info = await self._api(f"STREAM.INFO.{stream}", {}, _StreamInfo)
-        except _Refusal as refusal:
-            if refusal.number == _STREAM_NOT_FOUND:
+            info = await self._api.ask(f"STREAM.INFO.{stream}", {}, StreamInfo)
+        except Refusal as refusal:
+            if refusal.number == STREAM_NOT_FOUND:
                 return None
             raise
         return StreamState(info.created, info.state.last_seq, info.state.first_seq or 1, info.state.messages, info.state.bytes)
 
     async def settled(self, consumer: Consumer) -> int:
         """The sequence up to which its stream is dealt with. Raises BusUnavailable."""
-        return (await self._api(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}", {}, _ConsumerInfo)).ack_floor.stream_seq
+        return (await self._api.ask(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}", {}, ConsumerInfo)).ack_floor.stream_seq
 
     async def holders(self, stream: str, enough: int) -> dict[str, int]:
         """How many bytes of a stream are whose, by the second word of the subject, the sender's name. Only sizes are fetched, and no more once
@@ -299,105 +231,14 @@ class JetStreamBus:
                         break
         return held
 
-    async def _ensure_stream(self, stream: Stream) -> _StreamInfo:
-        config = {
-            "name": stream.name,
-            "subjects": list(stream.subjects),
-            "retention": "limits",
-            "storage": "file",
-            "discard": stream.full,
-            "max_age": _nanoseconds(stream.max_age),
-            "max_bytes": stream.max_bytes,
-            "duplicate_window": _nanoseconds(stream.dedup_window),
-            "allow_direct": False,
-        }
-        # Update first: a create reserves the stream's room once more before the server finds that it has the stream already, and may be refused.
-        try:
-            return await self._api(f"STREAM.UPDATE.{stream.name}", config, _StreamInfo)
-        except _Refusal as refusal:
-            if refusal.number != _STREAM_NOT_FOUND:
-                raise
-        try:
-            return await self._api(f"STREAM.CREATE.{stream.name}", config, _StreamInfo)
-        except _Refusal:
-            # Somebody else makes it at the same moment, or the refusal stands.
-            return await self._api(f"STREAM.UPDATE.{stream.name}", config, _StreamInfo)
-
-    async def _stream_info(self, name: str) -> _StreamInfo:
-        """Of the stream as it is, made again if it was ours and is gone: to ask is cheap, and making what is there rewrites two files."""
-        try:
-            return await self._api(f"STREAM.INFO.{name}", {}, _StreamInfo)
-        except _Refusal as refusal:
-            if refusal.number != _STREAM_NOT_FOUND or name not in self._streams:
-                raise
-        return await self._ensure_stream(self._streams[name])
-
-    async def _looked_at(self, consumer: Consumer) -> _ConsumerInfo:
-        """The consumer as it is, made again if it is gone."""
-        try:
-            return await self._not_ahead(consumer, await self._api(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}", {}, _ConsumerInfo))
-        except _Refusal as refusal:
-            if refusal.number not in (_STREAM_NOT_FOUND, _CONSUMER_NOT_FOUND):
-                raise
-        await self._stream_info(consumer.stream)
-        return await self._ensure_consumer(consumer)
-
-    async def _ensure_consumer(self, consumer: Consumer) -> _ConsumerInfo:
-        """One whose file a power cut has spoilt the server can neither read nor delete, but with its stream: then that is made anew, which everyone
-        can bear."""
-        try:
-            info = await self._create_consumer(consumer)
-        except _Refusal as refusal:
-            stream = self._streams.get(consumer.stream)
-            if refusal.number != _CONSUMER_FAILED or _UNREADABLE not in str(refusal) or stream is None:
-                raise
-            self._log.warning("a consumer is spoilt, and its stream is made anew", consumer=consumer.name, stream=stream.name, why=str(refusal))
-            await self._api(f"STREAM.DELETE.{stream.name}", {}, _Answer)
-            await self._ensure_stream(stream)
-            info = await self._create_consumer(consumer)
-        return await self._not_ahead(consumer, info)
-
-    async def _not_ahead(self, consumer: Consumer, info: _ConsumerInfo) -> _ConsumerInfo:
-        """One that is ahead of its stream (which lost its end) would wait until the stream has grown that far again: it is made anew."""
-        ahead = max(info.delivered.stream_seq, info.ack_floor.stream_seq)
-        if ahead and ahead > (await self._api(f"STREAM.INFO.{consumer.stream}", {}, _StreamInfo)).state.last_seq:
-            self._log.warning("a consumer is ahead of its stream and is made anew", consumer=consumer.name, stream=consumer.stream)
-            await self._api(f"CONSUMER.DELETE.{consumer.stream}.{consumer.name}", {}, _Answer)
-            return await self._create_consumer(consumer)
-        return info
-
-    async def _create_consumer(self, consumer: Consumer) -> _ConsumerInfo:
-        config = {
-            "name": consumer.name,
-            "durable_name": consumer.name,
-            "filter_subjects": list(consumer.subjects),
-            "deliver_policy": "all",
-            "ack_policy": "explicit",
-            "replay_policy": "instant",
-            "ack_wait": _nanoseconds(consumer.ack_wait),
-            "max_deliver": -1,
-            "max_ack_pending": consumer.max_ack_pending,
-        }
-        body = {"stream_name": consumer.stream, "config": config}
-        return await self._api(f"CONSUMER.CREATE.{consumer.stream}.{consumer.name}", body, _ConsumerInfo)
-
-    async def _api(self, call: str, body: Mapping[str, Any], answer: type[T]) -> T:
-        def decode(headers: bytes | None, data: bytes) -> T:
-            if _is_status(headers, data):
-                raise BusUnavailable("JetStream does not answer")
-            decoded = msgspec.json.decode(data, type=answer)
-            if decoded.error is not None:
-                raise _Refusal(decoded.error)
-            return decoded
-
-        return await self._connection.ask(f"$JS.API.{call}", msgspec.json.encode(body) if body else b"", decode)
-
     def _acked(self, headers: bytes | None, data: bytes) -> Ack:
-        if _is_status(headers, data):
-            self._remake()
+        if is_status(headers, data):
+            self._streams.remake()
             raise BusUnavailable("no stream takes it")
         ack = _PUB_ACK.decode(data)
         if ack.error is not None:
+            if ack.error.err_code in (_MESSAGE_TOO_LARGE, _HEADER_TOO_LARGE):
+                raise TooLarge(ack.error.description)
             full = ack.error.err_code == _STORE_FAILED and "maximum" in ack.error.description
             raise StreamFull(ack.error.description) if full else BusUnavailable(ack.error.description)
         return Ack(ack.stream, ack.seq, ack.duplicate)
@@ -412,24 +253,11 @@ class JetStreamBus:
     def _reconnected(self) -> None:
         if self.connected and self._seen != self.connections:
             self._seen = self.connections
-            self._remake()
-
-    def _remake(self) -> None:
-        """Make again, in the background, what was ensured: the server may have come back without it."""
-        if self._streams and (self._remaking is None or self._remaking.done()):
-            self._remaking = asyncio.create_task(self._ensure_again(), name="bus remakes its streams")
-
-    async def _ensure_again(self) -> None:
-        try:
-            await self.ensure(list(self._streams.values()), list(self._consumers.values()))
-        except BusUnavailable as error:
-            self._log.warning("cannot make the streams again", error=str(error))
+            self._streams.remake()
 
     async def close(self) -> None:
         self._connection.watchers.discard(self._reconnected)
-        if self._remaking is not None:
-            self._remaking.cancel()
-            await asyncio.gather(self._remaking, return_exceptions=True)
+        await self._streams.close()
 
 
 @asynccontextmanager
@@ -447,15 +275,6 @@ async def connect_jetstream(
 
 
 def _answered(headers: bytes | None, data: bytes) -> bytes:
-    if _is_status(headers, data):
+    if is_status(headers, data):
         raise BusUnavailable("nobody answers there")
     return data
-
-
-def _is_status(headers: bytes | None, data: bytes) -> bool:
-    """The server's own word, of which there is only one for a request: 503, nobody is there to answer."""
-    return headers is not None and not data and headers.startswith(b"NATS/1.0 ")
-
-
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)

@@ -6,7 +6,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
-from libs.bus.bus import Ack, Answer, BusUnavailable, StreamFull, StreamState, TooLarge, matches
+from libs.bus.bus import Ack, Answer, BusUnavailable, StreamFull, StreamState, TooLarge, check_subject, matches
 from libs.bus.mailbox import Arrived, Mailbox
 from proto.topology import MAX_PAYLOAD, Consumer, Stream
 
@@ -134,7 +134,7 @@ class MemoryBus:
     def publish(self, subject: str, data: bytes, msg_id: str = "") -> asyncio.Future[Ack]:
         future: asyncio.Future[Ack] = asyncio.get_running_loop().create_future()
         try:
-            self._check(data)
+            self._check(subject, data)
             stream = next((s for s in self._streams.values() if any(matches(p, subject) for p in s.spec.subjects)), None)
             if stream is None:
                 raise BusUnavailable(f"no stream takes {subject}")
@@ -147,11 +147,11 @@ class MemoryBus:
         return future
 
     async def send(self, subject: str, data: bytes) -> None:
-        self._check(data)
+        self._check(subject, data)
         self._hand_out(subject, data)
 
     async def ask(self, subject: str, data: bytes) -> bytes:
-        self._check(data)
+        self._check(subject, data)
         answer = next((answer for pattern, answer in self._answering if matches(pattern, subject)), None)
         if answer is None:
             raise BusUnavailable("nobody answers there")
@@ -291,7 +291,8 @@ class MemoryBus:
         if not self.connected:
             raise BusUnavailable("not connected")
 
-    def _check(self, data: bytes) -> None:
+    def _check(self, subject: str, data: bytes) -> None:
+        check_subject(subject)
         if len(data) > self._max_payload:
             raise TooLarge(f"{len(data)} bytes, the limit is {self._max_payload}")
         self._must_be_connected()

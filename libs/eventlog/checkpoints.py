@@ -4,23 +4,26 @@ from msgspec import Struct
 
 from libs.eventlog.postgres import Pool, unavailable
 
-_LOAD = "SELECT stream_created, sequence, position, term FROM relay_checkpoint WHERE name = $1"
+_LOAD = "SELECT stream_created, sequence, position, term, left_out FROM relay_checkpoint WHERE name = $1"
 _SAVE = """
-INSERT INTO relay_checkpoint AS c (name, stream_created, sequence, position, term) VALUES ($1, $2, $3, $4, $5)
+INSERT INTO relay_checkpoint AS c (name, stream_created, sequence, position, term, left_out) VALUES ($1, $2, $3, $4, $5, $6)
 ON CONFLICT (name) DO UPDATE SET
-    stream_created = excluded.stream_created, sequence = excluded.sequence, position = excluded.position, term = excluded.term
+    stream_created = excluded.stream_created, sequence = excluded.sequence, position = excluded.position, term = excluded.term,
+    left_out = excluded.left_out
 WHERE c.term <= excluded.term
 RETURNING true
 """
 
 
 class RelayCheckpoint(Struct, frozen=True):
-    """Everything up to `position` was acknowledged by the JetStream stream made at `stream_created`, the last of it as `sequence`."""
+    """Everything up to `position`, but for the positions `left_out`, was acknowledged by the JetStream stream made at `stream_created`, the last of
+    it as `sequence`."""
 
     stream_created: str
     sequence: int
     position: int
     term: int
+    left_out: tuple[int, ...] = ()
 
 
 class RelayCheckpoints:
@@ -34,13 +37,23 @@ class RelayCheckpoints:
         with unavailable():
             async with self._pool.acquire(timeout=1.2) as connection:
                 row = await connection.fetchrow(_LOAD, self._name, timeout=2.4)
-        return None if row is None else RelayCheckpoint(*row)
+        if row is None:
+            return None
+        created, sequence, position, term, left_out = row
+        return RelayCheckpoint(created, sequence, position, term, tuple(left_out))
 
     async def save(self, checkpoint: RelayCheckpoint) -> bool:
         """False: a leader of a later term has saved, and this one's word no longer counts. A rewind is saved like an advance."""
         with unavailable():
             async with self._pool.acquire(timeout=1.2) as connection:
                 saved = await connection.fetchval(
-                    _SAVE, self._name, checkpoint.stream_created, checkpoint.sequence, checkpoint.position, checkpoint.term, timeout=2.4
+                    _SAVE,
+                    self._name,
+                    checkpoint.stream_created,
+                    checkpoint.sequence,
+                    checkpoint.position,
+                    checkpoint.term,
+                    checkpoint.left_out,
+                    timeout=2.4,
                 )
         return bool(saved)

@@ -5,6 +5,7 @@ count from 1 without gaps; an `event_id` is recorded once.
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Collection, Sequence, Set
 from contextlib import suppress
 from datetime import datetime
@@ -12,14 +13,18 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from proto.catalogue import category_of
 from proto.envelope import Recorded
-from proto.topology import MAX_EVENT
+from proto.topology import MAX_EVENT, MAX_NAME
 
 NO_STREAM = 0
 """Expected version of a stream that must not exist yet."""
 ANY = -1
 """Expected version of a stream that may be anywhere."""
+
+_STREAM = re.compile(r"[^\s.*>\x00-\x1f\x7f-]+-[^\s.*>\x00-\x1f\x7f]+")
+_TEAM = re.compile(r"[^\s.*>\x00-\x1f\x7f]+")
+_TYPE = re.compile(r"[a-z0-9_]+(?:\.[a-z0-9_]+)?")
+_ID = re.compile(r"[\x21-\x7e]+")
 
 
 class NewEvent(Struct, frozen=True):
@@ -175,13 +180,15 @@ def is_full(rows: Sequence[Recorded], limit: int) -> bool:
 
 
 def check_writes(writes: Sequence[Write]) -> None:
-    """What every log refuses before it records anything. Raises EventTooLarge or ValueError."""
+    """What every log refuses before it records anything; with it all that the bus would not carry. Raises EventTooLarge or ValueError."""
     streams: set[str] = set()
     ids: set[str] = set()
     for write in writes:
-        category = category_of(write.stream)
-        if not category or category == write.stream:
-            raise ValueError(f"{write.stream!r} is not <category>-<id>")
+        if not _STREAM.fullmatch(write.stream):
+            raise ValueError(f"{write.stream!r} is not <category>-<id>, two words of a subject")
+        if not _TEAM.fullmatch(write.team):
+            raise ValueError(f"{write.team!r} is no word of a subject")
+        _check_lengths(write.stream, write.team, write.correlation_id, write.causation_id, write.actor)
         if write.stream in streams:
             raise ValueError(f"{write.stream} is named twice in one call")
         streams.add(write.stream)
@@ -192,6 +199,15 @@ def check_writes(writes: Sequence[Write]) -> None:
         for event in write.events:
             if len(event.data) > MAX_EVENT:
                 raise EventTooLarge(f"{event.type} for {write.stream} has {len(event.data)} bytes, over {MAX_EVENT}")
+            if not _TYPE.fullmatch(event.type) or not _ID.fullmatch(event.event_id):
+                raise ValueError(f"{event.type!r} is no type, or {event.event_id!r} no id")
+            _check_lengths(event.type, event.event_id)
             if event.event_id in ids:
                 raise ValueError(f"event id {event.event_id} is given twice")
             ids.add(event.event_id)
+
+
+def _check_lengths(*names: str) -> None:
+    for name in names:
+        if len(name) > MAX_NAME or (not name.isascii() and len(name.encode()) > MAX_NAME):
+            raise ValueError(f"{name[:40]!r}… is over {MAX_NAME} bytes")

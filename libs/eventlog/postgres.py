@@ -4,6 +4,7 @@ An append is one call of one function in a transaction of its own: a client that
 """
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager, suppress
 
@@ -16,6 +17,12 @@ from proto.envelope import Recorded
 Pool = asyncpg.Pool
 PATIENCE = 2.4
 """Seconds to wait for a connection of a pool's, all of which are at work."""
+ECHO = 1.0
+"""Seconds within which whoever appends hears of it, like everyone; or the connection that should tell it is not what it seems."""
+ASK = 20.0
+"""Seconds between two questions to a connection that has nothing to say."""
+_PROBES = {socket.SO_KEEPALIVE: 1}, {socket.TCP_KEEPIDLE: 3, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 3}
+"""By the kernel, which wakes nobody: a machine that is gone is noticed after 6 s, one that has forgotten the connection after 3."""
 
 _APPEND = "SELECT recorded, version, position, recorded_at FROM eventlog.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)"
 _COLUMNS = "position, stream, version, event_id, type, data, team, correlation_id, causation_id, actor, recorded_at"
@@ -113,6 +120,9 @@ class PostgresLog:
         self.pool = pool
         self._wakeups: set[Wakeup] = set()
         self._tried = asyncio.Event()
+        self._doubted = asyncio.Event()
+        self._echoes = 0
+        self._echo: asyncio.TimerHandle | None = None
 
     async def append(self, writes: Sequence[Write]) -> list[Appended | Conflict]:
         check_writes(writes)
@@ -130,6 +140,7 @@ class PostgresLog:
             [event.type for write in writes for event in write.events],
             [event.data.decode() for write in writes for event in write.events],
         )
+        echoes = self._echoes
         try:
             rows = await self._fetch(_APPEND, *arguments)
         except asyncpg.InsufficientPrivilegeError as error:
@@ -138,6 +149,8 @@ class PostgresLog:
             raise EventTooLarge(str(error)) from error
         except (asyncpg.DataError, asyncpg.UniqueViolationError) as error:
             raise ValueError(str(error)) from error
+        if self._echoes == echoes and self._echo is None and any(row[0] for row in rows):
+            self._echo = asyncio.get_running_loop().call_later(ECHO, self._doubt)
         return [
             Appended(write.stream, row[1], row[2], row[3]) if row[0] else Conflict(write.stream, row[1])
             for write, row in zip(writes, rows, strict=True)
@@ -179,7 +192,15 @@ class PostgresLog:
                 rows: list[asyncpg.Record] = await connection.fetch(query, *arguments, timeout=2.4)
                 return rows
 
+    def _doubt(self) -> None:
+        self._echo = None
+        self._doubted.set()
+
     def _heard(self, *notification: object) -> None:
+        self._echoes += 1
+        if self._echo is not None:
+            self._echo.cancel()
+            self._echo = None
         self._wake(str(notification[-1]).split(","))
 
     def _wake(self, categories: Collection[str] = ()) -> None:
@@ -193,28 +214,35 @@ class PostgresLog:
             with suppress(Exception):  # whatever it was: without a listener followers only look now and then
                 connection = await asyncpg.connect(dsn, timeout=2.0, command_timeout=5.0)
                 try:
-                    lost = asyncio.Event()
-                    connection.add_termination_listener(lambda *_, lost=lost: lost.set())
+                    _probe(connection)
+                    connection.add_termination_listener(lambda _: self._doubted.set())
                     await connection.add_listener(_CHANNEL, self._heard)
                     self._wake()
                     self._tried.set()
                     pause = 0.05
-                    await self._watch(connection, lost)
+                    await self._watch(connection)
                 finally:
-                    with suppress(Exception):
-                        await connection.close(timeout=1.0)
+                    connection.terminate()
             self._tried.set()
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
 
-    async def _watch(self, connection: asyncpg.Connection, lost: asyncio.Event) -> None:
-        """Until the connection is lost. A peer that vanished without a word is found out by asking now and then."""
-        while not lost.is_set():
-            try:
-                async with asyncio.timeout(20.0):
-                    await lost.wait()
-            except TimeoutError:
-                await connection.fetchval("SELECT 1", timeout=5.0)
+    async def _watch(self, connection: asyncpg.Connection) -> None:
+        """Until the connection is lost, and that raises something. One that only seems to be there is found out by the kernel's probes, by an append
+        of ours that it does not tell of, and by asking now and then."""
+        while True:
+            self._doubted.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ASK):
+                    await self._doubted.wait()
+            await connection.fetchval("SELECT 1", timeout=2.0)
+
+
+def _probe(connection: asyncpg.Connection) -> None:
+    sock = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]  # it is there, and nothing else is
+    for level, options in zip((socket.SOL_SOCKET, socket.IPPROTO_TCP), _PROBES, strict=True):
+        for option, value in options.items():
+            sock.setsockopt(level, option, value)
 
 
 @asynccontextmanager
@@ -228,6 +256,8 @@ async def open_postgres_log(dsn: str, size: int = 4) -> AsyncIterator[PostgresLo
             await log._tried.wait()
             yield log
         finally:
+            if log._echo is not None:
+                log._echo.cancel()
             listening.cancel()
             with suppress(asyncio.CancelledError):
                 await listening

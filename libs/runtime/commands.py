@@ -15,7 +15,8 @@ import structlog
 
 from libs.eventlog.log import NO_STREAM, Appended, Conflict, EventLog, LogUnavailable, NewEvent, Write
 from libs.runtime.decisions import Cause, Decider, Refused
-from proto.catalogue import TAGS, decode, encode
+from proto.catalogue import TAGS, encode
+from proto.envelope import facts
 from proto.events.base import Event
 from proto.topology import MAX_EVENT
 
@@ -81,7 +82,8 @@ class CommandLoop(Generic[C, S]):
         self._arrived = asyncio.Event()
 
     def submit(self, command: C, cause: Cause) -> "asyncio.Future[Outcome]":
-        """Queue a command; the future raises Refused, Early or LogUnavailable (then nothing is known: ask again, a repeat decides nothing)."""
+        """Queue a command; the future raises Refused, Early, UnreadableEvent (the stream holds one), or LogUnavailable (then
+        nothing is known: ask again, a repeat decides nothing)."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(command, cause, self._decider.stream(command), future))
         self._arrived.set()
@@ -245,8 +247,8 @@ class CommandLoop(Generic[C, S]):
             return
         for stream, history in (await self._log.read_streams(list(streams))).items():
             state = self._decider.initial
-            for recorded in history:
-                state = self._decider.evolve(state, decode(recorded.type, recorded.data))
+            for fact in facts(history):
+                state = self._decider.evolve(state, fact.event)
             self._states[stream] = (history[-1].version if history else NO_STREAM, state)
 
     def _fail(self, batch: Iterable[_Waiting[C]], error: BaseException) -> None:

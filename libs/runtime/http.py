@@ -20,6 +20,7 @@ from aiohttp.web_server import Server
 
 from libs.eventlog.log import LogUnavailable
 from libs.runtime.decisions import Refused
+from proto.envelope import UnreadableEvent
 
 logger = structlog.get_logger()
 
@@ -339,6 +340,10 @@ async def problems(request: web.Request, handler: Callable[[web.Request], Awaita
         failure = error
     except Refused as error:
         failure = Problem(_STATUS_OF_REFUSAL.get(error.kind, 409), error.kind, "The request was refused", error.message)
+    except UnreadableEvent as error:
+        logger.error("a request needs an event that cannot be read", path=request.path, why=str(error))
+        advice = "run a version of this service that can read it, or have whoever runs the server mend the log"
+        failure = Problem(503, "unreadable-event", "The log cannot be read here", f"{error}; {advice}", headers={"Retry-After": "60"})
     except LogUnavailable as error:
         logger.warning("unavailable", why=str(error), path=request.path)
         failure = unavailable("the log cannot be reached")

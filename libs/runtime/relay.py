@@ -1,7 +1,8 @@
 """The relay: the only publisher of log events. The log is the outbox; EVENTS is a copy of it that may vanish.
 
-Invariants: it publishes in position order; the checkpoint covers only what JetStream acknowledged, without a gap; so whatever is after the checkpoint
-may be published twice, and nothing is left out. Two relays at once are harmless: a message id is an event's, and followers skip what they know.
+Invariants: it publishes in position order; the checkpoint covers only what JetStream acknowledged, without a gap but for events that it names (see
+leftout.py); so whatever is after the checkpoint may be published twice, and nothing is forgotten. Two relays at once are harmless: a message id is an
+event's, and followers skip what they know.
 """
 
 import asyncio
@@ -10,15 +11,18 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import structlog
+from prometheus_client import CollectorRegistry, Gauge
 
-from libs.bus.bus import Ack, Bus, BusUnavailable, StreamState, TooLarge
+from libs.bus.bus import Ack, Bus, BusUnavailable, StreamState
 from libs.eventlog.checkpoints import RelayCheckpoint
 from libs.eventlog.log import EventLog, LogUnavailable, Wakeup, is_full
-from proto.envelope import cloud_event, decode_cloud_event, subject_of
+from libs.runtime.leftout import FINAL, LeftOut, TooMany
+from libs.runtime.saving import SAVE_EVERY, Checkpoints, Deposed, Saving
+from proto.envelope import Recorded, cloud_event, decode_cloud_event, subject_of
 from proto.topology import STREAMS
 
 BATCH = 500
@@ -27,7 +31,6 @@ URGENT = frozenset({"request"})
 LINGER = 0.02
 WINDOW = 4 * BATCH
 """How many events may wait for their ack."""
-SAVE_EVERY = 0.1
 EXAMINE_EVERY = 5.0
 LOOK_EVERY = 1.0
 """How soon a new connection is noticed when nothing is appended."""
@@ -39,13 +42,6 @@ LAST_SAVE = 1.0
 _EVENTS = next(stream for stream in STREAMS if stream.name == "EVENTS")
 
 
-class Checkpoints(Protocol):
-    """libs.eventlog.checkpoints.RelayCheckpoints. `save` says False when a later leader has saved."""
-
-    async def load(self) -> RelayCheckpoint | None: ...
-    async def save(self, checkpoint: RelayCheckpoint) -> bool: ...
-
-
 class Office(Protocol):
     """libs.eventlog.leadership.Leadership: `term` is None for all but the leader."""
 
@@ -54,12 +50,14 @@ class Office(Protocol):
     async def wait(self) -> int: ...
 
 
-class _Deposed(Exception):
-    """Another leads."""
-
-
 class _Lost(Exception):
     """JetStream gave out a sequence for the second time: it has forgotten what it acknowledged."""
+
+
+class _Offered(NamedTuple):
+    position: int
+    event: str
+    ack: asyncio.Future[Ack]
 
 
 async def _from_the_start() -> int:
@@ -67,7 +65,8 @@ async def _from_the_start() -> int:
 
 
 class Relay:
-    """`problem` says why it stands still (None: it does not, or another instance leads); `position` is how far JetStream has acknowledged.
+    """`problem` says why it stands still (None: it does not, or another instance leads); `position` is how far JetStream has acknowledged, but for
+    what is `left_out`.
 
     `floor` gives the position below which no service needs an event any more: a lost EVENTS is refilled from there.
     """
@@ -85,12 +84,13 @@ class Relay:
     ) -> None:
         self.problem: str | None = None
         self.position = 0
+        self.left_out = LeftOut()
         self._log = log
         self._bus = bus
-        self._checkpoints = checkpoints
         self._leadership = leadership
         self._floor = floor
         self._clock = clock
+        self._saving = Saving(checkpoints, clock)
         self._fresh = fresh
         self._logger = structlog.get_logger("relay")
         self._term = 0
@@ -99,12 +99,20 @@ class Relay:
         self._sequence = 0
         self._published = 0
         self._suffix = ""
-        self._in_flight: deque[tuple[int, asyncio.Future[Ack]]] = deque()
-        self._saved: RelayCheckpoint | None = None
-        self._saving: asyncio.Task[bool] | None = None
-        self._saved_at = float("-inf")
+        self._in_flight: deque[_Offered] = deque()
         self._connections = 0
         self._examined_at = float("-inf")
+        self._offered_again_at = float("-inf")
+
+    def measure(self, registry: CollectorRegistry) -> None:
+        """How far it is, and the alarm of what it leaves out."""
+        Gauge("penstock_relay_position", "The last event that the bus has acknowledged", registry=registry).set_function(lambda: self.position)
+        Gauge("penstock_relay_left_out", "Events that the bus does not take", registry=registry).set_function(lambda: len(self.left_out))
+
+    @property
+    def unpublished(self) -> LeftOut | None:
+        """What stands in the log and is not on the bus, if anything."""
+        return self.left_out if len(self.left_out) else None
 
     async def run(self) -> None:
         """Lead whenever this instance is the leader, for ever."""
@@ -112,48 +120,48 @@ class Relay:
         try:
             while True:
                 if self._leadership.term is None:
-                    self.problem = None
+                    self._retire()
                 self._term = await self._leadership.wait()
                 try:
                     await self._lead(wakeup)
                 except asyncio.CancelledError:
                     await self._save_last()
                     raise
-                except _Deposed:
-                    self.problem = None
+                except Deposed:
+                    self._retire()
                 except _Lost as lost:
                     await self._forget(str(lost))
-                except (BusUnavailable, LogUnavailable) as error:
+                except (BusUnavailable, LogUnavailable, TooMany) as error:
                     await self._pause(str(error) or type(error).__name__)
-                except (TooLarge, ValueError) as error:
-                    await self._pause(f"the event after position {self.position} cannot be published: {error}")
                 finally:
                     await self._drop()
         finally:
             wakeup.close()
 
     async def _lead(self, wakeup: Wakeup) -> None:
-        self._saved = await self._checkpoints.load()
-        self._created, self._sequence, self.position = "", 0, 0
-        if self._saved is not None:
-            self._created, self._sequence, self.position = self._saved.stream_created, self._saved.sequence, self._saved.position
+        saved = await self._saving.load() or RelayCheckpoint(stream_created="", sequence=0, position=0, term=0)
+        self._created, self._sequence, self.position = saved.stream_created, saved.sequence, saved.position
+        self.left_out.restore(saved.left_out)
         self._published = self.position
         await self._examine()
         rung = True
         while True:
             self._settle()
+            if self._clock() > self._offered_again_at + EXAMINE_EVERY and len(self.left_out):
+                await self._acknowledged(0)
+                await self._offer_again()
             if self._bus.connections != self._connections or self._clock() > self._examined_at + EXAMINE_EVERY:
                 await self._acknowledged(0)
                 await self._examine()
                 rung = True
             more = rung and await self._publish()
             await self._acknowledged(WINDOW)
-            await self._save()
+            await self._saving.save(self._checkpoint())
             self.problem = None
             if not more:
-                rung = await wakeup.wait(SETTLE if self._in_flight else SAVE_EVERY if self._unsaved() else LOOK_EVERY)
+                rung = await wakeup.wait(SETTLE if self._in_flight else SAVE_EVERY if self._saving.lacks(self._checkpoint()) else LOOK_EVERY)
             if self._leadership.term != self._term:
-                raise _Deposed
+                raise Deposed
 
     async def _publish(self) -> bool:
         """The next batch. True: there may be more of it."""
@@ -162,27 +170,55 @@ class Relay:
             # What the stream still has must be known before anything is added to it, or its last sequence tells nothing.
             return True
         for recorded in batch:
-            message_id = f"{recorded.event_id}.{self._suffix}" if self._suffix else recorded.event_id
-            acknowledgement = self._bus.publish(subject_of(recorded), cloud_event(recorded, self._epoch), message_id)
-            self._in_flight.append((recorded.position, acknowledgement))
+            self._in_flight.append(self._offer(recorded))
             self._published = recorded.position
         return is_full(batch, BATCH)
+
+    def _offer(self, recorded: Recorded) -> _Offered:
+        message_id = f"{recorded.event_id}.{self._suffix}" if self._suffix else recorded.event_id
+        try:
+            ack = self._bus.publish(subject_of(recorded), cloud_event(recorded, self._epoch), message_id)
+        except FINAL as error:
+            ack = asyncio.get_running_loop().create_future()
+            ack.set_exception(error)
+            ack.exception()  # it may never be asked for
+        return _Offered(recorded.position, f"{recorded.type} on {recorded.stream}", ack)
+
+    async def _offer_again(self) -> None:
+        """What was left out: the bus may take larger ones by now, or somebody has mended the log. Nothing else may be in flight."""
+        self._offered_again_at = self._clock()
+        for position in self.left_out.positions:
+            found = await self._log.read(position - 1, 1)
+            if not found or found[0].position != position:
+                self.left_out.remove(position, "it is not in the log any more")
+                continue
+            offered = self._offer(found[0])
+            await asyncio.wait([offered.ack])
+            if self._is_taken(offered):
+                self.left_out.remove(position, "the bus has taken it")
 
     async def _acknowledged(self, at_most: int) -> None:
         """Until no more than so many wait for their ack."""
         while len(self._in_flight) > at_most:
-            await asyncio.wait([self._in_flight[0][1]])
+            await asyncio.wait([self._in_flight[0].ack])
             self._settle()
 
     def _settle(self) -> None:
-        while self._in_flight and self._in_flight[0][1].done():
-            position, acknowledgement = self._in_flight[0]
-            ack = acknowledgement.result()
-            if ack.sequence <= self._sequence and not ack.duplicate:
-                raise _Lost(f"sequence {ack.sequence} was given out again")
-            self._in_flight.popleft()
-            self._sequence = max(self._sequence, ack.sequence)
-            self.position = position
+        while self._in_flight and self._in_flight[0].ack.done():
+            self._is_taken(self._in_flight[0])
+            self.position = self._in_flight.popleft().position
+
+    def _is_taken(self, offered: _Offered) -> bool:
+        """Whether JetStream has it; what it will never take is left out. Raises _Lost, TooMany, BusUnavailable."""
+        try:
+            ack = offered.ack.result()
+        except FINAL as error:
+            self.left_out.add(offered.position, offered.event, error)
+            return False
+        if ack.sequence <= self._sequence and not ack.duplicate:
+            raise _Lost(f"sequence {ack.sequence} was given out again")
+        self._sequence = max(self._sequence, ack.sequence)
+        return True
 
     async def _examine(self) -> None:
         """Does the stream still have what it acknowledged, and of this epoch? If not, go back."""
@@ -223,62 +259,39 @@ class Relay:
         self._logger.warning("the relay starts again", after=position, was_at=self.position, why=why)
         self._created, self._sequence = state.created, state.last_sequence
         self.position = self._published = min(position, await self._log.head())
+        self.left_out.forget_after(self.position)
         # A message that was purged or lost may still count as a duplicate for a while.
         self._suffix = self._fresh()
-        await self._saving_done()
-        await self._write(self._checkpoint())
+        await self._saving.write(self._checkpoint())
 
     async def _forget(self, why: str) -> None:
         """Make the next look at the stream find it another than the one that was filled."""
         self._logger.warning("EVENTS has forgotten what it acknowledged", why=why)
         try:
-            await self._saving_done()
-            await self._write(RelayCheckpoint(stream_created="", sequence=0, position=0, term=self._term))
-        except _Deposed:
-            self.problem = None
+            await self._saving.write(RelayCheckpoint(stream_created="", sequence=0, position=0, term=self._term))
+        except Deposed:
+            self._retire()
         except LogUnavailable as error:
             await self._pause(str(error))
 
+    def _retire(self) -> None:
+        """Another leads, and says how it is."""
+        self.problem = None
+        self.left_out.restore(())
+
     def _checkpoint(self) -> RelayCheckpoint:
-        return RelayCheckpoint(stream_created=self._created, sequence=self._sequence, position=self.position, term=self._term)
-
-    def _unsaved(self) -> bool:
-        return self._saved is None or self._saved.position != self.position
-
-    async def _save(self) -> None:
-        """Beside the work, and not for each batch."""
-        if self._saving is not None:
-            if not self._saving.done():
-                return
-            await self._saving_done()
-        if self._unsaved() and self._clock() >= self._saved_at + SAVE_EVERY:
-            self._saved_at = self._clock()
-            self._saving = asyncio.create_task(self._store(self._checkpoint()), name="relay checkpoint")
-
-    async def _saving_done(self) -> None:
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            if not await saving:
-                raise _Deposed
-
-    async def _write(self, checkpoint: RelayCheckpoint) -> None:
-        if not await self._store(checkpoint):
-            raise _Deposed
-
-    async def _store(self, checkpoint: RelayCheckpoint) -> bool:
-        kept = await self._checkpoints.save(checkpoint)
-        if kept:
-            self._saved = checkpoint
-        return kept
+        return RelayCheckpoint(
+            stream_created=self._created, sequence=self._sequence, position=self.position, term=self._term, left_out=self.left_out.positions
+        )
 
     async def _save_last(self) -> None:
         """So that a successor repeats nothing. Best effort."""
         with suppress(Exception):
             self._settle()
             async with asyncio.timeout(LAST_SAVE):
-                await self._saving_done()
-                if self._unsaved() and self._created:
-                    await self._store(self._checkpoint())
+                await self._saving.finish()
+                if self._created and self._saving.lacks(self._checkpoint()):
+                    await self._saving.write(self._checkpoint())
 
     async def _pause(self, why: str) -> None:
         if self.problem is None:
@@ -289,7 +302,4 @@ class Relay:
     async def _drop(self) -> None:
         """What is in flight will be published again, with the same ids."""
         self._in_flight.clear()
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.cancel()
-            await asyncio.gather(saving, return_exceptions=True)
+        await self._saving.drop()

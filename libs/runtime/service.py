@@ -25,7 +25,7 @@ _PR_SET_DUMPABLE = 4
 
 
 class GivenUp(Exception):
-    """What a background task raises to have the process say `text` and end with `code`: to go on is of no use."""
+    """What a background task raises, or a Service is told, to have the process say `text` and end with `code`: to go on is of no use."""
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
@@ -67,10 +67,13 @@ class Service:
         self._stack.push_async_callback(_cancelled, task)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or self._died.done():
-            return
-        error = task.exception() or RuntimeError(f"{task.get_name()} ended by itself")
-        self._died.set_exception(error)
+        if not task.cancelled():
+            self.give_up(task.exception() or RuntimeError(f"{task.get_name()} ended by itself"))
+
+    def give_up(self, error: BaseException) -> None:
+        """End the process, because of this; what came first counts."""
+        if not self._died.done():
+            self._died.set_exception(error)
 
     def problems(self) -> dict[str, str]:
         """Why the service is not ready, by dependency."""

@@ -17,7 +17,7 @@ from libs.eventlog.projections import StoredProjection
 from libs.eventlog.timers import Timers
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause
-from libs.runtime.epoch import Epoch
+from libs.runtime.epoch import begin_epoch
 from libs.runtime.ids import new_id
 from libs.runtime.projector import Projector
 from libs.runtime.reactions import ReactionConsumer
@@ -55,6 +55,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     """Build the service and start its parts: command loop, reactions, reports, timers, and the relay."""
     settings = decode(Settings, environ)
     log = await service.enter(open_postgres_log(settings.database_url))
+    epoch = await begin_epoch(log, service.draining.set)
     bus = await service.enter(connect_jetstream(settings.nats_url, settings.nats_seed, "builds"))
     bus.measure(service.registry)
     await _ensured(bus)
@@ -66,7 +67,6 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     alarm = Alarm(Timers(log.pool), projector.advanced, leadership, commands)
 
     leases = Leases(log)
-    epoch = Epoch(log, service.draining.set)
 
     def react(message: Message) -> Sequence[tuple[Command, Cause]]:
         return on_event(message.data, epoch.number)
@@ -81,10 +81,12 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     sweep = Sweep(log, frozenset({"request", "lease"}), on_fact, decider, _creates, commands)
 
     projector.measure(service.registry)
+    relay.measure(service.registry)
     service.depends("database", lambda: projector.problem)
     service.warns("projection", lambda: projector.stuck)
     service.depends("nats", lambda: None if bus.connected else "is not connected")
     service.depends("relay", lambda: relay.problem)
+    service.warns("unpublished", lambda: relay.unpublished)
     service.spawn("epoch", epoch.watch())
     service.spawn("commands", commands.run())
     service.on_drain(leadership.resign)  # once it campaigns no more

@@ -4,7 +4,7 @@ gateway, where clients can reach that service, under one for nothing but those b
 import asyncio
 import ipaddress
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Literal
 
 import aiohttp
@@ -15,7 +15,8 @@ from yarl import URL
 from libs.runtime.addresses import address_of
 from libs.runtime.http import unavailable
 from libs.tokens import sign_token
-from proto.api import Direct
+from proto.api.artifacts import Direct
+from proto.api.bodies import ProblemDetails
 from proto.messages import Segment
 
 GRANT_SECONDS = 60.0
@@ -86,7 +87,7 @@ class ArtifactsClient:
             path = f"/logs/{build}/{stage}/{attempt}"
             async with self._session.get(self._url + path, headers=self._grant("log", Whose(team, build, "")), params={"from": str(first)}) as answer:
                 if answer.status != 200:
-                    raise ArchiveUnavailable(f"artifacts answered {answer.status}")
+                    raise ArchiveUnavailable(await _why(answer))
                 while True:
                     try:
                         size = int.from_bytes(await answer.content.readexactly(4), "big")
@@ -114,6 +115,14 @@ class ArtifactsClient:
     def _signed(self, deed: Deed | DirectDeed, whose: Whose, seconds: float) -> str:
         claims = {"team": whose.team, "artifact": whose.artifact, "action": deed, "actor": whose.actor}
         return sign_token(self._key, claims, seconds, self._clock())
+
+
+async def _why(answer: aiohttp.ClientResponse) -> str:
+    """What artifacts says of its answer, which is none."""
+    with suppress(msgspec.MsgspecError):
+        if said := msgspec.json.decode(await answer.read(), type=ProblemDetails).detail:
+            return said
+    return f"the artifacts service answered {answer.status}"
 
 
 def relayed(inner: aiohttp.ClientResponse, body: bytes) -> web.Response:

@@ -8,6 +8,7 @@ import structlog
 from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
+from proto.envelope import UnreadableEvent
 from services.gateway.commands import CreateTeam, FleetCommand, IssueToken, RegisterWorker, TeamCommand
 from services.gateway.decider import Fleet, Team
 
@@ -16,7 +17,7 @@ logger = structlog.get_logger()
 
 class Bootstrap:
     """Sees to it that the team, the token (SHA-256, hex; "" for none) and the workers (public keys by name) exist, and that the read models have
-    caught up with the log as it was then.
+    caught up with the log as it was then, as far as they can.
     `problem` says why that is not so yet."""
 
     def __init__(
@@ -46,14 +47,17 @@ class Bootstrap:
         )
         while self.problem is not None:
             try:
-                await self._teams.execute(CreateTeam(team=self._team), cause)
-                if self._sha256:
-                    await self._teams.execute(token, cause)
+                try:
+                    await self._teams.execute(CreateTeam(team=self._team), cause)
+                    if self._sha256:
+                        await self._teams.execute(token, cause)
+                except UnreadableEvent as error:  # what has a history was made before
+                    logger.error("the first team is left as it is", why=str(error))
                 for worker, key in self._workers.items():
                     try:
                         await self._fleet.execute(RegisterWorker(worker=worker, key=key), cause)
-                    except Refused as error:  # it was revoked since, or another has its name
-                        logger.warning("not registered at the start", worker=worker, why=error.message)
+                    except (Refused, UnreadableEvent) as error:  # it was revoked since, or another has its name
+                        logger.warning("not registered at the start", worker=worker, why=str(error))
                 head = await self._log.head()
                 self.problem = None if await self._passed(head) else f"the read models have not reached position {head}"
             except LogUnavailable as error:

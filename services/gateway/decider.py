@@ -187,7 +187,12 @@ class Deleted(msgspec.Struct, frozen=True):
 
 
 Fleet = Token | Member | Deleted | None
-REVOKED = "this key was revoked"
+KEY_REVOKED = "key-revoked"
+
+
+def key_revoked() -> Refused:
+    """Whoever bears that key needs another."""
+    return Refused(KEY_REVOKED, "this key was revoked")
 
 
 class FleetDecider:
@@ -224,7 +229,7 @@ class FleetDecider:
             case RegisterWorker(), Deleted() if command.token_id in ("", state.token_id):  # the deployment names it at each start
                 raise Refused("conflict", f"`{command.worker}` was deleted")
             case RegisterWorker(), Deleted() if command.key in state.burnt:
-                raise Refused("conflict", REVOKED)
+                raise key_revoked()
             case RegisterWorker(), None | Deleted():
                 registered = WorkerRegistered(worker=command.worker, key=command.key, tags=command.tags, token_id=command.token_id)
                 return [] if command.trial else [registered]

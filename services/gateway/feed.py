@@ -22,8 +22,8 @@ KEPT = 4096
 """Recent events kept in memory; who lags further reads the log."""
 BATCH = 1000
 IDLE = 5.0
-LINGER = 0.002
 """Seconds after which the log is looked at without being woken."""
+LINGER = 0.002
 
 
 class _ArchivedLog(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from libs.runtime.http import Problem, unavailable
-from proto.api import ENDED
+from proto.api.builds import ENDED
 from proto.events.base import ArtifactRef
 from services.gateway.artifacts import ArtifactsClient, Whose
 from services.gateway.auth import Principal

@@ -1,6 +1,7 @@
 """Where the lines of a build are: on JetStream before the archive, in the archive after, by the same numbers."""
 
 import asyncio
+import base64
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
@@ -61,6 +62,14 @@ def cut(line: int, segment: Segment, first: int) -> Line | None:
     return first, Segment(segment.step, segment.stream, segment.at, rest)
 
 
+def shown(data: bytes) -> tuple[str, str | None]:
+    """What a step wrote as text; and in base64, where that is not all that it wrote."""
+    try:
+        return data.decode(), None
+    except UnicodeDecodeError:
+        return data.decode(errors="replace"), base64.b64encode(data).decode()
+
+
 class ChunkOrder:
     """Puts the chunks of one attempt in order, each once: they may come repeated, or with gaps that a later delivery fills."""
 
@@ -94,6 +103,25 @@ class ChunkOrder:
         return held
 
 
+def gap(line: int) -> Line:
+    """The mark of lines that never came; it bears the number of the first of them."""
+    return _mark(line, f"log lines from {line} on are missing")
+
+
+def last_word(log: AttemptLog, line: int) -> Line | None:
+    """What is to be said at number `line`, where the archive has no more, unless nothing can be missing there. (After it, it has been said.)"""
+    if log.archived is None or line > log.archived:
+        return None
+    if line < log.archived:
+        return gap(line)
+    lost = bool(log.worker) and log.chunks is None
+    return _mark(line, "the worker was lost here, and what was written last may be, too") if lost else None
+
+
+def _mark(line: int, text: str) -> Line:
+    return line, Segment("", "stderr", 0, f"[penstock: {text}]\n".encode())
+
+
 def complete(log: AttemptLog, seen: int) -> bool:
     """Whether the chunks before number `seen` are all that an attempt wrote."""
     return log.over and log.chunks is not None and seen > log.chunks
@@ -108,7 +136,8 @@ class LogReader:
         self._row = row
 
     async def lines(self, build: BuildRow, stage: str, attempt: int, first: int, ended: Callable[[bool], None]) -> AsyncGenerator[Line, None]:
-        """The lines from `first` on. Before it ends it tells `ended` whether the log is complete. Raises BusUnavailable, ArchiveUnavailable."""
+        """The lines from `first` on, and marks where some are missing. Before it ends it tells `ended` whether the log is complete. Raises
+        BusUnavailable, ArchiveUnavailable."""
         log = build.logs.get(attempt_key(stage, attempt), AttemptLog())
         if log.archived is None:
             order = ChunkOrder()
@@ -129,7 +158,12 @@ class LogReader:
         async for line, segment in self._artifacts.archive(build.team, build.id, stage, attempt, first):
             kept = cut(line, segment, first)
             if kept is not None:
+                if kept[0] > first:
+                    yield gap(first)
                 yield kept
+                first = kept[0] + count_lines(kept[1].data)
+        if (mark := last_word(log, first)) is not None:
+            yield mark
         ended(True)
 
     async def _chunks(self, build: BuildRow, stage: str, attempt: int) -> AsyncGenerator[LogChunk, None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from proto.api import ProblemDetails
+from proto.api.bodies import ProblemDetails
 from services.gateway.routes.endpoint import PREFIX, Endpoint
 
 _REF = "#/components/schemas/{name}"
@@ -93,7 +93,7 @@ def _content(kind: Any) -> dict[str, Any]:
         return {media: schema for one in kind for media, schema in _content(one).items()}
     if isinstance(kind, str):
         return {kind: {"schema": {"type": "string"} if kind.startswith("text/") else {}}}
-    return {"application/problem+json" if kind is ProblemDetails else "application/json": {"schema": _schema(kind)}}
+    return {"application/problem+json" if issubclass(kind, ProblemDetails) else "application/json": {"schema": _schema(kind)}}
 
 
 def _response(status: int, kind: Any) -> dict[str, Any]:

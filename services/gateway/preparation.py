@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
 
-from proto.api import BuildStage, Candidate, Holder, Preparation, Waiting
+from proto.api.builds import BuildStage
+from proto.api.preparation import Candidate, Holder, Preparation, Waiting
 from proto.envelope import Fact
 from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageQueued, StepStarted
 from proto.events.lease import LeaseExpired, StageDeferred, StageLeased

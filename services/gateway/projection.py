@@ -9,7 +9,8 @@ import msgspec
 from msgspec.structs import replace
 
 from libs.eventlog.projections import Get, Gone, Projection, Table
-from proto.api import ArtifactKind, BuildStage, BuildStatus, Positions, Step, TreeRef
+from proto.api.artifacts import ArtifactKind, TreeRef
+from proto.api.builds import BuildStage, BuildStatus, Positions, Step
 from proto.envelope import Fact
 from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
 from proto.events.base import ArtifactRef

@@ -2,7 +2,10 @@
 
 from datetime import UTC, datetime
 
-from proto.api import Artifact, Build, Policy, Secret
+from proto.api.artifacts import Artifact
+from proto.api.builds import Build
+from proto.api.secrets import Secret
+from proto.api.teams import Policy
 from proto.events.team import DEFAULT_POLICY
 from services.gateway.projection import ArtifactRow, BuildRow, SecretRow, TeamRow
 

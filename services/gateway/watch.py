@@ -14,12 +14,13 @@ import structlog
 from libs.bus.bus import Bus, BusUnavailable, Message
 from libs.eventlog.log import LogUnavailable
 from libs.runtime.http import Problem
-from proto.api import Build, LogEvent
-from proto.messages import Segment, count_lines
+from proto.api.builds import Build
+from proto.api.logs import LogEvent
+from proto.messages import count_lines
 from services.gateway.artifacts import ArchiveUnavailable, ArtifactsClient
 from services.gateway.broadcast import Broadcast
 from services.gateway.feed import LogFeed
-from services.gateway.logs import STREAM, ChunkOrder, Line, chunk_of, complete, cut, lines_from, subject_of_build
+from services.gateway.logs import STREAM, ChunkOrder, Line, chunk_of, complete, cut, gap, last_word, lines_from, shown, subject_of_build
 from services.gateway.projection import AttemptLog, BuildRow
 from services.gateway.sse import bad_token, message
 
@@ -118,7 +119,8 @@ class BuildWatch:
                 await self._say("end", msgspec.json.encode(self._sources.view(self._row)))
         except* (LogUnavailable, ArchiveUnavailable) as errors:
             logger.warning("a watch ends early", build=self._row.id, why=str(errors.exceptions[0]))
-            failure = Problem(503, "unavailable", "The rest cannot be read now", "come back with Last-Event-ID")
+            why = "; ".join(str(error) for error in errors.exceptions if isinstance(error, ArchiveUnavailable))
+            failure = Problem(503, "unavailable", "The rest cannot be read now", f"{why}; come back with Last-Event-ID".removeprefix("; "))
             await self._say("error", msgspec.json.encode(failure.body))
         finally:
             self.broadcast.end()
@@ -193,9 +195,11 @@ class BuildWatch:
             attempt = self._attempts[key] = _Attempt(key[0], stage, number, self._lines.get(key, 0))
         return attempt
 
-    async def _say_line(self, attempt: _Attempt, line: Line) -> None:
+    async def _say_line(self, attempt: _Attempt, line: Line, following: int | None = None) -> None:
+        """`following`: the next line's number, unless it is the next."""
         number, segment = line
-        attempt.lines = self._lines[attempt.key] = number + count_lines(segment.data)
+        attempt.lines = self._lines[attempt.key] = number + count_lines(segment.data) if following is None else following
+        text, exactly = shown(segment.data)
         event = LogEvent(
             stage=attempt.stage,
             attempt=attempt.number,
@@ -203,7 +207,8 @@ class BuildWatch:
             stream=segment.stream,
             line=number,
             at=segment.at,
-            text=segment.data.decode("utf-8", "replace"),
+            text=text,
+            text_base64=exactly,
         )
         await self._say("log", msgspec.json.encode(event))
 
@@ -224,13 +229,13 @@ class BuildWatch:
         waiting = False
         for attempt, log in self._finished_logs():
             if not attempt.done:
-                attempt.done = complete(log, attempt.order.next) or (log.archived is not None and await self._from_archive(attempt))
+                attempt.done = complete(log, attempt.order.next) or (log.archived is not None and await self._from_archive(attempt, log))
             if not attempt.done:
                 attempt.done = await self._given_up(attempt, log)
             waiting = waiting or not attempt.done
         return self._row.finished_at is not None and not waiting
 
-    async def _from_archive(self, attempt: _Attempt) -> bool:
+    async def _from_archive(self, attempt: _Attempt, log: AttemptLog) -> bool:
         row = self._row
         try:
             async with aclosing(self._sources.artifacts.archive(row.team, row.id, attempt.stage, attempt.number, attempt.lines)) as archive:
@@ -241,6 +246,8 @@ class BuildWatch:
                     if kept[0] > attempt.lines:
                         await self._say_missing(attempt, kept[0])
                     await self._say_line(attempt, kept)
+            if (mark := last_word(log, attempt.lines)) is not None:
+                await self._say_line(attempt, mark, (log.archived or 0) + 1)
         except ArchiveUnavailable:
             if self._late(attempt, self._limits.late):
                 raise
@@ -268,10 +275,8 @@ class BuildWatch:
         return self._clock() - attempt.waiting_since >= seconds
 
     async def _say_missing(self, attempt: _Attempt, until: int) -> None:
-        """Mark lines that never came; the mark takes the number of the first of them."""
-        text = f"[penstock: log lines from {attempt.lines} on are missing]\n"
-        await self._say_line(attempt, (attempt.lines, Segment("", "stderr", 0, text.encode())))
-        attempt.lines = self._lines[attempt.key] = until
+        """Mark lines that never came."""
+        await self._say_line(attempt, gap(attempt.lines), until)
 
 
 class Hub:

@@ -23,7 +23,7 @@ from libs.eventlog.postgres import open_postgres_log
 from libs.eventlog.projections import StoredProjection
 from libs.runtime.addresses import PROXIES, networks
 from libs.runtime.commands import CommandLoop
-from libs.runtime.epoch import Epoch
+from libs.runtime.epoch import begin_epoch
 from libs.runtime.http import problems
 from libs.runtime.ids import new_id
 from libs.runtime.memory import keep_memory
@@ -31,7 +31,8 @@ from libs.runtime.projector import Projector
 from libs.runtime.service import Service
 from libs.runtime.settings import decode
 from libs.tokens import public_key
-from proto.api import Build, TeamName
+from proto.api.bodies import TeamName
+from proto.api.builds import Build
 from proto.private import Private
 from services.gateway import decider
 from services.gateway.artifacts import ArtifactsClient
@@ -72,7 +73,7 @@ LINGER = 0.002
 
 class Settings(Private, frozen=True, kw_only=True):
     """`artifacts_public_url` is where clients reach the artifacts service, to move bytes past the gateway ("": they do not); `grant_key` signs grants
-    for it; `server_public_key` is the scheduler's, which workers trust;
+    for it, and what workers are told; `server_public_key` is the scheduler's, which workers trust;
     `worker_nats_url`: where workers reach the bus, if not by `nats_url`. `bootstrap_*` name the first team, the SHA-256 (hex) of its first token, and
     the first workers (`name=public key`, comma-separated);
     `public_url` is what clients reach the gateway by; `trusted_proxies`: from which networks (CIDRs, comma-separated; none by default)
@@ -106,6 +107,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     keep_memory(8 << 20)
     public_url = settings.public_url.rstrip("/") or _url_of(sockets.get("http"))
     log = await service.enter(open_postgres_log(settings.database_url, size=6))
+    epoch = await begin_epoch(log, service.draining.set)
     clock = SharedClock(log.pool, time.time, time.monotonic)
     with suppress(LogUnavailable):
         await clock.look()
@@ -139,7 +141,10 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     def passed(position: int) -> Awaitable[bool]:
         return projector.passed(position, 1.0)
 
-    bootstrap = Bootstrap(teams, fleet, log, passed, settings.bootstrap_team, settings.bootstrap_token_sha256, _pairs(settings.bootstrap_workers))
+    async def read(position: int) -> bool:
+        return await passed(position) or projector.stuck is not None
+
+    bootstrap = Bootstrap(teams, fleet, log, read, settings.bootstrap_team, settings.bootstrap_token_sha256, _pairs(settings.bootstrap_workers))
     hub = Hub(
         Sources(row=queries.build, passed=passed, view=view, feed=feed, bus=bus, artifacts=artifacts),
         Limits(buffer=settings.sse_buffer_bytes, stall=settings.sse_stall_seconds, late=settings.log_wait_seconds),
@@ -172,8 +177,8 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
             site=Site(
                 server_public_key=settings.server_public_key,
                 nats_url=settings.worker_nats_url or settings.nats_url,
-                challenge_key=settings.grant_key,
-                challenge_public_key=public_key(settings.grant_key),
+                gateway_key=settings.grant_key,
+                gateway_public_key=public_key(settings.grant_key),
             ),
             first=settings.bootstrap_team,
             ids=new_id,
@@ -206,7 +211,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     service.warns("projection", lambda: projector.stuck)
     service.depends("bootstrap", lambda: bootstrap.problem)
     service.depends("nats", lambda: None if bus.connected else "is not connected")
-    service.spawn("epoch", Epoch(log, service.draining.set).watch())
+    service.spawn("epoch", epoch.watch())
     service.spawn("clock", clock.run())
     service.spawn("requests", requests.run())
     service.spawn("teams", teams.run())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from proto.api import RunningBuild, Worker, WorkerStatus
+from proto.api.workers import RunningBuild, Worker, WorkerStatus
 from proto.messages import Heartbeat
 from services.gateway.presence import Heard
 from services.gateway.workers import LeaseRow, WorkerRow

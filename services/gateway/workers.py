@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from libs.eventlog.projections import Get, Gone
-from proto.api import BuildStage
+from proto.api.builds import BuildStage
 from proto.envelope import Fact
 from proto.events.build import StageFinished, StageQueued
 from proto.events.fleet import WorkerDeleted, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 MAX_LINE = 16 << 10
-"""Longer lines are split into pieces of this size."""
+"""Longer lines are split into pieces of this size, or a little less: no piece ends inside a character."""
 
 
 class LineSplitter:
@@ -36,21 +36,33 @@ class LineSplitter:
                 continue
             if at > start:
                 yield self._given(data[start:at])
-            yield self._given(data[at : at + MAX_LINE])
-            start = at = at + MAX_LINE
+            piece = data[at : at + MAX_LINE]
+            piece = piece[: _whole(piece)]
+            yield self._given(piece)
+            start = at = at + len(piece)
         end = max(end, start)
         if end > start:
             yield self._given(data[start:end])
         self._rest = data[end:]
 
-    def rest(self) -> tuple[bytes, bool] | None:
-        """The unfinished line, given up as a piece."""
-        if not self._rest:
+    def rest(self, ended: bool = True) -> tuple[bytes, bool] | None:
+        """The unfinished line, given up as a piece; unless it has `ended`, without a character of which only a part is there."""
+        end = len(self._rest) if ended else _whole(self._rest)
+        if not end:
             return None
-        piece, self._rest = self._rest, b""
+        piece, self._rest = self._rest[:end], self._rest[end:]
         return self._given(piece)
 
     def _given(self, part: bytes) -> tuple[bytes, bool]:
         began_earlier = self._inside
         self._inside = not part.endswith(b"\n")
         return part, began_earlier
+
+
+def _whole(piece: bytes) -> int:
+    """How much of it does not end inside a character, as far as it is UTF-8 at all."""
+    for back, byte in enumerate(reversed(piece[-3:]), 1):
+        if byte & 0xC0 != 0x80:
+            length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+            return len(piece) - back if length > back else len(piece)
+    return len(piece)

@@ -63,7 +63,7 @@ class AttemptLog:
         if timer is not None:
             timer.cancel()
         if splitter.waiting:
-            self._piece_timers[key] = self._loop.call_later(PIECE_SECONDS, self._give_up, key)
+            self._piece_timers[key] = self._loop.call_later(PIECE_SECONDS, self._give_up, key, False)
         return lines
 
     def say(self, step: str, text: str) -> None:
@@ -78,7 +78,7 @@ class AttemptLog:
             if rest := self._maskers.pop(key).rest():
                 self._write(key, rest)
         for key in [key for key in self._splitters if key[0] == step]:
-            self._give_up(key)
+            self._give_up(key, True)
             del self._splitters[key]
 
     def close(self, step: str) -> None:
@@ -90,11 +90,11 @@ class AttemptLog:
         for timer in self._piece_timers.values():
             timer.cancel()
 
-    def _give_up(self, key: tuple[str, Stream]) -> None:
+    def _give_up(self, key: tuple[str, Stream], ended: bool) -> None:
         timer = self._piece_timers.pop(key, None)
         if timer is not None:
             timer.cancel()
-        rest = self._splitters[key].rest()
+        rest = self._splitters[key].rest(ended)
         if rest is not None:
             self._add(*key, rest[0])
 

@@ -6,8 +6,8 @@ then kept in memory, and the attempt is told.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count, takewhile
 from typing import Literal
 
 import msgspec
@@ -27,6 +27,9 @@ RESEND_LOGS = (10.0, 300.0)
 """Seconds until what was sent is sent again: at first, and at most (it doubles)."""
 LISTED = 1000
 """Logs that a heartbeat asks about, which must fit the bus however long nothing is archived."""
+TURN = 50
+"""By so many the next heartbeat begins further on, so that each comes first in its turn: the schedulers look up no more at once of those they do not
+know."""
 FRESH_AFTER = 3
 """From this repeat on a message gets an id of its own: a purged or lost message is still a duplicate inside the dedup window."""
 
@@ -59,6 +62,8 @@ class _Said:
     def __init__(self) -> None:
         self.bodies: list[ReportBody] = []
         self.reports: list[Place] = []
+        self.journaled = 0
+        """So many reports are in the journal, from the first one on."""
         self.recorded = 0
         self.ended = False
         self.reports_pause: _Pause | None = None
@@ -91,17 +96,25 @@ class Outbox:
         self._connections = bus.connections
         self._in_flight: set[asyncio.Future[Ack]] = set()
         self._resending: asyncio.Task[None] | None = None
+        self._turn = 0
 
     @property
     def logs(self) -> list[Attempt]:
-        """Ended attempts whose log waits to be archived, the first of them."""
-        return list(islice((attempt for attempt, said in self._said.items() if said.log_pause is not None), LISTED))
+        """Ended attempts whose log waits to be archived."""
+        return [attempt for attempt, said in self._said.items() if said.log_pause is not None]
+
+    def logs_in_turn(self) -> list[Attempt]:
+        """As many of them as can be asked about at once, each time from another place on."""
+        waiting = self.logs
+        first = self._turn % max(1, len(waiting))
+        self._turn = first + TURN
+        return [*waiting[first:], *waiting[:first]][:LISTED]
 
     def replay(self) -> dict[Attempt, int]:
         """Read the spool of earlier lives. Gives the attempts that had ended, with their last report.
 
-        Of what had not ended, as far as the journal tells, the reports are forgotten: its lease is void. Its log is kept until an archive has it or
-        nobody will make one: after a power cut the end may be an event and only the journal's last words missing."""
+        Of what had not ended, as far as the journal tells without a gap, the reports are forgotten: its lease is void. Its log is kept until an
+        archive has it or nobody will make one: after a power cut the end may be an event and only the journal's last words missing."""
         bodies: dict[Attempt, dict[int, ReportBody]] = {}
         for place, record in self._spool.replay():
             try:
@@ -114,7 +127,6 @@ class Outbox:
                 said.reports.append(place)
                 reports = _decode_reports(body)
                 bodies.setdefault(attempt, {}).update(enumerate(reports.bodies, reports.first))
-                said.ended = said.ended or isinstance(reports.bodies[-1], ReportStageFinished)
             elif kind == "chunk":
                 said.chunks[_decode_chunk(body).number] = place
             else:
@@ -126,10 +138,10 @@ class Outbox:
                     self._release_log(said)
         now = self._clock()
         for attempt, said in list(self._said.items()):
-            said.bodies = [body for _, body in sorted(bodies.get(attempt, {}).items())]
-            if not said.ended:
+            said.bodies = _from_the_first(bodies.get(attempt, {}))
+            if not said.bodies or not isinstance(said.bodies[-1], ReportStageFinished):
                 self._release_reports(said)
-                said.ended = True
+            said.ended = True
             said.reports_pause = _Pause(RESEND_REPORTS, now - RESEND_REPORTS[0]) if said.bodies else None
             said.log_pause = _Pause(RESEND_LOGS, now) if said.chunks else None
             self._drop_if_done(attempt)
@@ -142,16 +154,20 @@ class Outbox:
         said.on_window = on_window
 
     def report(self, attempt: Attempt, bodies: list[ReportBody]) -> int:
-        """Say it. Gives the number of the last."""
+        """Say it. Gives the number of the last. What the disk refused before is written with it: a report's number is its place in the journal."""
         said = self._said.get(attempt)
         if said is None:
             return 0
         first = len(said.bodies) + 1
         said.bodies += bodies
         body = _encode(Reports(attempt=attempt, first=first, bodies=bodies))
-        place = self._write("reports", attempt, body)
+        unwritten = body
+        if said.journaled < first - 1:
+            unwritten = _encode(Reports(attempt=attempt, first=said.journaled + 1, bodies=said.bodies[said.journaled :]))
+        place = self._write("reports", attempt, unwritten)
         if place is not None:
             said.reports.append(place)
+            said.journaled = len(said.bodies)
         now = self._clock()
         if said.reports_pause is None:
             said.reports_pause = _Pause(RESEND_REPORTS, now)
@@ -387,3 +403,8 @@ class Outbox:
         moved = self._spool.append(record)
         self._spool.release(place)
         return moved
+
+
+def _from_the_first(bodies: Mapping[int, ReportBody]) -> list[ReportBody]:
+    """Up to the first gap."""
+    return [bodies[number] for number in takewhile(bodies.__contains__, count(1))]

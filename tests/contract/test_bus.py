@@ -223,6 +223,14 @@ async def test_what_is_too_large_fails_at_the_sender(bus: Bus) -> None:
     assert (await bus.publish("work.a", b"x" * (MAX_PAYLOAD - 4096))).sequence == 1
 
 
+@pytest.mark.parametrize("subject", ["", "a b", "a..b", ".a", "a.*", "a.>", "work." + "x" * 4096])
+async def test_what_is_no_subject_is_refused_and_the_connection_stays(bus: Bus, subject: str) -> None:
+    with pytest.raises(ValueError, match="not a subject"):
+        bus.publish(subject, b"x")
+    assert (await bus.publish("work." + "x" * 3000, b"x")).sequence == 1
+    assert bus.connections == 1
+
+
 async def test_a_full_stream_refuses_or_forgets_as_it_was_told(bus: Bus) -> None:
     await bus.ensure([Stream("REFUSES", ("refuses.>",), 3600.0, 4096, "new"), Stream("FORGETS", ("forgets.>",), 3600.0, 4096, "old")], [])
     with pytest.raises(StreamFull):

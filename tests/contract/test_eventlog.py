@@ -4,13 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from msgspec import structs
 
 from libs.eventlog.log import ANY, NO_STREAM, Appended, Conflict, EventLog, EventTooLarge, NewEvent, NotOwner
 from libs.eventlog.memory import MemoryLog
 from libs.eventlog.postgres import open_postgres_log
 from proto.catalogue import encode
 from proto.events.lease import LeaseExpired
-from proto.topology import MAX_EVENT
+from proto.topology import MAX_EVENT, MAX_NAME
 from tests.controls import write
 from tests.postgres_fixture import Database
 
@@ -142,19 +143,31 @@ async def test_an_event_over_the_limit_is_refused_and_one_at_the_limit_is_not(lo
     assert (await log.read(0, 1))[0].data == text
 
 
-@pytest.mark.parametrize(
-    "writes",
-    [
-        [write(BUILD, event("a")), write(BUILD, event("b"))],
-        [write(BUILD, event("a")), write(OTHER, event("a"))],
-        [write(BUILD)],
-        [write("build", event("a"))],
-        [write("-1", event("a"))],
-        [write(BUILD, event("a"), expected=-2)],
-        [write(BUILD, event("a", b"{"))],
-    ],
-    ids=["stream twice", "id twice", "no events", "no id", "no category", "version", "not JSON"],
-)
+MALFORMED = {
+    "stream twice": [write(BUILD, event("a")), write(BUILD, event("b"))],
+    "id twice": [write(BUILD, event("a")), write(OTHER, event("a"))],
+    "no events": [write(BUILD)],
+    "no id": [write("build", event("a"))],
+    "empty id": [write("build-", event("a"))],
+    "no category": [write("-1", event("a"))],
+    "version": [write(BUILD, event("a"), expected=-2)],
+    "not JSON": [write(BUILD, event("a", b"{"))],
+    "stream of two words": [write("build-1.f", event("a"))],
+    "space in a stream": [write("build-1 f", event("a"))],
+    "wildcard": [write("build-*", event("a"))],
+    "long stream": [write("build-" + "x" * MAX_NAME, event("a"))],
+    "no team": [structs.replace(write(BUILD, event("a")), team="")],
+    "team of two words": [structs.replace(write(BUILD, event("a")), team="a.b")],
+    "long actor": [structs.replace(write(BUILD, event("a")), actor="ü" * MAX_NAME)],
+    "space in an id": [write(BUILD, event("a b"))],
+    "long id": [write(BUILD, event("a" * (MAX_NAME + 1)))],
+    "type of three words": [write(BUILD, NewEvent("a", "build.created.again", b"{}"))],
+    "space in a type": [write(BUILD, NewEvent("a", "build created", b"{}"))],
+}
+"""The bus would not carry most of them."""
+
+
+@pytest.mark.parametrize("writes", MALFORMED.values(), ids=MALFORMED)
 async def test_malformed_writes_are_refused(log: EventLog, writes: list) -> None:
     with pytest.raises(ValueError):
         await log.append(writes)

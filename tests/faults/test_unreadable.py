@@ -134,5 +134,37 @@ async def test_events_that_nobody_can_read_stop_what_shows_them_and_nothing_else
     assert leases == [1], "what ran was left alone"
 
 
+async def test_an_event_that_the_bus_cannot_carry_stops_no_build_and_is_told_until_it_is_gone(system: System) -> None:
+    """FAULTS 65: as somebody put it into the log by hand, for the log itself takes none such."""
+    database = await system.database()
+
+    async def unpublished() -> str | None:
+        status, said = await asyncio.to_thread(asked, f"http://{system.run().status['builds']}/readyz")
+        assert status == 200, said
+        why: str | None = json.loads(said).get("unpublished")
+        return why
+
+    async with Traffic(system) as traffic:
+        async with database.transaction():
+            await database.execute("SELECT pg_advisory_xact_lock(x'70656e73746f636b'::bigint)")
+            await database.execute(INSERT.replace("-unreadable'", "-no subject'").replace("'{}'", """'{"name": "x"}'"""), ["team team.created"])
+        await traffic.submit(INSTANT)
+        await traffic.ended()
+        why = await eventually(unpublished)
+        assert why is not None and "(team.created on team-no subject: not a " in why
+        _, metrics = await asyncio.to_thread(asked, f"http://{system.run().status['builds']}/metrics")
+        assert "\npenstock_relay_left_out 1.0\n" in metrics
+        await database.execute(MEND.replace("-unreadable'", "-no subject'"))
+
+        async def told_no_more() -> bool:
+            return await unpublished() is None
+
+        await eventually(told_no_more, timeout=20)
+        await traffic.submit(INSTANT)
+        await traffic.ended()
+        await traffic.verify()
+    await database.close()
+
+
 async def goes_on(system: System, name: str) -> bool:
     return await stands_still(system, name) is None

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
+from libs.bus.api import Reply
 from libs.bus.bus import BusUnavailable, TooLarge
 from libs.bus.jetstream import JetStreamBus, connect_jetstream
 from libs.bus.mailbox import LISTEN_BUFFER
@@ -169,7 +170,7 @@ async def test_a_deleted_stream_is_made_again_and_takes_what_comes(fresh_nats: N
             await insist(bus, "before")
             await eventually(lambda: "before" in follower.consumed and "before" in follower.tailed)
             before = await bus.stream_state("WORK")
-            await other._api("STREAM.DELETE.WORK", {}, _answer())
+            await other._api.ask("STREAM.DELETE.WORK", {}, Reply)
             await insist(bus, "after")
             await eventually(lambda: "after" in follower.consumed and "after" in follower.tailed)
             after = await bus.stream_state("WORK")
@@ -186,7 +187,7 @@ async def test_a_stream_that_is_deleted_while_nobody_publishes_is_made_again(fre
         async with background(follower.consume):
             await insist(bus, "before")
             await eventually(lambda: "before" in follower.consumed)
-            await other._api("STREAM.DELETE.WORK", {}, _answer())
+            await other._api.ask("STREAM.DELETE.WORK", {}, Reply)
 
             async def is_back() -> bool:
                 return await bus.stream_state("WORK") is not None
@@ -201,7 +202,7 @@ async def test_a_deleted_consumer_is_made_again(fresh_nats: NatsServer) -> None:
         async with background(follower.consume):
             await insist(bus, "before")
             await eventually(lambda: "before" in follower.consumed)
-            await other._api(f"CONSUMER.DELETE.WORK.{ALL.name}", {}, _answer())
+            await other._api.ask(f"CONSUMER.DELETE.WORK.{ALL.name}", {}, Reply)
             await insist(bus, "after")
             await eventually(lambda: "after" in follower.consumed)
 
@@ -233,7 +234,7 @@ async def test_a_tail_outlives_its_consumer_without_a_gap_or_a_repeat(fresh_nats
                 await eventually(lambda number=number: len(follower.tailed) == number + 1)
                 names = json.loads(await other._connection.ask("$JS.API.CONSUMER.NAMES.WORK", b"", lambda headers, data: data))["consumers"]
                 [tail] = [name for name in names if name.startswith("tail-")]
-                await other._api(f"CONSUMER.DELETE.WORK.{tail}", {}, _answer())
+                await other._api.ask(f"CONSUMER.DELETE.WORK.{tail}", {}, Reply)
         assert follower.tailed == ["0", "1", "2", "3", "4"]
         names = json.loads(await other._connection.ask("$JS.API.CONSUMER.NAMES.WORK", b"", lambda headers, data: data))["consumers"]
         assert names == [ALL.name]
@@ -413,9 +414,3 @@ async def test_subjects_and_ids_cannot_smuggle_words_of_the_protocol(fresh_nats:
         for msg_id in ("a b", "a\r\nNats-Rollup: all"):
             with pytest.raises(ValueError, match="not a message id"):
                 bus.publish("work.a", b"x", msg_id)
-
-
-def _answer() -> type:
-    from libs.bus.jetstream import _Answer
-
-    return _Answer

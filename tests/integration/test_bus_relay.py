@@ -8,18 +8,22 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+from msgspec import structs
+from prometheus_client import CollectorRegistry
 
 from libs.bus.bus import Bus, BusUnavailable, Message
 from libs.bus.jetstream import connect_jetstream
 from libs.bus.memory import MemoryBus
 from libs.eventlog.checkpoints import RelayCheckpoint, RelayCheckpoints
 from libs.eventlog.leadership import Leadership
+from libs.eventlog.log import NewEvent
 from libs.eventlog.memory import MemoryLog
 from libs.eventlog.postgres import open_postgres_log
+from libs.runtime.leftout import MOST
 from libs.runtime.relay import Relay
 from proto.envelope import CloudEvent, decode_cloud_event
 from proto.events.team import TeamCreated
-from proto.topology import STREAMS
+from proto.topology import MAX_EVENT, MAX_NAME, STREAMS
 from tests.controls import eventually, write
 from tests.nats_fixture import SEEDS, NatsServer
 from tests.postgres_fixture import Database
@@ -345,6 +349,161 @@ async def test_a_bus_that_loses_things_at_random_is_always_filled_in_the_end(mem
         await asyncio.sleep(0)
         bus.connected = True
         await eventually(memory.is_filled)
+
+
+async def test_whatever_the_log_takes_the_bus_carries(outbox: Outbox) -> None:
+    """FAULTS 65: the largest event there can be, under the longest names, in the characters that JSON writes longest."""
+    new = NewEvent("e" * MAX_NAME, "team." + "c" * (MAX_NAME - 5), b'"' + b"x" * (MAX_EVENT - 2) + b'"')
+    largest = structs.replace(
+        write("team-" + "\\" * (MAX_NAME - 5), new),
+        team="\\" * MAX_NAME,
+        correlation_id="\1" * MAX_NAME,
+        causation_id="\1" * MAX_NAME,
+        actor="\1" * MAX_NAME,
+    )
+    await outbox.log.append([largest])
+    relay = outbox.relay()
+    async with running(relay):
+        await outbox.append()
+        await eventually(outbox.is_filled)
+        assert relay.unpublished is None
+
+
+class Untaken:
+    """Each way in which an event may be in the log that the bus does not take: `put` has it there, `mend` makes the bus take it."""
+
+    def __init__(self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.outbox = outbox
+        monkeypatch.setattr("libs.eventlog.memory.check_writes", lambda _: None)
+        monkeypatch.setattr("libs.runtime.relay.EXAMINE_EVERY", 0.05)
+
+    async def put(self) -> None:
+        await self.outbox.log.append([write("team-bad", TeamCreated(name="x" * 4096))])
+
+    async def mend(self) -> None:
+        raise NotImplementedError
+
+    def replace(self, *rows: object) -> None:
+        records = self.outbox.log._records.events
+        at = next(at for at, recorded in enumerate(records) if recorded.stream.startswith("team-bad"))
+        records[at : at + 1] = rows
+
+
+class TooLargeForTheServer(Untaken):
+    """By what the server says of itself, as after a change of its configuration."""
+
+    async def put(self) -> None:
+        self.outbox.bus._connection._wire._max_payload = 2048  # type: ignore[attr-defined]
+        await super().put()
+
+    async def mend(self) -> None:
+        self.outbox.bus._connection._wire._max_payload = 1 << 20  # type: ignore[attr-defined]
+
+
+class TooLargeForTheStream(Untaken):
+    async def put(self) -> None:
+        bus = self.outbox.bus
+        config = b'{"name":"EVENTS","subjects":["events.>"],"storage":"file","discard":"old","max_msg_size":2048,"duplicate_window":120000000000}'
+        answer = await bus._connection.ask("$JS.API.STREAM.UPDATE.EVENTS", config, lambda _, data: data)  # type: ignore[attr-defined]
+        assert b'"max_msg_size":2048' in answer
+        await super().put()
+
+    async def mend(self) -> None:
+        await self.outbox.bus.ensure([EVENTS], [])
+
+
+class NoSubject(Untaken):
+    async def put(self) -> None:
+        await self.outbox.log.append([write("team-bad one", TeamCreated(name="a team"))])
+
+    async def mend(self) -> None:
+        """Somebody has mended the event itself."""
+        bad = (await self.outbox.log.read_streams(["team-bad one"]))["team-bad one"][0]
+        self.replace(structs.replace(bad, stream="team-good", event_id="mended"))
+
+
+class HangsUp(NoSubject):
+    """The server ends the connection of whoever sends it a line so long."""
+
+    async def put(self) -> None:
+        await self.outbox.log.append([write("team-bad one" + "x" * 8192, TeamCreated(name="a team"))])
+
+    async def mend(self) -> None:
+        self.replace(structs.replace(self.outbox.log._records.events[1], stream="team-good", event_id="mended"))
+
+
+@pytest.mark.parametrize("kind", [TooLargeForTheServer, TooLargeForTheStream, NoSubject, HangsUp])
+async def test_an_event_that_the_bus_does_not_take_stops_no_other_and_is_never_forgotten(
+    outbox: Outbox, kind: type[Untaken], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left out and named, by a successor too, and published as soon as it can be."""
+    untaken = kind(outbox, monkeypatch)
+    relay, registry = outbox.relay(term=1), CollectorRegistry()
+    relay.measure(registry)
+    async with running(relay):
+        await outbox.append()
+        await eventually(outbox.is_filled)
+        await untaken.put()
+        await outbox.append(3)
+        await eventually(lambda: relay.position == 5)
+        assert await outbox.positions() == [1, 3, 4, 5]
+        assert relay.problem is None
+        assert "event 2 is not on the bus (team.created on team-bad" in str(relay.unpublished)
+        assert registry.get_sample_value("penstock_relay_left_out") == 1
+        await eventually(lambda: outbox.checkpoints.row is not None and outbox.checkpoints.row.left_out == (2,))
+    successor = outbox.relay(term=2)
+    async with running(successor):
+        await outbox.append()
+        await eventually(lambda: successor.position == 6)
+        assert "event 2 is not on the bus" in str(successor.unpublished)
+        await untaken.mend()
+        await eventually(lambda: successor.unpublished is None)
+        assert await outbox.positions() == [1, 3, 4, 5, 6, 2]
+        await eventually(lambda: outbox.checkpoints.row is not None and outbox.checkpoints.row.left_out == ())
+    assert outbox.bus.connections == 1
+
+
+async def test_what_was_left_out_and_is_gone_from_the_log_is_let_go_of(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    untaken, relay = NoSubject(outbox, monkeypatch), outbox.relay()
+    async with running(relay):
+        await untaken.put()
+        await eventually(lambda: relay.unpublished is not None)
+        untaken.replace()
+        await eventually(lambda: relay.unpublished is None)
+
+
+async def test_a_stream_that_is_filled_again_is_offered_what_was_left_out_in_its_turn(memory: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    untaken, relay = NoSubject(memory, monkeypatch), memory.relay()
+    monkeypatch.setattr("libs.runtime.relay.EXAMINE_EVERY", 30.0)
+    async with running(relay):
+        await memory.append()
+        await untaken.put()
+        await memory.append()
+        await eventually(lambda: relay.position == 3 and relay.unpublished is not None)
+        await untaken.mend()
+        assert isinstance(memory.bus, MemoryBus)
+        memory.bus.lose("EVENTS")
+        memory.bus.connected = False
+        memory.bus.connected = True
+        await eventually(memory.is_filled)
+        assert await memory.positions() == [1, 2, 3]
+        assert relay.unpublished is None
+
+
+async def test_a_bus_that_takes_nothing_is_not_left_out_but_waited_for(memory: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    untaken, relay = NoSubject(memory, monkeypatch), memory.relay()
+    async with running(relay):
+        for _ in range(MOST):
+            await untaken.put()
+        await memory.append()
+        await eventually(lambda: relay.position == MOST + 1)
+        assert relay.problem is None
+        await untaken.put()
+        await memory.append()
+        await eventually(lambda: relay.problem is not None and f"takes none of {MOST + 1} events" in relay.problem)
+        await untaken.mend()  # there is room for another
+        await eventually(lambda: relay.problem is None and relay.position == MOST + 3)
+        assert sorted(await memory.positions()) == [1, MOST + 1, MOST + 3]
 
 
 async def test_it_works_on_the_real_log_with_a_real_office(database: Database, fresh_nats: NatsServer) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -111,6 +112,74 @@ async def reachable(log: PostgresLog) -> bool:
         return await log.head() > 0
     except LogUnavailable:
         return False
+
+
+async def listeners(database: Database) -> list[int]:
+    """The processes of Postgres that tell somebody of appends."""
+    connection = await asyncpg.connect(database.url("postgres"))
+    try:
+        rows = await connection.fetch("SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'")
+        return [row["pid"] for row in rows]
+    finally:
+        await connection.close()
+
+
+async def test_a_connection_that_tells_nothing_any_more_is_noticed_at_the_next_append(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not lost, and nobody is there: long before anyone would have asked, whoever appends finds it out, and all are woken."""
+    monkeypatch.setattr("libs.eventlog.postgres.ASK", 3600.0)
+    async with open_postgres_log(database.url("builds")) as log:
+        wakeup = log.wakeup()
+        await wakeup.wait(0.0)
+        [pid] = await listeners(database)
+        listener = psutil.Process(pid)
+        listener.suspend()
+        try:
+            await log.append([one("build-1", "a")])
+            assert await wakeup.wait(8.0)
+            assert wakeup.unheard
+        finally:
+            listener.resume()
+        wakeup.unheard = False
+        await log.append([one("build-2", "b")])
+        assert await wakeup.wait(8.0)
+        assert not wakeup.unheard, "by the new connection"
+        wakeup.close()
+
+
+async def test_what_is_appended_again_costs_no_connection(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told of it, for nothing has happened; the connection is asked whether it lives."""
+    monkeypatch.setattr("libs.eventlog.postgres.ECHO", 0.01)
+    async with open_postgres_log(database.url("builds")) as log:
+        before = await listeners(database)
+        for _ in range(3):
+            await log.append([one("build-1", "a")])
+            await eventually(lambda: log._echo is None)
+
+        async def asked() -> bool:
+            connection = await asyncpg.connect(database.url("postgres"))
+            try:
+                return await connection.fetchval("SELECT query FROM pg_stat_activity WHERE pid = $1", before[0]) == "SELECT 1"
+            finally:
+                await connection.close()
+
+        await eventually(asked)
+
+
+async def test_the_kernel_asks_whether_a_silent_database_is_still_there(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[asyncpg.Connection] = []
+    connect = asyncpg.connect
+
+    async def noted(*arguments: object, **more: object) -> asyncpg.Connection:
+        made.append(await connect(*arguments, **more))
+        return made[-1]
+
+    monkeypatch.setattr(asyncpg, "connect", noted)
+    async with open_postgres_log(database.url("builds")):
+        [connection] = made
+        sock = connection._transport.get_extra_info("socket")
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [3, 1, 3]
 
 
 async def test_a_transaction_left_open_with_the_lock_is_ended_and_nothing_is_skipped(database: Database) -> None:

@@ -1,6 +1,7 @@
 """A build live, its log, and the log of everything."""
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -114,6 +115,42 @@ async def test_a_build_without_a_log_ends_at_once(gateway: Gateway) -> None:
         await events.next("end", timeout=0.8)
 
 
+NO_UTF_8 = b"latin1 \xe9 \xff\xfe\nsound\n\xc3(\x80 \xed\xa0\x80 \xf4\x90\x80\x80\n"
+
+
+async def seen(gateway: Gateway, build: str) -> list[str]:
+    """The log as events, as a page and as text say it."""
+    async with watching(gateway, build) as events:
+        entries = [data for _, event, data in await events.all() if event == "log"]
+    page = await gateway.json("GET", f"/teams/main/builds/{build}/log", 200, headers={"Accept": "application/json"})
+    async with gateway.call("GET", f"/teams/main/builds/{build}/log", headers={"Accept": "text/plain"}) as answer:
+        text = await answer.read()
+    for found in (entries, page["lines"]):
+        assert b"".join(base64.b64decode(one["text_base64"]) if "text_base64" in one else one["text"].encode() for one in found) == text
+    assert ["text_base64" in line for line in page["lines"]] == [True, False, True], "what is not all that was written is marked, and nothing else"
+    return ["".join(one["text"] for one in found) for found in (entries, page["lines"])] + [text.decode(errors="replace")]
+
+
+async def test_what_is_no_utf_8_is_shown_and_marked_alike_everywhere(gateway: Gateway) -> None:
+    """FAULTS 103: live, and when only the archive has it."""
+    build = await started(gateway)
+    await gateway.say(build, 1, 0, NO_UTF_8)
+    await finish(gateway, build, chunks=1, lines=3)
+    await eventually(lambda: _has_ended(gateway, build))
+    live = await seen(gateway, build)
+    gateway.artifacts.archives[f"{build}/main/1"] = [(0, Segment("run", "stdout", 1, NO_UTF_8))]
+    archived = LogArchived(build=build, stage="main", attempt=1, archive=1, digest="d", chunks=1, lines=3, bytes=len(NO_UTF_8))
+    await gateway.record(f"artifact-log-{build}-main-1", archived)
+    assert gateway.bus is not None
+    await gateway.bus.purge("LOGS", "logs.>")
+    await eventually(lambda: _archived(gateway, build))
+    assert live == await seen(gateway, build) == [NO_UTF_8.decode(errors="replace")] * 3
+
+
+async def _has_ended(gateway: Gateway, build: str) -> bool:
+    return (await gateway.json("GET", f"/teams/main/builds/{build}", 200))["status"] == "succeeded"
+
+
 async def test_the_log_of_a_lost_worker_is_its_archive(gateway: Gateway) -> None:
     build = await started(gateway)
     async with watching(gateway, build) as events:
@@ -127,7 +164,40 @@ async def test_the_log_of_a_lost_worker_is_its_archive(gateway: Gateway) -> None
         await gateway.record(f"artifact-log-{build}-main-1", archived)
         rest = await events.all()
     assert rest[-1][1] == "end"
-    assert [text for _, text in texts(rest)][-1] == "two\n"
+    *before, mark = texts(rest)
+    assert before[-1] == (1, "two\n")
+    assert mark == (2, "[penstock: the worker was lost here, and what was written last may be, too]\n")
+    async with watching(gateway, build, after=rest[-1][0]) as events:
+        assert texts(await events.all()) == [], "it is said once"
+    async with gateway.call("GET", f"/teams/main/builds/{build}/log") as answer:
+        assert (await answer.text()).startswith("one\ntwo\n[penstock: the worker was lost here")
+    found = await gateway.json("GET", f"/teams/main/builds/{build}/log?from=3", 200, headers={"Accept": "application/json"})
+    assert (found["complete"], found["lines"]) == (True, [])
+
+
+async def test_what_an_archive_lacks_is_marked_once(gateway: Gateway) -> None:
+    build = await started(gateway)
+    gateway.artifacts.archives[f"{build}/main/1"] = [
+        (0, Segment("run", "stdout", 1, b"one\n")),
+        (3, Segment("run", "stdout", 2, b"four, un")),
+    ]
+    await finish(gateway, build, chunks=4, lines=6)
+    archived = LogArchived(build=build, stage="main", attempt=1, archive=1, digest="d", chunks=2, lines=6, bytes=19, gaps=[])
+    await gateway.record(f"artifact-log-{build}-main-1", archived)
+    await eventually(lambda: _archived(gateway, build))
+    async with watching(gateway, build) as events:
+        everything = await events.all()
+    assert texts(everything) == [
+        (0, "one\n"),
+        (1, "[penstock: log lines from 1 on are missing]\n"),
+        (3, "four, un"),
+        (4, "[penstock: log lines from 4 on are missing]\n"),
+    ]
+    for token, _, data in [event for event in everything if event[1] == "log"][1::2]:
+        async with watching(gateway, build, after=token) as events:
+            assert texts(await events.all()) == texts([event for event in everything if event[1] == "log" and event[2]["line"] > data["line"]])
+    async with gateway.call("GET", f"/teams/main/builds/{build}/log") as answer:
+        assert await answer.text() == ("one\n[penstock: log lines from 1 on are missing]\nfour, un\n[penstock: log lines from 4 on are missing]\n")
 
 
 async def test_repeated_and_reordered_chunks_are_delivered_once_in_order(gateway: Gateway) -> None:

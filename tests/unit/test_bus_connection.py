@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from libs.bus.connection import SILENT, Login, _Wire, connect
+from libs.bus.connection import connect
+from libs.bus.wire import SILENT, Login, Wire
 from libs.tokens import new_seed
 
 
@@ -34,7 +35,7 @@ async def test_a_connection_ends_that_is_left_just_when_it_is_refused(monkeypatc
     await visiting
 
 
-class Watched(_Wire):
+class Watched(Wire):
     """A wire whose server says something, or not, before each look, and answers pings, or does not."""
 
     def __init__(self, words: Iterator[bool], answers: bool) -> None:
@@ -60,7 +61,7 @@ class Watched(_Wire):
 )
 async def test_only_silence_is_pinged(monkeypatch: pytest.MonkeyPatch, words: list[bool], answers: bool, pings: int) -> None:
     wire = Watched(iter(words), answers)
-    monkeypatch.setattr("libs.bus.connection.asyncio.sleep", wire.look)
+    monkeypatch.setattr("libs.bus.wire.asyncio.sleep", wire.look)
     if answers:
         with pytest.raises(RuntimeError):  # nothing more is foreseen: it would go on
             await wire._ping_interval()

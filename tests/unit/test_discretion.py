@@ -12,8 +12,10 @@ import msgspec
 import pytest
 import structlog
 
-from libs.bus.connection import Login
+from libs.bus.wire import Login
 from penstock.client.fleet import Registration
+from penstock.client.joining import Membership
+from penstock.client.model import Direct
 from penstock.client.targets import Target
 from proto.messages import Attempt
 from proto.private import Private
@@ -22,7 +24,10 @@ from services.worker.executors.process import ProcessExecutor
 from tests.worker_controls import a_system, step
 
 HOLDERS = {
-    "proto.api": ("SecretValue", "Token", "Registration", "NewWorker", "Direct"),
+    "proto.api.artifacts": ("Direct",),
+    "proto.api.secrets": ("SecretValue",),
+    "proto.api.teams": ("Token",),
+    "proto.api.workers": ("Registration", "NewWorker"),
     "proto.messages": ("Package", "SecretValues"),
     "proto.plan": ("TaskConfig", "ImageResource"),
     "services.artifacts.wiring": ("Settings",),
@@ -49,10 +54,13 @@ def test_what_holds_secrets_shows_none(module: str, name: str) -> None:
 def test_what_the_command_line_and_the_bus_log_in_with_is_not_shown() -> None:
     holders = (
         Target(url="u", token="hunter2"),
-        Login("u", "hunter2", "n"),
-        msgspec.convert({"id": "r", "token": "hunter2", "expires_at": "2026-11-22T00:00:00Z"}, Registration),
+        Direct(url="u", token="hunter2"),
+        Membership(name="n", key="hunter2", url="u"),
+        msgspec.convert({"id": "u", "token": "hunter2", "expires_at": "2026-11-22T00:00:00Z"}, Registration),
     )
-    assert "hunter2" not in repr(holders) and "'u'" in repr(holders)
+    for holder in (*holders, Login("u", "hunter2", "n")):
+        assert "hunter2" not in repr(holder) and "'u'" in repr(holder)
+    assert "hunter2" not in str([list(holder.__rich_repr__()) for holder in holders])
 
 
 FAILS = """

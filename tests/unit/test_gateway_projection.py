@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from libs.eventlog.projections import Gone
-from proto.api import Positions
+from proto.api.builds import Positions
 from proto.envelope import Fact
 from proto.events.artifact import ArtifactDeleted, ArtifactExpired, ArtifactLifetimeChanged, ArtifactSealed, LogArchived
 from proto.events.base import ArtifactRef, Event

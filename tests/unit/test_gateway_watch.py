@@ -10,7 +10,7 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 
 from libs.runtime.http import Problem
-from proto.api import Build, Submission
+from proto.api.builds import Build, Submission
 from proto.messages import Attempt, LogChunk, Segment, count_lines
 from services.gateway.broadcast import Broadcast
 from services.gateway.logs import ChunkOrder, cut, lines_from

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from libs.tokens import new_seed, public_key, sign
-from proto.api import BuildStage, Preparation
+from proto.api.builds import BuildStage
+from proto.api.preparation import Preparation
 from proto.envelope import Fact
 from proto.events.base import Event
 from proto.events.build import BuildCreated, BuildFinished, StageFinished, StageQueued, StepStarted

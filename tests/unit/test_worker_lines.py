@@ -8,9 +8,14 @@ from services.worker.lines import MAX_LINE, LineSplitter
 from services.worker.progress import last_percent
 
 
-def split(*reads: bytes) -> list[bytes]:
+def split(*reads: bytes, late: bool = False) -> list[bytes]:
+    """`late`: what is unfinished is given up after each read."""
     splitter = LineSplitter()
-    parts = [part for read in reads for part, _ in splitter.feed(read)]
+    parts: list[bytes] = []
+    for read in reads:
+        parts += [part for part, _ in splitter.feed(read)]
+        if late and (given := splitter.rest(ended=False)):
+            parts.append(given[0])
     rest = splitter.rest()
     return parts + ([rest[0]] if rest else [])
 
@@ -45,6 +50,22 @@ def test_nothing_is_lost_and_every_part_is_lines_or_one_piece(reads: list[bytes]
     for part in parts:
         assert part.endswith(b"\n") or (b"\n" not in part and len(part) <= MAX_LINE)
         assert all(len(line) <= MAX_LINE for line in part.splitlines())
+
+
+@given(st.text(alphabet="a\né€🚢", max_size=50), st.integers(1, 9), st.booleans(), st.integers(MAX_LINE - 9, MAX_LINE + 9))
+def test_no_piece_ends_inside_a_character(text: str, step: int, late: bool, before: int) -> None:
+    """However it is read, however long its lines are: it can be shown piece by piece."""
+    data = ("x" * before + text).encode()
+    reads = [data[:before], *(data[at : at + step] for at in range(before, len(data), step))]
+    assert "".join(part.decode() for part in split(*reads, late=late)) == "x" * before + text
+
+
+@given(st.lists(st.sampled_from(b"\xe2\x82\xac\xf0\x9f\xed\xa0\x80\xc3(\nA\xff\xf4\x90"), max_size=20).map(bytes), st.integers(1, 4))
+def test_what_is_no_utf_8_is_shown_alike_in_whatever_pieces_it_comes(data: bytes, step: int) -> None:
+    """FAULTS 103"""
+    parts = split(*(data[at : at + step] for at in range(0, len(data), step)), late=True)
+    assert b"".join(parts) == data
+    assert "".join(part.decode(errors="replace") for part in parts) == data.decode(errors="replace")
 
 
 def test_a_line_that_was_given_up_is_marked_in_what_follows() -> None:

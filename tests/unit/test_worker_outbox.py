@@ -1,14 +1,16 @@
 """What the worker keeps of a log until it is archived."""
 
+import errno
 import os
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from libs.bus.memory import MemoryBus
 from proto.messages import ArchivedLog, Attempt, LogChunk, Reports, ReportStageFinished, ReportStepProgressed, Segment
 from proto.topology import CONSUMERS, STREAMS
-from services.worker.outbox import RESEND_LOGS, RESEND_REPORTS, Outbox
+from services.worker.outbox import LISTED, RESEND_LOGS, RESEND_REPORTS, TURN, Outbox
 from services.worker.spool import Spool
 
 ATTEMPT = Attempt("b", "s", 1)
@@ -155,3 +157,74 @@ async def test_reports_that_a_restored_log_does_not_have_are_sent_again(tmp_path
     again = msgspec.msgpack.decode(message.data, type=Reports)
     assert (again.first, len(again.bodies)) == (2, 2)
     await worker.outbox.close()
+
+
+async def test_every_log_that_waits_comes_first_in_its_turn(tmp_path: Path) -> None:
+    """However many there are, and however long those before it wait."""
+    bus = MemoryBus()
+    await bus.ensure(STREAMS, CONSUMERS)
+    worker = Worker(tmp_path, bus)
+    attempts = {Attempt(f"b{number}", "s", 1) for number in range(LISTED + 2 * TURN + 1)}
+    for attempt in attempts:
+        worker.outbox.open(attempt, lambda: None)
+        worker.outbox.log(LogChunk(attempt=attempt, number=1, first_line=0, segments=[Segment("step", "stdout", 1, b"line\n")]))
+        worker.outbox.report(attempt, [ReportStageFinished(status="succeeded", chunks=1)])
+    turns = [worker.outbox.logs_in_turn() for _ in range(len(attempts) // TURN + 1)]
+    assert {len(turn) for turn in turns} == {LISTED}
+    assert {attempt for turn in turns for attempt in turn[:TURN]} == attempts
+    for attempt in attempts:
+        worker.outbox.forget_log(ArchivedLog(attempt.build, attempt.stage, attempt.number))
+    assert worker.outbox.logs_in_turn() == []
+    await worker.outbox.close()
+
+
+async def last_reports(bus: MemoryBus) -> tuple[int, list[str]]:
+    """(the number of the first, their kinds) of the message that was sent last."""
+    message = await bus.last("REPORTS", "reports.>")
+    assert message is not None
+    reports = msgspec.msgpack.decode(message.data, type=Reports)
+    return reports.first, [body.step if isinstance(body, ReportStepProgressed) else "end" for body in reports.bodies]
+
+
+async def test_a_report_that_the_disk_refused_keeps_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 53: it is written with the next one, so that no other has its number in the worker's next life."""
+    bus = MemoryBus()
+    await bus.ensure(STREAMS, CONSUMERS)
+    worker = Worker(tmp_path, bus)
+    worker.outbox.open(ATTEMPT, lambda: None)
+    worker.outbox.report(ATTEMPT, [ReportStepProgressed(step="1", percent=1)])
+    with monkeypatch.context() as full:
+        full.setattr(worker.spool, "append", _full)
+        worker.outbox.report(ATTEMPT, [ReportStepProgressed(step="2", percent=1)])
+    worker.outbox.report(ATTEMPT, [ReportStageFinished(status="succeeded", chunks=0)])
+    assert await last_reports(bus) == (3, ["end"])
+    await worker.outbox.close()
+    again = Worker(tmp_path, bus, "another boot")
+    assert again.outbox.replay() == {ATTEMPT: 3}
+    again.outbox.on_recorded(ATTEMPT, 1)
+    await again.pass_time(RESEND_REPORTS[0])
+    assert await last_reports(bus) == (2, ["2", "end"])
+    await again.outbox.close()
+
+
+def _full(_: bytes) -> None:
+    raise OSError(errno.ENOSPC, "full")
+
+
+async def test_an_attempt_whose_reports_have_a_gap_in_the_journal_has_not_ended(tmp_path: Path) -> None:
+    """What is behind the gap is never given the numbers in it; the log is kept."""
+    bus = MemoryBus()
+    await bus.ensure(STREAMS, CONSUMERS)
+    worker = Worker(tmp_path, bus)
+    worker.outbox.open(ATTEMPT, lambda: None)
+    worker.write(1)
+    for first, body in ((1, ReportStepProgressed(step="1", percent=1)), (3, ReportStageFinished(status="succeeded", chunks=1))):
+        reports = msgspec.msgpack.encode(Reports(attempt=ATTEMPT, first=first, bodies=[body]))
+        worker.spool.append(msgspec.msgpack.encode(("reports", ATTEMPT, reports)))
+    await worker.outbox.close()
+    again = Worker(tmp_path, bus, "another boot")
+    assert again.outbox.replay() == {}
+    assert again.outbox.logs == [ATTEMPT]
+    assert await again.pass_time(RESEND_LOGS[0]) == [1, 1], "by the first life, and by this"
+    assert await bus.last("REPORTS", "reports.>") is None
+    await again.outbox.close()

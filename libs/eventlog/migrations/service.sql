@@ -19,7 +19,8 @@ CREATE TABLE IF NOT EXISTS relay_checkpoint (
     stream_created text   NOT NULL,
     sequence       bigint NOT NULL,
     position       bigint NOT NULL,
-    term           bigint NOT NULL
+    term           bigint NOT NULL,
+    left_out       bigint[] NOT NULL DEFAULT '{}'
 );
 
 CREATE TABLE IF NOT EXISTS snapshot (

@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from proto.api import Info
+from proto.api.teams import Info
 from services.gateway.auth import Authenticator, Principal
 from services.gateway.openapi import document
 from services.gateway.routes.endpoint import Endpoint, answer

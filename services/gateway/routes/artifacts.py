@@ -9,7 +9,8 @@ from aiohttp import web
 
 from libs.eventlog.log import EventLog
 from libs.runtime.http import read_body, strict_json, unavailable
-from proto.api import Artifact, ArtifactChange, ArtifactKind, ArtifactPage, ProblemDetails, TreePage, Usage
+from proto.api.artifacts import Artifact, ArtifactChange, ArtifactKind, ArtifactPage, TreePage, Usage
+from proto.api.bodies import ProblemDetails
 from services.gateway.artifacts import ArtifactsClient, Whose, relayed
 from services.gateway.auth import Principal
 from services.gateway.projection import ArtifactRow

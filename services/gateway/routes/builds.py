@@ -12,7 +12,8 @@ from libs.eventlog.log import EventLog, LogUnavailable
 from libs.runtime.commands import CommandLoop
 from libs.runtime.decisions import Cause, Refused
 from libs.runtime.http import Problem, read_body, strict_json
-from proto.api import ENDED, Build, BuildPage, BuildStatus, ProblemDetails, Submission
+from proto.api.bodies import ProblemDetails
+from proto.api.builds import ENDED, Build, BuildPage, BuildStatus, Submission
 from proto.catalogue import encode
 from proto.events.base import ArtifactRef
 from proto.plan import Plan, plan_problem

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from proto.api import ProblemDetails
+from proto.api.bodies import ProblemDetails
 from proto.catalogue import OWNERS, category_of
 from proto.envelope import CloudEvent, Recorded
 from services.gateway.auth import Principal

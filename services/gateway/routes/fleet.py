@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from proto.api import Worker, WorkerPage
+from proto.api.workers import Worker, WorkerPage
 from services.gateway.auth import Principal
 from services.gateway.presence import Presence
 from services.gateway.queries import Queries

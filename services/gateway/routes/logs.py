@@ -9,11 +9,13 @@ from aiohttp import web
 
 from libs.bus.bus import BusUnavailable
 from libs.runtime.http import Problem, unavailable
-from proto.api import Build, LogEvent, LogLine, LogPage, ProblemDetails
+from proto.api.bodies import ProblemDetails
+from proto.api.builds import Build
+from proto.api.logs import LogEvent, LogLine, LogPage
 from proto.messages import count_lines
 from services.gateway.artifacts import ArchiveUnavailable
 from services.gateway.auth import Principal
-from services.gateway.logs import Line, LogReader
+from services.gateway.logs import Line, LogReader, shown
 from services.gateway.projection import BuildRow
 from services.gateway.refusals import invalid
 from services.gateway.routes.builds import BuildRoutes
@@ -78,8 +80,10 @@ class LogRoutes:
             if as_json:
                 return answer(await self._page(row, *parts[0], first, min(limit or MAX_LINES, MAX_LINES)))
             return await self._text(request, row, parts, first, limit)
-        except (BusUnavailable, ArchiveUnavailable):
+        except BusUnavailable:
             raise unavailable("the log cannot be read now") from None
+        except ArchiveUnavailable as error:
+            raise unavailable(f"the log cannot be read now: {error}") from None
 
     async def _page(self, row: BuildRow, stage: str, attempt: int, first: int, limit: int) -> LogPage:
         ended: list[bool] = []
@@ -87,10 +91,9 @@ class LogRoutes:
         size = 0
         async with aclosing(self._reader.lines(row, stage, attempt, first, ended.append)) as found:
             async for start, segment in found:
-                for offset, text in enumerate(_split(segment.data)):
-                    lines.append(
-                        LogLine(line=start + offset, step=segment.step, stream=segment.stream, at=segment.at, text=text.decode("utf-8", "replace"))
-                    )
+                for line, data in enumerate(_split(segment.data), start):
+                    text, exactly = shown(data)
+                    lines.append(LogLine(line=line, step=segment.step, stream=segment.stream, at=segment.at, text=text, text_base64=exactly))
                 size += len(segment.data)
                 if len(lines) > limit:
                     return LogPage(stage=stage, attempt=attempt, lines=lines[:limit], next=lines[limit].line)
@@ -107,6 +110,8 @@ class LogRoutes:
         for stage, attempt in parts:
             async with aclosing(self._limited(row, stage, attempt, first, left)) as found:
                 async for _, segment in found:
+                    if not segment.step and buffered and not buffered.endswith(b"\n"):  # a mark, after the piece of a line
+                        buffered += b"\n"
                     buffered += segment.data
                     left = None if left is None else left - count_lines(segment.data)
                     if len(buffered) >= PIECE:

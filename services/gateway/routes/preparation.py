@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from itertools import chain
 
 import msgspec
 import structlog
@@ -9,8 +10,8 @@ from aiohttp import web
 
 from libs.bus.bus import Bus, BusUnavailable
 from libs.eventlog.log import EventLog
-from proto.api import BuildPreparation
-from proto.envelope import fact
+from proto.api.preparation import BuildPreparation
+from proto.envelope import facts
 from proto.messages import Attempt, StagesWait, StageWaits, WhyWaiting
 from services.gateway.auth import Principal
 from services.gateway.preparation import prepared, with_waits
@@ -49,8 +50,8 @@ class PreparationRoutes:
         if row is None:
             raise absent("build", name)
         streams = await self._log.read_streams([f"build-{row.id}", f"lease-{row.id}"])
-        facts = sorted((fact(recorded) for stream in streams.values() for recorded in stream), key=lambda one: one.position)
-        stages = prepared(row.stages, facts)
+        recorded = sorted(chain.from_iterable(streams.values()), key=lambda one: one.position)
+        stages = prepared(row.stages, facts(recorded))
         waits = await self._asked([Attempt(row.id, stage.stage, stage.attempt) for stage in stages if stage.state == "queued"][:ASKED])
         numbers = await self._numbers(principal.team, waits.values())
         shown = [with_waits(stage, waits[stage.stage], numbers) if stage.stage in waits else stage for stage in stages]

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from libs.runtime.http import read_body, strict_json, unavailable
-from proto.api import Secret, SecretKeys, SecretPage, SecretValue
+from proto.api.secrets import Secret, SecretKeys, SecretPage, SecretValue
 from proto.secrets import MAX_VALUE
 from services.gateway.auth import Principal
 from services.gateway.queries import Queries

@@ -9,7 +9,7 @@ from aiohttp import web
 from libs.runtime.commands import CommandLoop, Outcome
 from libs.runtime.decisions import Cause
 from libs.runtime.http import read_body, strict_json
-from proto.api import NewToken, Policy, Team, Token
+from proto.api.teams import NewToken, Policy, Team, Token
 from services.gateway import decider
 from services.gateway.auth import Principal
 from services.gateway.commands import CreateTeam, IssueToken, SetPolicy, TeamCommand

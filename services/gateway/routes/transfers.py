@@ -10,7 +10,8 @@ from aiohttp import web
 
 from libs.eventlog.log import EventLog
 from libs.runtime.http import body_chunks, widen
-from proto.api import LONGEST, Artifact, PendingUpload, ProblemDetails
+from proto.api.artifacts import Artifact, PendingUpload
+from proto.api.bodies import LONGEST, ProblemDetails
 from proto.events.base import ArtifactRef
 from services.gateway.artifacts import ArtifactsClient, Whose, relayed
 from services.gateway.auth import Principal, require

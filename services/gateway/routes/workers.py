@@ -13,8 +13,10 @@ from libs.runtime.addresses import address_of
 from libs.runtime.commands import CommandLoop, Outcome
 from libs.runtime.decisions import Cause, Refused
 from libs.runtime.http import Problem, read_body, strict_json
-from libs.tokens import BadSignature, BadToken, key_bytes, read_token, sign_token, signature_bytes, verify
-from proto.api import Challenge, Myself, NewRegistration, NewWorker, ProblemDetails, RegisteredWorker, Registration, Why, WorkerStanding
+from libs.tokens import BadSignature, BadToken, key_bytes, read_token, sign, sign_token, signature_bytes, signature_text, verify
+from proto.api.bodies import ProblemDetails
+from proto.api.workers import Challenge, Myself, NewRegistration, NewWorker, NoWorker, RegisteredWorker, Registration, Why, WorkerStanding
+from proto.introduction import BECOME, REGISTER, STANDING, words
 from proto.messages import Signed
 from proto.private import Private
 from services.gateway import decider
@@ -38,18 +40,17 @@ from services.gateway.routes.teams import sha256_of
 
 MAX_BODY = 16 << 10
 CHALLENGE_SECONDS = 60.0
-CONTEXT, STANDING_CONTEXT = "penstock-register", "penstock-standing"
 
 logger = structlog.get_logger()
 
 
 class Site(Private, frozen=True, kw_only=True):
-    """What a new worker is told. `challenge_key` is the seed that challenges are signed with, by every instance of the gateway."""
+    """What a new worker is told. `gateway_key` is the seed that challenges and answers are signed with, by every instance of the gateway."""
 
     server_public_key: str
     nats_url: str
-    challenge_key: str
-    challenge_public_key: str
+    gateway_key: str
+    gateway_public_key: str
 
 
 class _Challenge(msgspec.Struct, frozen=True):
@@ -122,7 +123,7 @@ class WorkerRoutes:
                 handler=self.standing,
                 least=None,
                 body=Myself,
-                answers={200: WorkerStanding, 401: ProblemDetails, 404: ProblemDetails, 429: ProblemDetails},
+                answers={200: WorkerStanding, 401: ProblemDetails, 404: NoWorker, 429: ProblemDetails},
             ),
             *(
                 Endpoint(
@@ -166,7 +167,7 @@ class WorkerRoutes:
 
     async def challenge(self, request: web.Request, _: Principal) -> web.Response:
         self._rate.take(address_of(request))
-        nonce = sign_token(self._site.challenge_key, {"register": secrets.token_urlsafe(16)}, CHALLENGE_SECONDS, self._now())
+        nonce = sign_token(self._site.gateway_key, {"register": secrets.token_urlsafe(16)}, CHALLENGE_SECONDS, self._now())
         return answer(Challenge(server=self._site.server_public_key, nonce=nonce))
 
     async def register(self, request: web.Request, _: Principal) -> web.Response:
@@ -177,44 +178,53 @@ class WorkerRoutes:
         use = UseRegistration(token_id=token_id_of(sha256), sha256=sha256, worker=wanted.name, key=wanted.key, now=self._now(), trial=True)
         enrol = RegisterWorker(worker=wanted.name, key=wanted.key, token_id=use.token_id, trial=True)
         try:
-            self._check(wanted, CONTEXT)
+            self._check(wanted, REGISTER)
             await self._execute(use, actor)
             await self._execute(enrol, actor)
             if await self._queries.revoked_key(wanted.key) is not None:
-                raise Refused("conflict", decider.REVOKED)
+                raise decider.key_revoked()
             used = (await self._execute(msgspec.structs.replace(use, trial=False), actor)).state
             assert isinstance(used, decider.Token)
             enrol = msgspec.structs.replace(enrol, tags=used.tags, trial=False)
             await self._execute(enrol, actor)
         except Refused as error:
-            taken = error.kind == "conflict"
+            taken = error.kind in ("conflict", decider.KEY_REVOKED)
             self._registrations.labels("taken" if taken else "refused").inc()
             if not taken:
                 raise _stranger("no good token", wanted) from None
             logger.warning("a worker was not registered", worker=wanted.name, address=address_of(request), why=error.message)
-            if error.message == decider.REVOKED:
-                raise Problem(409, "key-revoked", "The worker cannot be registered", error.message) from None
             raise
         except Denied:
             self._registrations.labels("refused").inc()
             raise
         self._registrations.labels("registered").inc()
         logger.info("a worker was registered", worker=wanted.name, address=address_of(request))
-        registered = RegisteredWorker(worker=wanted.name, server_public_key=self._site.server_public_key, nats_url=self._site.nats_url)
+        site = self._site
+        registered = RegisteredWorker(
+            worker=wanted.name,
+            server_public_key=site.server_public_key,
+            gateway_public_key=site.gateway_public_key,
+            nats_url=site.nats_url,
+        )
         return answer(registered, status=201)
 
     async def standing(self, request: web.Request, _: Principal) -> web.Response:
         self._rate.take(address_of(request))
         wanted = strict_json(await read_body(request, MAX_BODY), Myself)
-        self._check(wanted, STANDING_CONTEXT)
+        self._check(wanted, STANDING, wanted.question)
+
+        def signed(standing: str) -> str:
+            told = words(wanted.question, wanted.name, wanted.key, standing)
+            return signature_text(sign(self._site.gateway_key, BECOME, told).signature)
+
         if await self._queries.revoked_key(wanted.key) is not None:
-            return answer(WorkerStanding(standing="revoked"))
+            return answer(WorkerStanding(standing="revoked", signature=signed("revoked")))
         row = await self._queries.worker(wanted.name)
         if row is None or row.standing == "deleted" or row.key != wanted.key:
             if not self._begun():  # it may be about to be one
                 raise Problem(503, "unavailable", "The workers are not all known yet", "try again")
-            raise Problem(404, "worker-unknown", "There is no such worker")
-        return answer(WorkerStanding(standing="registered"))
+            raise Problem(404, "worker-unknown", "There is no such worker", signature=signed("unknown"))
+        return answer(WorkerStanding(standing="registered", signature=signed("registered")))
 
     async def drain(self, request: web.Request, principal: Principal) -> web.Response:
         return await self._change(principal, DrainWorker(worker=request.match_info["worker"], reason=await self._reason(request, principal)))
@@ -250,16 +260,16 @@ class WorkerRoutes:
         if principal.team != self._first:
             raise Denied(403, "This token may not do that", "workers are the first team's to decide about", why="another team")
 
-    def _check(self, wanted: NewWorker | Myself, context: str) -> None:
-        """Whether it has the key that it names, and means this server and this very time. Raises Denied."""
+    def _check(self, wanted: NewWorker | Myself, context: str, *more: str) -> None:
+        """Whether it has the key that it names, and means this server, this very time and what `more` says. Raises Denied."""
         try:
-            read_token(self._site.challenge_public_key, wanted.nonce, self._now(), _Challenge)
+            read_token(self._site.gateway_public_key, wanted.nonce, self._now(), _Challenge)
         except BadToken:
             raise _stranger("no good challenge", wanted) from None
         try:
             key_bytes(wanted.key)
-            said = "\0".join((self._site.server_public_key, wanted.nonce, wanted.name, wanted.key))
-            verify(wanted.key, context, Signed(said.encode(), signature_bytes(wanted.signature)))
+            said = words(self._site.server_public_key, wanted.nonce, wanted.name, wanted.key, *more)
+            verify(wanted.key, context, Signed(said, signature_bytes(wanted.signature)))
         except (BadSignature, ValueError):
             raise _stranger("not signed by its key", wanted) from None
 

@@ -41,7 +41,8 @@ def watch(folder: Path) -> None:
     from aiohttp.web_protocol import RequestHandler
 
     import libs.bus.connection
-    import libs.bus.jetstream
+    import libs.bus.streams
+    import libs.bus.wire
     import libs.eventlog.postgres
     import libs.runtime.service
     import penstock.up.supervisor
@@ -54,7 +55,7 @@ def watch(folder: Path) -> None:
     edge.wrap(asyncpg.connect_utils, "_connect", lambda *_, **__: "sql connects")
     edge.wrap_each(libs.eventlog.postgres.PostgresLog, "append", _appended)
     edge.wrap(libs.bus.connection.Connection, "write", lambda _, subject, *__, **___: f"bus says {_shape(subject)}", flush=True)
-    edge.wrap(libs.bus.connection._Wire, "_process_msg", lambda _, sid, subject, *__: f"bus tells {_shape(subject)}")
+    edge.wrap(libs.bus.wire.Wire, "_process_msg", lambda _, sid, subject, *__: f"bus tells {_shape(subject)}")
     edge.wrap(libs.bus.connection.Connection, "_connect", lambda *_: "bus connects")
     edge.wrap(web.Application, "_handle", lambda _, request: _http("handles", request))
     edge.wrap(RequestHandler, "finish_response", lambda _, request, *__, **___: _http("answers", request))
@@ -68,7 +69,7 @@ def watch(folder: Path) -> None:
     edge.wrap(services.worker.mounts, "_mount", lambda *_: "mount")
     edge.wrap(services.worker.mounts, "unmount", lambda *_: "unmount")
 
-    _tell_again(libs.bus.jetstream.JetStreamBus)
+    _tell_again(libs.bus.streams.Streams)
     run = libs.runtime.service.run_service
 
     def known(name: str, *arguments: Any) -> None:
