@@ -1,5 +1,6 @@
 """A real nats-server for tests: one a session (and xdist worker), on a free port, with the accounts that `penstock up` gives it."""
 
+import asyncio
 import base64
 import contextlib
 import ctypes
@@ -20,7 +21,7 @@ import pytest
 from nats.aio.client import Client
 
 from libs.bus.accounts import callout_keys, callout_seeds, server_config
-from libs.bus.callout import Doorkeeper, keeping_the_door
+from libs.bus.callout import Doorkeeper, connect_doorkeeper
 from libs.bus.nkeys import nkey
 from libs.tokens import new_seed, public_key, raw_signature
 
@@ -167,8 +168,14 @@ async def admitting(
     server: NatsServer, keys: Mapping[str, str], seconds: float = 600.0, knows: Callable[[], bool] = lambda: True
 ) -> AsyncIterator[Doorkeeper]:
     """What a scheduler does for those who are workers (public keys by name)."""
-    async with keeping_the_door(server.url, callout_seeds(CALLOUT), keys.get, seconds, knows) as door:
-        yield door
+    async with connect_doorkeeper(server.url, callout_seeds(CALLOUT), keys.get, seconds, knows) as door:
+        keeping = asyncio.create_task(door.keep(), name="door")
+        try:
+            yield door
+        finally:
+            keeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeping
 
 
 async def bare_client(url: str, seed: str, name: str, **more: Any) -> Client:

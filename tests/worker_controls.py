@@ -7,8 +7,9 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ from services.worker.stage import Tools
 from services.worker.wiring import Settings
 from services.worker.worker import Metrics, Worker
 from tests.controls import eventually
+from tests.nats_fixture import NatsServer
 
 SERVER = new_seed()
 IDENTITY = new_seed()
@@ -420,6 +422,27 @@ def environment(folder: Path, url: str, sandbox: Choice, **more: str) -> dict[st
     }
     assert settings.keys() <= names
     return {"PATH": os.environ["PATH"], **{f"PENSTOCK_{name.upper()}": value for name, value in settings.items()}}
+
+
+@contextlib.contextmanager
+def a_process(
+    folder: Path, nats: NatsServer, sandbox: Choice = "none", prefix: Sequence[str] = (), status: int = 0, **settings: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker as the process that it is, which writes `worker.log` beside its folder. `status` is the port at which it says how it is (0: any)."""
+    folder.mkdir(exist_ok=True)
+    with (folder.parent / "worker.log").open("ab") as log:
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "services.worker"],
+            env={**environment(folder, nats.url, sandbox, **settings), "PYTHONPATH": os.getcwd(), "PENSTOCK_STATUS_LISTEN": f"127.0.0.1:{status}"},
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def alive(marker: str) -> list[int]:

@@ -6,13 +6,14 @@ from pathlib import Path
 import msgspec
 from nacl.signing import SigningKey
 
+from penstock.client.discreet import Discreet
 from penstock.client.http import Http
 from penstock.client.private import write_private
 
 CONTEXT = "penstock-register"
 
 
-class Membership(msgspec.Struct, frozen=True, kw_only=True):
+class Membership(Discreet, frozen=True, kw_only=True):
     """What a worker keeps, readable by its owner alone. `key` is the seed of its Ed25519 key. Until it is registered, `nats_url` is empty."""
 
     name: str
@@ -20,6 +21,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     nats_url: str = ""
     server_public_key: str = ""
+    gateway_public_key: str = ""
 
 
 class _Challenge(msgspec.Struct, frozen=True):
@@ -30,6 +32,7 @@ class _Challenge(msgspec.Struct, frozen=True):
 class _Registered(msgspec.Struct, frozen=True):
     worker: str
     server_public_key: str
+    gateway_public_key: str
     nats_url: str
 
 
@@ -67,7 +70,12 @@ async def join(membership: Membership, token: str, patience: float = 10.0) -> Me
             "signature": _text(key.sign(said.encode()).signature),
         }
         registered = await http.send("POST", "/api/v1/workers/register", _Registered, body)
-    return msgspec.structs.replace(membership, nats_url=registered.nats_url, server_public_key=registered.server_public_key)
+    return msgspec.structs.replace(
+        membership,
+        nats_url=registered.nats_url,
+        server_public_key=registered.server_public_key,
+        gateway_public_key=registered.gateway_public_key,
+    )
 
 
 def _text(raw: bytes) -> str:

@@ -116,6 +116,7 @@ def service_specs(
                 "PENSTOCK_WORKER_NAME": LOCAL_WORKER,
                 "PENSTOCK_WORKER_KEY": secrets.worker_key,
                 "PENSTOCK_SERVER_PUBLIC_KEY": public_key(secrets.server_key),
+                "PENSTOCK_GATEWAY_PUBLIC_KEY": public_key(secrets.grant_key),
                 "PENSTOCK_SERVER_URL": f"http://127.0.0.1:{ports.gateway}",
                 "PENSTOCK_WORKER_DIR": str(data.workers / LOCAL_WORKER),
                 "PENSTOCK_WORKER_BUILD_LIMIT": str(options.slots or max(8, 4 * (os.cpu_count() or 1))),

@@ -18,11 +18,14 @@ from typing import Any
 
 import structlog
 
+from libs.runtime.service import GivenUp
 from services.worker.durable import write_durably
 from services.worker.executors.sandboxes import Folders
 
 logger = structlog.get_logger()
 
+LOST = 74
+"""The exit code of a worker whose folder is gone: to start it again is of use."""
 _MODES = (0o700, 0o755, 0o700, 0o700)
 _DEEP = 8
 
@@ -32,16 +35,28 @@ class Taken(Exception):
 
 
 @contextlib.asynccontextmanager
-async def alone_in(folder: Path) -> AsyncIterator[None]:
-    """A worker's folder is its own while this lasts: what begins in one takes all that runs there for left behind. Raises Taken, OSError."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+async def alone_in(folder: Path) -> AsyncIterator[Callable[[], bool]]:
+    """A worker's folder is its own while this lasts: what begins in one takes all that runs there for left behind. Gives what tells whether it is
+    there, and that very one, which raises OSError. Raises Taken, OSError."""
+    file = folder / "lock"
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def there() -> bool:
+        return file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield there
     except BlockingIOError:
         raise Taken(f"another worker runs in {folder}") from None
     finally:
         os.close(descriptor)
+
+
+def lost(folder: Path) -> GivenUp:
+    """What a worker says whose folder was removed, or put aside, while it ran."""
+    todo = "start it again; if worker.json was in there, with --register - --server URL"
+    return GivenUp(f"{folder} was removed while the worker ran, and what ran is lost: {todo}", LOST)
 
 
 def next_boot(folder: Path, now: float) -> int:

@@ -237,10 +237,9 @@ class Session:
                 actions.append(Interrupt(word.attempt, word.interrupted))
         sent = self._sent.get(control.number)
         if control.number and sent is not None:
-            at, listed = sent
-            if control.number > self._answered:
-                self.draining = control.drain
-            self._answered = max(self._answered, control.number)
+            at, listed = sent  # of a heartbeat later than those that were answered, which are forgotten
+            self.draining = control.drain
+            self._answered = control.number
             self._answered_at = max(self._answered_at, at)
             self._cached_heard |= control.number >= self._cached_told[1]
             for number in [n for n in self._sent if n <= control.number]:

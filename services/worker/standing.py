@@ -1,8 +1,10 @@
 """Why the bus does not admit this worker. The bus itself says no more than no, and that also when nobody is there to ask; so the worker asks the
-gateway, by its key, whether it is one still, says what it learns and what to do, and ends when it is none any more.
+gateway, by its key, whether it is one still, says what it learns and what to do, and ends when it is none any more. Only what the gateway has signed
+for this very question counts: whoever is on the way there ends no worker.
 """
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Literal, NamedTuple
@@ -13,8 +15,10 @@ import structlog
 
 from libs.proofs import WINDOW
 from libs.runtime.service import GivenUp
-from libs.tokens import public_key, sign, signature_text
-from proto.api import Challenge, WorkerStanding
+from libs.tokens import BadSignature, public_key, sign, signature_bytes, signature_text, verify
+from proto.api.workers import Challenge
+from proto.introduction import BECOME, STANDING, words
+from proto.messages import Signed
 
 logger = structlog.get_logger()
 
@@ -22,7 +26,6 @@ EXPELLED = 77
 """The exit code of a worker that was revoked or removed: to start it again is of no use."""
 LOOK, LONGEST = 1.0, 60.0
 """Seconds between two questions, at first and in the end."""
-CONTEXT = "penstock-standing"
 _TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 
 Standing = Literal["registered", "revoked", "unknown", "another", "away"]
@@ -43,13 +46,15 @@ class Link(NamedTuple):
 
 
 class Watch:
-    """`key` is the worker's seed, `server` the public key that it trusts, `url` the gateway's ("": it is not known), `now` unix seconds."""
+    """`key` is the worker's seed; `server` and `gateway` are the public keys that it trusts, `url` is the gateway's ("": it is not known); `now` is
+    unix seconds."""
 
-    def __init__(self, link: Link, name: str, key: str, server: str, url: str, now: Callable[[], float]) -> None:
+    def __init__(self, link: Link, name: str, key: str, server: str, gateway: str, url: str, now: Callable[[], float]) -> None:
         self._link = link
         self._name = name
         self._key = key
         self._server = server
+        self._gateway = gateway
         self._url = url.rstrip("/")
         self._now = now
 
@@ -86,7 +91,7 @@ class Watch:
         if learned.standing == "registered":
             return "no scheduler is there to admit it" if self._link.refused() else "the bus does not answer, or no scheduler is there to admit it"
         if learned.standing == "another":
-            return f"another server than the one that it is registered with answers at {self._url}"
+            return f"another server than the one that it is registered with, or somebody on the way there, answers at {self._url}"
         if not self._url:
             return "it was revoked or removed, or no scheduler is there" if self._link.refused() else "the bus does not answer"
         return f"neither the bus nor {self._url} answers"
@@ -100,26 +105,29 @@ class Watch:
                     ahead = self._now() - parsedate_to_datetime(answer.headers["Date"]).timestamp()
                 if challenge.server != self._server:
                     return Learned("another", ahead)
-                async with session.post(f"{self._url}/api/v1/workers/standing", data=self._myself(challenge)) as answer:
-                    body = await answer.read()
-                    if answer.status == 404:
-                        return Learned("unknown" if msgspec.json.decode(body, type=_Problem).type == _UNKNOWN else "away", ahead)
-                    answer.raise_for_status()
-                    return Learned(msgspec.json.decode(body, type=WorkerStanding).standing, ahead)
+                question = secrets.token_urlsafe(16)
+                async with session.post(f"{self._url}/api/v1/workers/standing", data=self._asked(challenge, question)) as answer:
+                    told = msgspec.json.decode(await answer.read(), type=_Told)
+                if not told.signature:
+                    return Learned("away", ahead)
+                said = words(question, self._name, public_key(self._key), told.standing)
+                verify(self._gateway, BECOME, Signed(said, signature_bytes(told.signature)))
+                return Learned(told.standing, ahead)
+        except BadSignature:
+            return Learned("another", ahead)
         except (aiohttp.ClientError, TimeoutError, KeyError, ValueError) as error:
             logger.debug("the gateway does not say", error=str(error) or type(error).__name__)
             return Learned("away")
 
-    def _myself(self, challenge: Challenge) -> bytes:
+    def _asked(self, challenge: Challenge, question: str) -> bytes:
         public = public_key(self._key)
-        said = "\0".join((challenge.server, challenge.nonce, self._name, public))
-        signature = signature_text(sign(self._key, CONTEXT, said.encode()).signature)
-        return msgspec.json.encode({"name": self._name, "key": public, "nonce": challenge.nonce, "signature": signature})
+        said = words(challenge.server, challenge.nonce, self._name, public, question)
+        signature = signature_text(sign(self._key, STANDING, said).signature)
+        return msgspec.json.encode({"name": self._name, "key": public, "nonce": challenge.nonce, "question": question, "signature": signature})
 
 
-class _Problem(msgspec.Struct):
-    type: str = ""
+class _Told(msgspec.Struct, frozen=True):
+    """What the gateway says, or whatever answers in its place."""
 
-
-_UNKNOWN = "urn:penstock:problem:worker-unknown"
-"""Only the gateway's own word counts: anything may answer 404 in its place."""
+    standing: Literal["registered", "revoked", "unknown"] = "unknown"
+    signature: str = ""

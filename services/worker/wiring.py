@@ -28,13 +28,14 @@ from proto.private import Private
 from services.worker.artifacts import Artifacts
 from services.worker.cache import Cache
 from services.worker.condition import Condition, about, measure, sated, trouble
-from services.worker.executors.docker import DockerExecutor, containers_here, owner_of
+from services.worker.executors.docker import DockerExecutor, containers_here
 from services.worker.executors.executor import CannotRun, Executors
 from services.worker.executors.hardened import Limits
 from services.worker.executors.orphans import Orphans
+from services.worker.executors.owned import owner_of
 from services.worker.executors.process import ProcessExecutor
 from services.worker.executors.sandboxes import Choice, first_that_works, interpreter_folders
-from services.worker.folders import FolderPool, Taken, alone_in, next_boot, remove_tree
+from services.worker.folders import FolderPool, Taken, alone_in, lost, next_boot, remove_tree
 from services.worker.outbox import Outbox
 from services.worker.placing import means_here
 from services.worker.session import Session
@@ -54,7 +55,7 @@ class Settings(Private, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `worker_queue_mode`: `push` has the worker offer every free slot; `pull` one at a time, while its load is under `worker_load_limit` (0: as many
     as it has cores) and its disk has room. `worker_cache_bytes` is how much of inputs and outputs is kept for later
     stages (0: nothing), never more than stays free on the disk. `server_url` is the gateway's, to ask there whether it is a worker still while the
-    bus does not admit it ("": it asks nobody, and tries for ever).
+    bus does not admit it ("": it asks nobody, and tries for ever), and `gateway_public_key` what such an answer must be signed by.
 
     `worker_executors`: `process`, `process,docker`, or `auto`, which is both where a Docker engine answers at `worker_docker_url`. A container gets
     `worker_container_memory_bytes` at most (0: its slot's share of the machine's), `worker_container_cpus` (0: all) and so many processes and
@@ -67,6 +68,7 @@ class Settings(Private, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server_public_key: str
     worker_dir: Path
     server_url: str = ""
+    gateway_public_key: str = ""
     worker_build_limit: int = 4
     worker_sandbox: Choice = "auto"
     worker_path: str = f"{Path(sys.executable).parent}:{STANDARD_PATH}"
@@ -96,12 +98,14 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
         raise BadSettings(f"PENSTOCK_WORKER_BUILD_LIMIT: at least 1, at most {MAX_SLOTS}")
     if settings.worker_cache_bytes < 0:
         raise BadSettings("PENSTOCK_WORKER_CACHE_BYTES: at least 0")
+    if settings.server_url and not settings.gateway_public_key:
+        raise BadSettings("PENSTOCK_GATEWAY_PUBLIC_KEY: missing; without it nothing that PENSTOCK_SERVER_URL answers can be believed")
     name = settings.worker_name
     folder = settings.worker_dir.absolute()
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
     try:
-        await service.enter(alone_in(folder))
+        there = await service.enter(alone_in(folder))
     except Taken as error:
         raise BadSettings(f"PENSTOCK_WORKER_DIR: {error}; a second one on this machine needs a folder, and a name, of its own") from None
 
@@ -156,14 +160,21 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
     most_load = settings.worker_load_limit or float(os.cpu_count() or 1)
 
     def condition() -> Condition:
-        measured, no_images = measure(folder), containers.trouble if containers else ""
+        try:
+            if not there():
+                service.give_up(lost(folder))
+                return Condition(trouble="its folder was removed")
+            measured = measure(folder)
+        except OSError as error:
+            return Condition(trouble=f"its folder cannot be used: {error.strerror}")
+        no_images = containers.trouble if containers else ""
         enough = sated(measured, most_load)
         return Condition(trouble=trouble(measured), no_images=no_images, sated=enough, cache_used=cache.bytes, cache_limit=cache.limit)
 
     worker = Worker(bus, session, tools, settings.worker_key, settings.server_public_key, box, Metrics(service.registry), condition=condition)
     service.on_drain(worker.close)
     link = Link(lambda: bus.connected, lambda: bus.refused)
-    watch = Watch(link, name, settings.worker_key, settings.server_public_key, settings.server_url, time.time)
+    watch = Watch(link, name, settings.worker_key, settings.server_public_key, settings.gateway_public_key, settings.server_url, time.time)
     service.spawn("standing", watch.run())
     service.spawn("worker", worker.run())
     service.on_drain(worker.drain)

@@ -185,7 +185,7 @@ class Worker:
 
     async def _heartbeat(self, goodbye: bool = False) -> None:
         self._told = self._tools.cache.hints()
-        heartbeat = self._session.on_heartbeat_due(self._clock(), self._outbox.logs, self._told, goodbye, self._condition())
+        heartbeat = self._session.on_heartbeat_due(self._clock(), self._outbox.logs_in_turn(), self._told, goodbye, self._condition())
         self._quoted = heartbeat.availability.challenge
         signed = sign(self._identity, "presence", _encode(heartbeat))
         try:

@@ -1,16 +1,19 @@
 """Who may say and hear what, asked of a real server: FAULTS 63 and finding 3."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from libs.bus.accounts import inbox_prefix
-from libs.bus.callout import GROUP
+from libs.bus.accounts import callout_seeds, inbox_prefix
+from libs.bus.callout import GROUP, connect_doorkeeper
 from libs.bus.jetstream import JetStreamBus, connect_jetstream
+from libs.runtime.service import Service
 from libs.tokens import new_seed, public_key
 from proto.topology import STREAMS
 from tests.controls import eventually
@@ -306,6 +309,23 @@ async def test_an_admission_lapses_and_whoever_renews_it_in_time_loses_nothing(f
         assert careful.connections == 1 and said > 10
 
 
+async def test_what_is_answered_while_a_connection_is_renewed_is_heard(fresh_nats: NatsServer) -> None:
+    async with (
+        admitting(fresh_nats, KEYS),
+        connect_jetstream(fresh_nats.url, SEEDS["scheduler"], "scheduler") as core,
+        connect_jetstream(fresh_nats.url, W1, "w1", inbox_prefix("w1"), renew=0.01) as worker,
+    ):
+        await core.ensure(STREAMS, [])
+        await eventually(lambda: worker.connected)
+
+        async def say(who: int) -> None:
+            for number in range(2_000):
+                await worker.publish("reports.w1.b", b"said", f"{who}.{number}")
+
+        await asyncio.gather(*map(say, range(8)))
+        assert worker.connections == 1
+
+
 async def test_whoever_is_connected_and_is_no_worker_any_more_is_found_by_a_sweep(fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever deleted it is dead, and its successor was never told of it; there are more connections than one answer lists."""
     monkeypatch.setattr("libs.bus.callout._PAGE", 2)
@@ -349,8 +369,68 @@ async def test_a_key_has_two_connections_at_most_and_the_newest_win(fresh_nats: 
         assert other.is_connected
 
 
-async def test_who_does_not_know_any_more_who_is_a_worker_is_not_asked(fresh_nats: NatsServer) -> None:
-    """One that lost the database: it would admit whom the log has revoked meanwhile. It admits nobody; another who knows does."""
+async def test_the_newest_win_in_whatever_order_they_are_heard_of(fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection that tells of them was lost, and the list of those who are there comes later than the word of who came since."""
+    async with AsyncExitStack() as stack:
+        door = await stack.enter_async_context(admitting(fresh_nats, KEYS))
+        clients = []
+
+        async def another() -> None:
+            clients.append(await bare_client(fresh_nats.url, W1, "w1"))
+            stack.push_async_callback(clients[-1].close)
+
+        await another()
+        await another()
+        asked, ask = [], door._list
+        monkeypatch.setattr(door, "_list", lambda *page: asked.append(page))
+        assert door._system._wire is not None
+        door._system._wire.ended.set()
+        await eventually(lambda: asked)
+        await another()
+        await eventually(lambda: door._held)
+        ask(*asked[0])
+        await eventually(lambda: [client.is_connected for client in clients] != [True] * 3)
+        await clients[2].flush()
+        assert [client.is_connected for client in clients] == [False, True, True]
+
+
+async def test_a_question_that_cannot_be_answered_keeps_nobody_else_out(fresh_nats: NatsServer) -> None:
+    class Troubled(dict[str, str]):
+        def get(self, name: str, default: object = None) -> Any:
+            if name == "w1":
+                raise RuntimeError("nobody expected this")
+            return super().get(name, default)
+
+    async with admitting(fresh_nats, Troubled(KEYS)):
+        asker = await bare_client(fresh_nats.url, callout_seeds(CALLOUT).asked, "callout")
+        for question in (b"", b"x", b"a.b.c", b"e30.e30.e30", b"\xff.\xff.\xff"):
+            await asker.publish("$SYS.REQ.USER.AUTH", question, reply="nobody")
+        await asker.flush()
+        await asker.close()
+        assert not await let_in(fresh_nats)
+        await (await bare_client(fresh_nats.url, W2, "w2")).close()
+
+
+async def test_whoever_keeps_the_door_lives_as_long_as_its_service(fresh_nats: NatsServer) -> None:
+    """Its death is the service's: nobody would be admitted any more, and nothing would say so."""
+
+    def knows() -> bool:
+        raise RuntimeError("nobody expected this")
+
+    service = Service("scheduler")
+    try:
+        door = await service.enter(connect_doorkeeper(fresh_nats.url, callout_seeds(CALLOUT), KEYS.get, 600.0, knows))
+        service.spawn("door", door.keep())
+        with pytest.raises(RuntimeError, match="nobody expected this"):
+            await service.until_told()
+    finally:
+        await service.aclose()
+
+
+async def test_who_does_not_know_any_more_who_is_a_worker_is_not_asked(fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lost the database: it would admit whom the log has revoked meanwhile. It admits nobody; another who knows does. Once it knows again,
+    and is told to look, it is asked at once."""
+    monkeypatch.setattr("libs.bus.callout.LOOK", 600.0)
     known = True
     async with admitting(fresh_nats, KEYS, knows=lambda: known) as stale:
         assert await let_in(fresh_nats)
@@ -362,6 +442,7 @@ async def test_who_does_not_know_any_more_who_is_a_worker_is_not_asked(fresh_nat
                 await (await bare_client(fresh_nats.url, W2, "w2")).close()
             assert not await let_in(fresh_nats)
         known = True
+        stale.look()
         await eventually(lambda: GROUP in {s.group for s in stale._asked._subscriptions.values()})
         await stale._asked.flush()
         assert await let_in(fresh_nats)

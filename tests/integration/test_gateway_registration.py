@@ -1,6 +1,7 @@
 """How a worker is let in, over HTTP: FAULTS 85, 86 and the tokens' part of 79 to 84."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import jwt
 import pytest
 
-from libs.tokens import new_seed, public_key, sign, sign_token, signature_text
+from libs.tokens import new_seed, public_key, sign, sign_token, signature_bytes, signature_text, verify
 from proto.catalogue import decode
 from proto.events.fleet import RegistrationTokenIssued, RegistrationTokenUsed, WorkerDrained, WorkerRegistered, WorkerResumed, WorkerRevoked
 from proto.events.worker import WorkerBooted, WorkerLost
-from proto.messages import Offers
+from proto.messages import Offers, Signed
 from tests.controls import eventually
 from tests.gateway_fixture import SERVER_KEY, Gateway, running_gateway
 
@@ -53,7 +54,9 @@ async def test_a_token_registers_one_worker_and_its_text_is_nowhere(gateway: Gat
     token = await issued(gateway, tags=["gpu"], description="rack", minutes=5)
     seed = new_seed()
     status, answer = await register(gateway, await application(gateway, token, seed=seed))
-    assert (status, answer) == (201, {"worker": "w1", "server_public_key": SERVER, "nats_url": "tls://bus.example"})
+    gateway_key = public_key(gateway.artifacts.key)
+    assert status == 201
+    assert answer == {"worker": "w1", "server_public_key": SERVER, "gateway_public_key": gateway_key, "nats_url": "tls://bus.example"}
     issue, used, registered = await fleet(gateway)
     assert isinstance(issue, RegistrationTokenIssued) and 200 < issue.expires_at - time.time() <= 300
     assert used == RegistrationTokenUsed(worker="w1", key=public_key(seed))
@@ -211,11 +214,17 @@ async def test_a_key_that_was_revoked_registers_no_more_under_no_name_and_one_th
 
 async def standing(gateway: Gateway, name: str, seed: str, context: str = "penstock-standing", /, **changed: str) -> tuple[int, Any]:
     challenge = await gateway.json("POST", "/workers/challenge", 200, token=None)
-    said = "\0".join((challenge["server"], challenge["nonce"], name, public_key(seed)))
+    question = secrets.token_urlsafe(16)
+    said = "\0".join((challenge["server"], challenge["nonce"], name, public_key(seed), question))
     signature = signature_text(sign(seed, context, said.encode()).signature)
-    body = {"name": name, "key": public_key(seed), "nonce": challenge["nonce"], "signature": signature}
+    body = {"name": name, "key": public_key(seed), "nonce": challenge["nonce"], "question": question, "signature": signature}
     async with gateway.call("POST", "/workers/standing", token=None, json={**body, **changed}) as answer:
-        return answer.status, (await answer.json()).get("standing", "")
+        told = await answer.json()
+    if signature := told.get("signature"):
+        words = "\0".join((question, name, public_key(seed), told.get("standing", "unknown")))
+        verify(public_key(gateway.artifacts.key), "penstock-become", Signed(words.encode(), signature_bytes(signature)))
+    assert bool(signature) == (answer.status in (200, 404))
+    return answer.status, told.get("standing", "")
 
 
 async def test_a_worker_and_nobody_else_is_told_what_has_become_of_it(gateway: Gateway) -> None:
@@ -224,7 +233,7 @@ async def test_a_worker_and_nobody_else_is_told_what_has_become_of_it(gateway: G
     await register(gateway, await application(gateway, await issued(gateway), seed=seed))
     assert await standing(gateway, "w1", seed) == (200, "registered")
     assert await standing(gateway, "w1", other) == await standing(gateway, "w2", seed) == (404, "")
-    for forged in ({"signature": "A" * 86}, {"name": "w2"}, {"key": public_key(other)}, {"nonce": "x"}):
+    for forged in ({"signature": "A" * 86}, {"name": "w2"}, {"key": public_key(other)}, {"nonce": "x"}, {"question": "x" * 16}):
         assert await standing(gateway, "w1", seed, **forged) == (401, "")
     assert await standing(gateway, "w1", seed, "penstock-register") == (401, "")
     await gateway.json("PUT", "/workers/w1/revoke", 204, json={})

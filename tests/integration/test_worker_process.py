@@ -1,14 +1,14 @@
 """The worker as the process it is, on a real nats-server: killed, restarted, told to go, out of disk."""
 
-import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -23,7 +23,7 @@ from proto.plan import TaskInput
 from services.worker.executors.sandboxes import Choice
 from tests.controls import eventually
 from tests.nats_fixture import SEEDS, NatsServer, admitting, fresh_nats, nats_server
-from tests.worker_controls import IDENTITY, SERVER, Scheduler, a_scheduler, alive, environment, sandboxes_here, sh, step
+from tests.worker_controls import IDENTITY, SERVER, Scheduler, a_process, a_scheduler, alive, environment, sandboxes_here, sh, step
 from tests.worker_shop import TOKEN, a_shop
 
 __all__ = ["fresh_nats", "nats_server"]
@@ -39,27 +39,6 @@ async def scheduler(fresh_nats: NatsServer) -> AsyncIterator[Scheduler]:
         a_scheduler(bus) as found,
     ):
         yield found
-
-
-@contextlib.contextmanager
-def a_process(
-    folder: Path, nats: NatsServer, sandbox: Choice = "none", prefix: Sequence[str] = (), status: int = 0, **settings: str
-) -> Iterator["subprocess.Popen[bytes]"]:
-    """`status` is the port at which it says how it is (0: any)."""
-    folder.mkdir(exist_ok=True)
-    with (folder.parent / "worker.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "services.worker"],
-            env={**environment(folder, nats.url, sandbox, **settings), "PYTHONPATH": os.getcwd(), "PENSTOCK_STATUS_LISTEN": f"127.0.0.1:{status}"},
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 @in_each_sandbox
@@ -98,6 +77,28 @@ async def test_a_second_worker_in_a_folder_ends_at_once_and_the_first_ones_steps
         [workspace] = (tmp_path / "w" / "work").glob("*/workspace")
         (workspace / "go").touch()
         assert (await scheduler.finished(attempt)).status == "succeeded"
+
+
+@pytest.mark.parametrize("aside", [False, True], ids=["removed", "put aside"])
+async def test_a_worker_whose_folder_is_removed_says_so_and_another_can_begin_there(
+    tmp_path: Path, fresh_nats: NatsServer, scheduler: Scheduler, aside: bool
+) -> None:
+    folder = tmp_path / "w"
+    with a_process(folder, fresh_nats) as process:
+        attempt = await scheduler.send(sh("until false; do sleep 0.1; done"))
+        await scheduler.started(attempt)
+        folder.rename(tmp_path / "aside")
+        if aside:
+            folder.mkdir()
+        else:
+            shutil.rmtree(tmp_path / "aside")
+        await eventually(lambda: process.poll() is not None, timeout=30)
+        assert process.returncode == 74
+    log = (tmp_path / "worker.log").read_text()
+    assert log.splitlines()[-1].startswith(f"worker: {folder} was removed while the worker ran") and "Traceback" not in log
+    assert scheduler.heartbeats[-1].goodbye
+    with a_process(folder, fresh_nats):
+        assert (await scheduler.finished(await scheduler.send(step("true")))).status == "succeeded"
 
 
 async def test_a_restarted_worker_says_again_what_was_not_recorded_before_it_announces_itself(

@@ -1,24 +1,29 @@
 """What a worker does that the bus does not admit (any more), on real servers: it finds out why, says so, and ends when it is no worker."""
 
+import asyncio
 import contextlib
-import os
+import json
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiohttp import web
 
 from libs.bus.callout import Doorkeeper
-from libs.tokens import new_seed, public_key
+from libs.runtime.service import GivenUp
+from libs.tokens import new_seed, public_key, sign, signature_text
 from penstock.client.joining import Membership, join, new_membership
 from proto.events.worker import WorkerBooted, WorkerLost
 from proto.messages import Offers
 from services.gateway.bootstrap import Bootstrap
+from services.worker.standing import Link, Watch
 from tests.controls import eventually
-from tests.gateway_fixture import Gateway, running_gateway
+from tests.gateway_fixture import Gateway, running_gateway, serving
 from tests.nats_fixture import NatsServer, admitting
-from tests.worker_controls import environment
+from tests.worker_controls import a_process
 
 EXPELLED = 77
 
@@ -33,29 +38,17 @@ class Place:
         self.member = member
         self.log = folder / "worker.log"
 
-    @contextlib.contextmanager
-    def worker(self, **settings: str) -> Iterator["subprocess.Popen[bytes]"]:
+    def worker(self, **settings: str) -> "contextlib.AbstractContextManager[subprocess.Popen[bytes]]":
         """What `penstock worker start` becomes."""
         known = {
             "worker_name": self.member.name,
             "worker_key": self.member.key,
             "server_public_key": self.member.server_public_key,
+            "gateway_public_key": self.member.gateway_public_key,
             "server_url": self.member.url,
             "worker_executors": "process",
         }
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "services.worker"],
-                env={**environment(self.folder / "w", self.nats.url, "none", **known | settings), "PYTHONPATH": os.getcwd()},
-                stdin=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
+        return a_process(self.folder / "w", self.nats, **known | settings)
 
     async def says(self, words: str) -> bool:
         return await eventually(lambda: words in self.log.read_text(), timeout=60)
@@ -151,3 +144,119 @@ async def test_one_that_learns_nothing_for_certain_goes_on_trying(place: Place, 
         with place.worker(**changed) as process:
             await place.says(said)
             assert process.poll() is None
+
+
+Body = dict[str, Any]
+
+
+class OnTheWay:
+    """Passes on what the worker asks of the gateway, and what it likes of the answer: `forge(what was asked, the answer)`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.forge: Callable[[Body, Body], Body | str] = lambda asked, told: told
+        self.status = 0
+        self.passed: list[Body] = []
+        self.challenge: Body | None = None
+        """To be shown in place of a new one."""
+
+    def application(self) -> web.Application:
+        app = web.Application()
+        app.router.add_post("/api/v1/workers/{what}", self.handle)
+        return app
+
+    async def handle(self, request: web.Request) -> web.Response:
+        what, asked = request.match_info["what"], await request.read()
+        async with self.gateway.call("POST", f"/workers/{what}", token=None, data=asked) as answer:
+            status, told = answer.status, await answer.json()
+        if what == "challenge":
+            return web.json_response(self.challenge or told)
+        self.passed.append(told)
+        forged = self.forge(json.loads(asked), told)
+        return web.Response(text=forged if isinstance(forged, str) else json.dumps(forged), status=self.status or status)
+
+
+@pytest.fixture
+async def between(place: Place, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[OnTheWay, Watch]]:
+    """Somebody between the gateway and a worker that the bus does not admit."""
+    monkeypatch.setattr("services.worker.standing.LOOK", 0.01)
+    monkeypatch.setattr("services.worker.standing.LONGEST", 0.02)
+    member, somebody = place.member, OnTheWay(place.gateway)
+    async with serving(somebody.application()) as url:
+        link = Link(lambda: False, lambda: True)
+        yield somebody, Watch(link, "w1", member.key, member.server_public_key, member.gateway_public_key, url, time.time)
+
+
+async def test_one_that_could_believe_nothing_that_it_is_told_does_not_start(place: Place) -> None:
+    with place.worker(gateway_public_key="") as process:
+        assert await ended(process) == 2
+    assert "PENSTOCK_GATEWAY_PUBLIC_KEY" in place.log.read_text().splitlines()[-1]
+
+
+async def test_the_gateways_own_word_ends_a_worker_whoever_passes_it_on(place: Place, between: tuple[OnTheWay, Watch]) -> None:
+    _, watch = between
+    await place.gone()
+    with pytest.raises(GivenUp, match="was removed"):
+        await watch.run()
+
+
+def _signed_by(seed: str, asked: Body, standing: str) -> Body:
+    words = "\0".join((asked["question"], asked["name"], asked["key"], standing))
+    return {"standing": standing, "signature": signature_text(sign(seed, "penstock-become", words.encode()).signature)}
+
+
+@pytest.mark.parametrize(
+    ("status", "forge"),
+    [
+        (200, lambda asked, told: {"standing": "revoked"}),
+        (404, lambda asked, told: {"type": "urn:penstock:problem:worker-unknown"}),
+        (200, lambda asked, told: {**told, "standing": "revoked"}),
+        (404, lambda asked, told: {"type": "urn:penstock:problem:worker-unknown", "signature": told["signature"]}),
+        (200, lambda asked, told: _signed_by(new_seed(), asked, "revoked")),
+        (200, lambda asked, told: {"standing": "revoked", "signature": asked["signature"]}),
+        (200, lambda asked, told: {"standing": "revoked", "signature": "\u00fc"}),
+        (200, lambda asked, told: {"standing": "away"}),
+        (502, lambda asked, told: "<html>"),
+    ],
+    ids=[
+        "no signature",
+        "an unsigned 404",
+        "another word",
+        "a word taken away",
+        "another key",
+        "its own",
+        "no signature at all",
+        "no word",
+        "no JSON",
+    ],
+)
+async def test_a_forged_word_ends_no_worker(between: tuple[OnTheWay, Watch], status: int, forge: Callable[[Body, Body], Body | str]) -> None:
+    somebody, watch = between
+    somebody.status, somebody.forge = status, forge
+    await _goes_on(somebody, watch)
+
+
+async def test_a_true_word_of_another_day_ends_no_worker(place: Place, between: tuple[OnTheWay, Watch]) -> None:
+    """It was removed, and came back by another token. Whoever kept what the gateway said meanwhile says it again."""
+    somebody, watch = between
+    async with place.gateway.call("POST", "/workers/challenge", token=None) as answer:
+        challenge = await answer.json()
+    await place.gone()
+    somebody.challenge = challenge
+    with pytest.raises(GivenUp):
+        await watch.run()
+    await join(place.member, (await place.gateway.json("POST", "/workers/tokens", 201, json={}))["token"])
+    kept = somebody.passed[-1]
+    assert kept["signature"]
+    somebody.forge = lambda asked, told: kept
+    await _goes_on(somebody, watch)
+
+
+async def _goes_on(somebody: OnTheWay, watch: Watch) -> None:
+    asked, running = len(somebody.passed), asyncio.ensure_future(watch.run())
+    try:
+        await eventually(lambda: running.done() or len(somebody.passed) >= asked + 3)
+        assert not running.done()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])

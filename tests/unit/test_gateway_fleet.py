@@ -81,10 +81,10 @@ def test_a_worker_that_was_revoked_is_for_good_until_it_is_deleted_and_registere
 def test_a_key_that_was_revoked_never_comes_back_and_one_that_was_only_removed_does():
     again, revoked, gone = replace(REGISTER, token_id="t2"), WorkerRevoked(), WorkerDeleted()
     given(REGISTERED, gone).when(again).then(replace(REGISTERED, token_id="t2"))
-    given(REGISTERED, revoked, gone).refuses(again, "conflict")
-    given(REGISTERED, revoked, gone).refuses(replace(again, trial=True), "conflict")
+    given(REGISTERED, revoked, gone).refuses(again, "key-revoked")
+    given(REGISTERED, revoked, gone).refuses(replace(again, trial=True), "key-revoked")
     other = replace(REGISTERED, key="k2", token_id="t2")
-    given(REGISTERED, revoked, gone, other, gone).refuses(replace(again, token_id="t3"), "conflict")
+    given(REGISTERED, revoked, gone, other, gone).refuses(replace(again, token_id="t3"), "key-revoked")
 
 
 def test_a_start_of_the_gateway_does_not_bring_back_whom_the_owner_deleted():

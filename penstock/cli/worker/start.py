@@ -71,6 +71,7 @@ def start(
         "PENSTOCK_WORKER_NAME": member.name,
         "PENSTOCK_WORKER_KEY": member.key,
         "PENSTOCK_SERVER_PUBLIC_KEY": member.server_public_key,
+        "PENSTOCK_GATEWAY_PUBLIC_KEY": member.gateway_public_key,
         "PENSTOCK_SERVER_URL": member.url,
         "PENSTOCK_WORKER_DIR": str(folder),
         **({"PENSTOCK_WORKER_BUILD_LIMIT": str(slots)} if slots else {}),
@@ -120,7 +121,7 @@ def _member(path: Path, token: str | None, url: str | None, name: str | None, en
         write_membership(path, member)
         return member
     except msgspec.MsgspecError as error:
-        raise Failure(f"{path} is spoilt: {error}") from error
+        raise Failure(f"{path} is spoilt ({error}): remove it, and register anew with --register - --server URL") from error
     except OSError as error:
         raise Failure(f"{error.filename or path}: {error.strerror}") from error
 
