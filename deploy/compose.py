@@ -3,13 +3,14 @@
 `python deploy/compose.py prepare` writes `deploy/generated/`: keys, the database's passwords, the NATS configuration, and one env file for each
 service, so that each container is given only what is its own. Run it once; it never overwrites. `python deploy/compose.py migrate` brings the
 database up to date; the compose file runs it in a container. `migrate --restored` also tells everyone that the database is not what it was: after a
-restore, or a failover that may have lost a tail.
+restore, or a failover that may have lost a tail. `python deploy/compose.py worker` is a worker's container.
 """
 
 import asyncio
 import hashlib
 import os
 import secrets
+import signal
 import sys
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def prepare(folder: Path) -> str:
             PENSTOCK_WORKER_NAME=worker,
             PENSTOCK_WORKER_KEY=seed,
             PENSTOCK_SERVER_PUBLIC_KEY=public_key(server),
+            PENSTOCK_GATEWAY_PUBLIC_KEY=public_key(grant),
         )
     config = folder / "nats.conf"
     config.touch(mode=0o600)
@@ -95,13 +97,33 @@ async def bring_up_to_date(restored: bool) -> None:
         await raise_epoch(dsn)
 
 
+def work() -> None:
+    """Be a worker. One that was revoked or removed stays until it is stopped, and is unhealthy: Docker would start it again for ever."""
+    from services.worker.__main__ import main
+    from services.worker.standing import EXPELLED
+
+    try:
+        main(os.environ, {})
+    except SystemExit as end:
+        if end.code != EXPELLED:
+            raise
+        stops = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+        print("this container waits to be stopped: to start it again is of no use", file=sys.stderr, flush=True)
+        signal.sigwait(stops)
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
+        case ["prepare"] if GENERATED.exists():
+            sys.exit(f"{GENERATED} is there already: it holds the keys of what runs with it")
         case ["prepare"]:
             print(f"The first token, for `penstock login --url http://localhost:7420`: {prepare(GENERATED)}")
         case ["migrate"]:
             asyncio.run(bring_up_to_date(restored=False))
         case ["migrate", "--restored"]:
             asyncio.run(bring_up_to_date(restored=True))
+        case ["worker"]:
+            work()
         case _:
-            sys.exit("usage: compose.py prepare | migrate [--restored]")
+            sys.exit("usage: compose.py prepare | migrate [--restored] | worker")

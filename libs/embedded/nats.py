@@ -72,8 +72,9 @@ class EmbeddedNats:
                 preexec_fn=_end_with_parent(),
             )
 
-    def start(self, timeout: float = 15.0) -> None:
-        """Return when the server accepts connections. Raises NatsFailed."""
+    def start(self, timeout: float = 15.0, pause: Callable[[float], None] = time.sleep) -> None:
+        """Return when the server accepts connections. Raises NatsFailed, and what `pause` raises, which is called while it waits; then `stop` is
+        due."""
         self.launch()
         deadline = time.monotonic() + timeout
         while self._listening() is None:
@@ -84,7 +85,7 @@ class EmbeddedNats:
             if time.monotonic() > deadline:
                 self.stop(timeout=1.0)
                 raise NatsFailed(f"nats-server was not ready within {timeout:g} s:\n{self._last_lines()}")
-            time.sleep(0.002)
+            pause(0.002)
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop clean; at once when that takes over `timeout` seconds."""

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -94,17 +95,18 @@ class EmbeddedPostgres:
         secret = password or (self._password if user == self.user else "")
         return f"postgresql://{quote(user)}:{quote(secret, safe='')}@127.0.0.1:{self.port}/{quote(db)}?sslmode=disable"
 
-    def start(self, timeout: float = 60.0, patience: float = 15.0) -> None:
-        """Make the cluster if it is absent; return when it accepts connections. Raises PostgresFailed.
+    def start(self, timeout: float = 60.0, patience: float = 15.0, pause: Callable[[float], None] = time.sleep) -> None:
+        """Make the cluster if it is absent; return when it accepts connections. Raises PostgresFailed, and what `pause` raises, which is called
+        while it waits; then `stop` is due.
 
         A server that still works in the folder (its parent was killed, so it is stopping) is waited for, `patience` seconds."""
         if self.running():
             return
         identity = _identity()
         if not (self.data / "PG_VERSION").exists():
-            self._initdb(identity)
+            self._initdb(identity, pause)
         identity.own(self.data)
-        self._await_departure(patience)
+        self._await_departure(patience, pause)
         options = [option for name, value in self._settings.items() for option in ("-c", f"{name}={value}")]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -125,7 +127,7 @@ class EmbeddedPostgres:
             if time.monotonic() > deadline:
                 self.stop(timeout=1.0)
                 raise PostgresFailed(f"Postgres was not ready within {timeout:g} s:\n{self._last_lines()}")
-            time.sleep(0.005)
+            pause(0.005)
 
     def stop(self, timeout: float = 10.0, patience: float = 5.0) -> None:
         """Stop fast and clean; at once (to be recovered at the next start) when that takes over `timeout` seconds; by force when that takes over
@@ -155,7 +157,7 @@ class EmbeddedPostgres:
             time.sleep(0.02)
         process.poll()
 
-    def _initdb(self, identity: "_Identity") -> None:
+    def _initdb(self, identity: "_Identity", pause: Callable[[float], None]) -> None:
         # Made beside and renamed, so that a half-made cluster is never taken for one.
         fresh = self.data.with_name(f"{self.data.name}.new")
         secret = self.data.with_name(f"{self.data.name}.password")
@@ -171,14 +173,15 @@ class EmbeddedPostgres:
         if self._settings["fsync"] == "off":
             command += ["--no-sync"]
         try:
-            made = subprocess.run(
-                command, env=_ENVIRONMENT, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, preexec_fn=identity.enter
-            )
+            code, said = _run(command, identity, pause)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
         finally:
             secret.unlink()
-        if made.returncode:
+        if code:
             shutil.rmtree(fresh)
-            raise PostgresFailed(f"initdb ended with {made.returncode}{identity.hint}:\n{made.stderr.strip()}")
+            raise PostgresFailed(f"initdb ended with {code}{identity.hint}:\n{said}")
         if self.data.exists():
             self.data.rmdir()
         fresh.rename(self.data)
@@ -187,13 +190,13 @@ class EmbeddedPostgres:
         lines = self._lock_file()
         return self._process is not None and len(lines) >= 8 and lines[0] == str(self._process.pid) and lines[7].strip() == "ready"
 
-    def _await_departure(self, timeout: float) -> None:
+    def _await_departure(self, timeout: float, pause: Callable[[float], None]) -> None:
         """After a kill -9, of us or of it: wait for what still works in this folder, then forget a process id that is someone else's by now."""
         deadline = time.monotonic() + timeout
         while working := _working_in(self.data.resolve()):
             if time.monotonic() > deadline:
                 raise PostgresFailed(f"another Postgres runs in {self.data} (pid {working[0]})")
-            time.sleep(0.02)
+            pause(0.02)
         lines = self._lock_file()
         if lines and Path(f"/proc/{lines[0]}").exists():
             (self.data / "postmaster.pid").unlink()
@@ -240,14 +243,33 @@ def _identity() -> _Identity:
     )
 
 
+def _run(command: list[str], identity: _Identity, pause: Callable[[float], None]) -> tuple[int, str]:
+    """Its exit code and the end of what it said. A terminal's Ctrl-C is not for it; when `pause` raises, it and what it started are killed."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command,
+            env=_ENVIRONMENT,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=identity.enter,
+        )
+        try:
+            while process.poll() is None:
+                pause(0.005)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        said.seek(0)
+        return process.returncode, said.read().decode(errors="replace").strip()
+
+
 def _works(identity: _Identity) -> bool:
     try:
-        return (
-            subprocess.run(
-                [_binary("postgres"), "--version"], env=_ENVIRONMENT, cwd="/", stdout=subprocess.DEVNULL, preexec_fn=identity.enter
-            ).returncode
-            == 0
-        )
+        return _run([_binary("postgres"), "--version"], identity, time.sleep)[0] == 0
     except (OSError, subprocess.SubprocessError):
         return False
 

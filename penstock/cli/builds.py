@@ -23,7 +23,13 @@ def builds(ctx: click.Context, limit: int, status: str | None, as_json: bool, te
         print_json(found)
         return
     colours = {(n, "status"): STATUS_COLOURS[build.status] for n, build in enumerate(found) if build.status in STATUS_COLOURS}
-    print_table(("number", "status", "name", "created", "took", "by"), [_row(build) for build in found], right=["number"], colours=colours)
+    print_table(
+        ("number", "status", "name", "created", "took", "by"),
+        [_row(build) for build in found],
+        right=["number"],
+        spare=["by", "name"],
+        colours=colours,
+    )
 
 
 async def _listed(client: Client, status: str, limit: int) -> list[Build]:

@@ -52,6 +52,7 @@ def cli(ctx: click.Context, target: str | None) -> None:
 
 def main() -> NoReturn:
     """The entry point."""
+    _stand_in_for_closed_streams()
     try:
         code = cli.main(prog_name="penstock", standalone_mode=False)
         sys.stdout.flush()
@@ -64,7 +65,21 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo(str(error) or "interrupted", err=True)
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go either
-        code = NOBODY_READS
+    except SystemExit as end:  # so click ends when nobody reads stdout, and with 0 after a completion
+        code = NOBODY_READS if end.code else 0
+    except OSError as error:
+        code = NOBODY_READS if isinstance(error, BrokenPipeError) else 1
+        if code != NOBODY_READS:
+            click.echo(f"Error: {error}", err=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Or the next file or connection that is opened would be one of them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115

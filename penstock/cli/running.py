@@ -82,6 +82,17 @@ class BuildRef(click.ParamType[str]):
         return text
 
 
+class Name(click.ParamType[str]):
+    """A name of something on the server."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not str(value).strip():
+            self.fail("it is empty", param, ctx)
+        return str(value)
+
+
 class Assignment(click.ParamType[tuple[str, str]]):
     """NAME=VALUE, neither of them empty."""
 

@@ -13,14 +13,22 @@ def person(actor: str) -> str:
 
 
 def print_table(
-    heading: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), colours: Mapping[tuple[int, str], str] | None = None
+    heading: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    colours: Mapping[tuple[int, str], str] | None = None,
 ) -> None:
-    """The rows below the heading, the columns named in `right` flush right, all on stdout. `colours` are by row (from 0) and column, and wait for a
-    terminal."""
+    """The rows below the heading, the columns named in `right` flush right, all on stdout. A terminal that is too narrow goes without the columns of
+    `spare`, one after another. `colours` are by row (from 0) and column, and wait for a terminal."""
     terminal = Terminal()
-    lines = [list(heading), *(list(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for n, line in enumerate(lines):
-        cells = [cell.rjust(width) if name in right else cell.ljust(width) for cell, width, name in zip(line, widths, heading, strict=True)]
-        shown = [terminal.styled(cell, (colours or {}).get((n - 1, name)), dim=not n) for cell, name in zip(cells, heading, strict=True)]
+    columns = dict(zip(heading, zip(*(heading, *rows), strict=True), strict=True))
+    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
+    left = list(spare)
+    while left and terminal.columns and sum(widths.values()) + 2 * (len(widths) - 1) > terminal.columns:
+        del widths[left.pop(0)]
+    for n in range(len(rows) + 1):
+        cells = {name: columns[name][n].rjust(width) if name in right else columns[name][n].ljust(width) for name, width in widths.items()}
+        shown = [terminal.styled(cell, (colours or {}).get((n - 1, name)), dim=not n) for name, cell in cells.items()]
         click.echo("  ".join(shown).rstrip(), color=True)

@@ -4,6 +4,8 @@ stderr. Colours and bars only on a terminal that wants them (NO_COLOR, TERM=dumb
 import codecs
 import contextlib
 import os
+import select
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -57,9 +59,25 @@ class Terminal:
         """Whether stdout is a terminal on which what was shown can be shown anew in its place."""
         return self._redraws
 
+    @property
+    def is_read_by_a_person(self) -> bool:
+        """Whether stdout is a terminal."""
+        return "stdout" in self._harmless
+
+    @property
+    def columns(self) -> int | None:
+        """How wide the terminal is that stdout is."""
+        return shutil.get_terminal_size().columns if self.is_read_by_a_person else None
+
     def clear(self) -> None:
-        """Begin anew at the top."""
-        self.write(b"\x1b[H\x1b[2J\x1b[3J")
+        """Begin anew at the top; what was there before stays where one scrolls to."""
+        self.write(b"\x1b[H\x1b[2J")
+
+    def look_for_reader(self) -> None:
+        """Notice that nobody reads stdout any more without writing to it."""
+        poll = select.poll()
+        poll.register(self._out.fileno(), 0)
+        self.reader_gone = self.reader_gone or any(what & (select.POLLERR | select.POLLHUP) for _, what in poll.poll(0))
 
     def end_line(self) -> None:
         """End what a task left unended where our lines and bars go: its line and its colours."""

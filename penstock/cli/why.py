@@ -76,7 +76,7 @@ def _details(stage: Preparation) -> Iterator[str]:
         return
     if stage.requires:
         yield f"it needs {printable(_and(stage.requires))}"
-    if stage.reason:
+    if stage.reason and not (stage.live and stage.able):  # else it was so, and is not any more: those that are able are busy
         yield f"recorded: {printable(stage.reason)}{_counts(stage.refused)}"
     if not stage.live:
         yield "no scheduler answers: what is ahead of it is not known now"

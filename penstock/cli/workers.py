@@ -6,6 +6,7 @@ from datetime import datetime
 
 import click
 
+from penstock.cli.main import NOBODY_READS
 from penstock.cli.quantities import readable_size, readable_time
 from penstock.cli.running import connect, json_option, print_json, run
 from penstock.cli.tables import print_table
@@ -36,11 +37,14 @@ def workers(ctx: click.Context, watch: bool, as_json: bool) -> None:
 
     BUILDS are the team's by number, and +N those of others.
     """
-    run(_shown(connect(ctx), watch, as_json))
+    terminal = Terminal()
+    run(_shown(connect(ctx), watch, as_json, terminal))
+    if terminal.reader_gone:
+        ctx.exit(NOBODY_READS)
 
 
-async def _shown(client: Client, watch: bool, as_json: bool) -> None:
-    terminal, last = Terminal(), ""
+async def _shown(client: Client, watch: bool, as_json: bool, terminal: Terminal) -> None:
+    last = ""
     async with client:
         while True:
             found = [worker async for worker in client.workers()]
@@ -51,9 +55,12 @@ async def _shown(client: Client, watch: bool, as_json: bool) -> None:
                     terminal.clear()
                 print_workers(found, time.time())
                 last = told
-            if not watch or terminal.reader_gone:
+            if not watch:
                 return
             await asyncio.sleep(EVERY)
+            terminal.look_for_reader()
+            if terminal.reader_gone:
+                return
 
 
 def print_workers(workers: list[Worker], now: float) -> None:

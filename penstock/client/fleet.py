@@ -5,6 +5,7 @@ from typing import Literal
 
 import msgspec
 
+from penstock.client.discreet import Discreet
 from penstock.client.model import Status
 
 
@@ -56,7 +57,7 @@ class WorkerPage(_Answer, frozen=True, kw_only=True):
     next: str | None = None
 
 
-class Registration(_Answer, frozen=True, kw_only=True):
+class Registration(Discreet, frozen=True, kw_only=True):
     """A token that registers one worker until `expires_at`; it is shown this once."""
 
     id: str
@@ -64,9 +65,6 @@ class Registration(_Answer, frozen=True, kw_only=True):
     expires_at: datetime
     tags: list[str] = []
     description: str = ""
-
-    def __repr__(self) -> str:
-        return f"Registration({self.id!r})"
 
 
 class Candidate(_Answer, frozen=True, kw_only=True):

@@ -51,6 +51,8 @@ class Http:
         return self._reached
 
     async def __aenter__(self) -> "Http":
+        if not self._token.isprintable():
+            raise PenstockError("the token holds what no token can, like the end of a line: log in again with `penstock login`")
         headers = {"User-Agent": "penstock", "Accept-Encoding": "identity"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -140,7 +142,7 @@ class Http:
                 if response.status >= 300:
                     raise _error(response, await response.content.read(LARGEST_PROBLEM))
                 yield response
-        except aiohttp.InvalidURL as error:
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise PenstockError(f"`{self.url}` is no URL: it looks like http://127.0.0.1:7420") from error
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             if at:

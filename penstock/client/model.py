@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from penstock.client.discreet import Discreet
+
 Status = Literal["pending", "started", "succeeded", "failed", "errored", "aborted"]
 ArtifactKind = Literal["user", "output", "part"]
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "errored", "aborted"})
@@ -115,14 +117,11 @@ class Policy(_Answer, frozen=True, kw_only=True):
     privileged: bool = False
 
 
-class Direct(_Answer, frozen=True, kw_only=True):
+class Direct(Discreet, frozen=True, kw_only=True):
     """Where bytes may be sent, or fetched, past the gateway: with this token."""
 
     url: str
     token: str
-
-    def __repr__(self) -> str:
-        return f"Direct({self.url!r})"
 
 
 class PendingUpload(_Answer, frozen=True, kw_only=True):

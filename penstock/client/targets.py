@@ -9,19 +9,17 @@ from pathlib import Path
 
 import msgspec
 
+from penstock.client.discreet import Discreet
 from penstock.client.errors import NoTarget
 from penstock.client.private import write_private
 
 
-class Target(msgspec.Struct, frozen=True, kw_only=True):
+class Target(Discreet, frozen=True, kw_only=True):
     """Where, as whom, and for which team."""
 
     url: str
     token: str = ""
     team: str = "main"
-
-    def __repr__(self) -> str:
-        return f"Target({self.url!r}, {self.team!r})"
 
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True):

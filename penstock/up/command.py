@@ -5,17 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from penstock.client.targets import targets_path
 from penstock.up.datadir import DataDir, data_dir
-from penstock.up.processes import is_alive, send
+from penstock.up.processes import Identity, is_alive, send
 from penstock.up.report import wait_for_report
 from penstock.up.service import why_unready
 from penstock.up.supervisor import Interrupted, StartFailed
-from penstock.up.system import AlreadyRunning, Request, System
+from penstock.up.system import STOPPING, AlreadyRunning, Request, System
 
 NEXT_STEPS = """\
 Penstock serves at {url}
@@ -54,13 +55,13 @@ def _up_here(folder: DataDir, request: Request) -> int:
     try:
         System(request, _say, os.environ).serve(lambda url: _say_next(url, "Ctrl-C stops it"))
     except AlreadyRunning:
-        found = _await_other(folder)
-        _say(f"Penstock already runs on {folder.path}" + (f": {found}" if found else ", but is not ready"))
+        _say_taken(folder, request)
         return 1
     except StartFailed as error:
         _say(f"Penstock does not start: {error}")
         return 1
     except Interrupted:
+        _say_called_off(folder)
         return 130
     return 0
 
@@ -84,8 +85,9 @@ def _up_detached(folder: DataDir, request: Request) -> int:
     try:
         report = wait_for_report(reader, _say)
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        _say(STOPPING)
+        _end(process)
+        _say_called_off(folder)
         return 130
     match report.kind:
         case "ready":
@@ -93,13 +95,19 @@ def _up_detached(folder: DataDir, request: Request) -> int:
             return 0
         case "taken":
             process.wait()
-            found = _await_other(folder)
-            _say(f"Penstock already runs on {folder.path}" + (f": {found}" if found else f", but is not ready; see {folder.logs}"))
-            return 0 if found else 1
+            return 0 if _say_taken(folder, request) and not request.restored else 1
         case _:
             process.wait()
             _say(f"Penstock does not start: {report.text}")
             return 1
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Tell the supervisor to stop, again with each further Ctrl-C, and wait for its end."""
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with suppress(KeyboardInterrupt):
+            process.wait()
 
 
 def down(data: Path | None = None) -> int:
@@ -110,8 +118,16 @@ def down(data: Path | None = None) -> int:
         _say(f"nothing runs on {folder.path}")
         return 0
     _say(f"stopping Penstock (pid {run.supervisor.pid})")
+    try:
+        return _await_end(run.supervisor, folder)
+    except KeyboardInterrupt:
+        _say("left; it goes on stopping (`down` again: at once)")
+        return 130
+
+
+def _await_end(supervisor: Identity, folder: DataDir) -> int:
     deadline, told = time.monotonic() + 90.0, time.monotonic()
-    while is_alive(run.supervisor):
+    while is_alive(supervisor):
         now = time.monotonic()
         if now > deadline:
             _say(f"it does not end; its log: {folder.log('supervisor')}")
@@ -138,6 +154,19 @@ def _await_other(folder: DataDir, timeout: float = 60.0) -> str | None:
             return run.url
         time.sleep(0.05)
     return None
+
+
+def _say_called_off(folder: DataDir) -> None:
+    _say(f"stopped before it was ready: nothing runs, and {folder.path} stays for the next start")
+
+
+def _say_taken(folder: DataDir, request: Request) -> bool:
+    """Whether what runs already is ready."""
+    found = _await_other(folder)
+    _say(f"Penstock already runs on {folder.path}" + (f": {found}" if found else f", but is not ready; see {folder.logs}"))
+    if request.restored:
+        _say("nobody was told that the database was put back: stop it with `penstock down`, then start with --restored")
+    return found is not None
 
 
 def _say_next(url: str, end: str) -> None:

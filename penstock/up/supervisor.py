@@ -4,6 +4,8 @@ import gc
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,17 +28,18 @@ class Interrupted(Exception):
 
 
 class Part(Protocol):
-    """What the supervisor keeps running. `start` returns once a server can be used, and at once for a service."""
+    """What the supervisor keeps running."""
 
     @property
     def pid(self) -> int: ...
-    def start(self) -> None: ...
     def running(self) -> bool: ...
 
 
 class Server(Part, Protocol):
-    """Postgres or NATS: stops by itself, cleanly, and within bounds."""
+    """Postgres or NATS: `start` returns once it can be used, and calls `pause` while it waits for that; it stops by itself, cleanly, and within
+    bounds, also when it has not come up."""
 
+    def start(self, *, pause: Callable[[float], None]) -> None: ...
     def stop(self, timeout: float) -> None: ...
 
 
@@ -87,6 +90,7 @@ class Supervisor:
         self._say = say
         self._changed = changed
         self._parts: dict[str, Part] = {}
+        self._starts: dict[str, Callable[[], None]] = {}
         self._backoff: dict[str, Backoff] = {}
         self._due: dict[str, float] = {}
         self._deaths: dict[str, int] = {}
@@ -100,7 +104,7 @@ class Supervisor:
     def boot(self) -> None:
         """Start everything; returns when every service is ready. Raises StartFailed, or Interrupted when asked to stop; then `shut_down` is due."""
         for name, server in self._servers.items():
-            self._start(name, server)
+            self._start(name, server, partial(server.start, pause=self._pause))
         try:
             services = self._prepare()
         except OSError as error:  # a port that another has taken meanwhile, above all
@@ -109,7 +113,7 @@ class Supervisor:
         gc.freeze()  # what is in memory by now stays shared with the children instead of being copied by their collectors
         for service in services:
             self._services[service.spec.name] = service
-            self._start(service.spec.name, service)
+            self._start(service.spec.name, service, service.start)
         deadline = time.monotonic() + self.START_TIMEOUT
         for name, service in sorted(self._services.items(), key=lambda each: each[1].spec.spare):
             patience = time.monotonic() + self.SPARE_TIMEOUT if service.spec.spare else deadline
@@ -119,17 +123,23 @@ class Supervisor:
                     break
                 self._continue_booting(name, f"{name} is not ready after {self.START_TIMEOUT:g} s: {why}", max(deadline, patience))
 
-    def _start(self, name: str, part: Part) -> None:
+    def _start(self, name: str, part: Part, start: Callable[[], None]) -> None:
         if self._signals.stops:
             raise Interrupted
         try:
-            part.start()
+            start()
         except FAILURES as error:
             raise StartFailed(f"{name} does not start: {error}") from error
-        self._parts[name] = part
+        self._parts[name], self._starts[name] = part, start
         self._backoff[name] = Backoff()
         self._backoff[name].started(time.monotonic())
         self._changed()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, and be interrupted."""
+        self._signals.wait(seconds)
+        if self._signals.stops:
+            raise Interrupted
 
     def _continue_booting(self, name: str, verdict: str, deadline: float) -> None:
         if self._signals.stops:
@@ -140,10 +150,14 @@ class Supervisor:
         for dead, deaths in self._deaths.items():
             if deaths >= self.DEATHS_AT_START:
                 raise StartFailed(f"{dead} does not stay up\n{self._tail(dead)}")
-        self._signals.wait(0.02)
+        self._pause(0.02)
 
     def watch(self) -> None:
         """Bring back what dies; returns when asked to stop."""
+        with suppress(Interrupted):
+            self._watch()
+
+    def _watch(self) -> None:
         looked = time.monotonic()
         while not self._signals.stops:
             self._bring_back()
@@ -163,7 +177,7 @@ class Supervisor:
                 if now < self._due[name]:
                     continue
                 try:
-                    part.start()
+                    self._starts[name]()
                 except FAILURES as error:
                     self._died(name, f"does not start: {error}")
                     continue

@@ -25,6 +25,7 @@ from penstock.up.supervisor import Interrupted, Say, StartFailed, Supervisor
 from proto.catalogue import SERVICES
 
 LOCAL_TARGET = "local"
+STOPPING = "stopping (once more: at once)"
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,7 +130,10 @@ class System:
             self._say(f"ready in {time.monotonic() - self._began:.1f} s")
             ready(url)
             supervisor.watch()
-            self._say("stopping (once more: at once)")
+            self._say(STOPPING)
+        except Interrupted:
+            self._say(STOPPING)
+            raise
         finally:
             supervisor.shut_down()
             gateway.close()

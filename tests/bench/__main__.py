@@ -14,6 +14,7 @@ from tests.bench.docker import docker
 from tests.bench.figures import Figure, at_least, at_most, table
 from tests.bench.latency import latency
 from tests.bench.lines import lines
+from tests.bench.logs import show_errors_only
 from tests.bench.masking import masking
 from tests.bench.placement import placement
 from tests.bench.profile import profile
@@ -102,6 +103,7 @@ def main() -> int:
     parts = {part for part in given.only.split(",") if part}
     if parts - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(parts - set(PARTS)))}")
+    show_errors_only()
     size = SMOKE if given.smoke else Size()
     if given.builds:
         size = msgspec.structs.replace(size, builds=given.builds)

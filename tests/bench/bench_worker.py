@@ -14,6 +14,7 @@ from pathlib import Path
 
 from proto.messages import Attempt
 from services.worker.executors.sandboxes import Folders, Sandbox, first_that_works, interpreter_folders
+from tests.bench.logs import show_errors_only
 from tests.worker_controls import PATH, Scheduler, a_system, sandboxes_here, sh, step
 
 STAGES = 400
@@ -79,4 +80,5 @@ async def main(profile: bool) -> None:
 
 
 if __name__ == "__main__":
+    show_errors_only()
     asyncio.run(main("--profile" in sys.argv))

@@ -106,8 +106,8 @@ def test_what_is_there_already_is_not_fetched_again(cli: Cli, work: Path) -> Non
 def test_a_listing_has_columns_and_a_reader_may_leave(cli: Cli, work: Path) -> None:
     artifact = upload(cli, work, "--name", "src", "--keep", "2d")
     heading, row = cli("artifact", "ls").stdout.splitlines()
-    assert heading.split() == ["id", "kind", "name", "files", "size", "build", "age", "expires"]
-    assert row.startswith(f"{artifact}  user  src   ")
+    assert heading.split() == ["id", "origin", "files", "size", "age", "expires"]
+    assert row.startswith(f"{artifact}  src   ")
     assert row.endswith("  in 2 d")
     assert cli("artifact", "ls", "--kind", "output").stdout.split() == heading.split()
     process = cli.start("artifact", "cat", f"{artifact}/a.txt")

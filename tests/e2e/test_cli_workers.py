@@ -87,6 +87,14 @@ def test_of_other_teams_only_how_many_there_are_is_told(cli: Cli, system: System
     assert cli("abort", mine).returncode == 0
 
 
+def test_a_watch_that_nobody_reads_any_more_ends(cli: Cli) -> None:
+    watching = cli.start("workers", "--watch")
+    assert watching.stdout is not None and watching.stdout.readline().startswith("worker ")
+    watching.stdout.close()
+    assert watching.wait(30) == 141
+    assert cli("worker", "ls").stdout.startswith("worker ")
+
+
 def test_what_is_not_there_is_said(cli: Cli) -> None:
     assert cli("why", "4711").stderr == "Error: there is no build `4711`\n"
     assert cli("worker", "show", "nobody").stderr == "Error: there is no worker `nobody`\n"

@@ -25,7 +25,7 @@ def printf(data: bytes) -> str:
     return "printf %b '" + "".join(f"\\0{byte:03o}" for byte in data) + "'"
 
 
-def on_a_terminal(cli: Cli, arguments: Sequence[str]) -> str:
+def on_a_terminal(cli: Cli, arguments: Sequence[str], ends: int = 0) -> str:
     """All that the command line writes when both its streams are a terminal."""
     ours, theirs = pty.openpty()
     environ = {**cli.system.environ, "TERM": "xterm-256color", "PYTHONWARNINGS": "error"}
@@ -36,7 +36,7 @@ def on_a_terminal(cli: Cli, arguments: Sequence[str]) -> str:
         while piece := os.read(ours, 65536):
             seen += piece
     os.close(ours)
-    assert process.wait(60) == 0, seen
+    assert process.wait(60) == ends, seen
     return seen.decode()
 
 
@@ -68,6 +68,18 @@ def test_a_terminal_gets_text_and_colours_and_a_pipe_gets_all(cli: Cli, command:
         assert HOSTILE.replace(b"\x9b", "\ufffd".encode()) in got
     else:
         assert HOSTILE in got
+
+
+def test_a_file_that_is_printed_is_harmless_on_a_terminal_and_whole_in_a_pipe(cli: Cli) -> None:
+    """FAULTS 102: it may be a stranger's."""
+    script = f"{printf(HOSTILE)} >dist/text; {printf(bytes([0, 27, 99]))} >dist/binary"
+    number = cli("execute", "-c", cli.task(script, outputs=["dist"]), "--detach").stdout.strip()
+    assert cli("watch", number).returncode == 0
+    text, binary = f"build:{number}/dist/text", f"build:{number}/dist/binary"
+    assert on_a_terminal(cli, ["artifact", "cat", text]) == "\ufffd3A" + SHOWN
+    said = on_a_terminal(cli, ["artifact", "cat", binary], ends=1)
+    assert said.startswith(f"Error: {binary} is binary, and this is a terminal") and "\0" not in said and "\x1b" not in said
+    assert raw(cli, "artifact", "cat", text, binary) == HOSTILE + bytes([0, 27, 99])
 
 
 def test_to_a_browser_a_log_is_text(cli: Cli) -> None:

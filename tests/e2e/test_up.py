@@ -27,10 +27,17 @@ class Machine:
         self.data = DataDir(home / "data")
         self.environ = {"HOME": str(home), "PATH": os.defpath, "PENSTOCK_DATA": str(self.data.path), "LANG": "C.UTF-8"}
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-P", "-m", "penstock", *words]
+    def start(self, *words: str, alone: bool = False) -> subprocess.Popen[str]:
+        """`alone`: in a session of its own, as a terminal's."""
         return subprocess.Popen(
-            command, cwd=self.home, env=self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-P", "-m", "penstock", *words],
+            cwd=self.home,
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=alone,
         )
 
     def penstock(self, *words: str) -> tuple[int, str]:
@@ -85,6 +92,8 @@ def test_a_second_up_says_where_the_first_listens(running: Machine) -> None:
     assert (code, before.url in said) == (0, True)
     code, said = running.penstock("up")
     assert (code, before.url in said) == (1, True)
+    code, said = running.penstock("up", "--detach", "--restored")
+    assert (code, "nobody was told that the database was put back: stop it" in said) == (1, True), "it is no wish that may be passed over"
     assert running.run().supervisor == before.supervisor
 
 
@@ -137,6 +146,32 @@ async def test_in_the_foreground_ctrl_c_ends_it_in_order(machine: Machine) -> No
     assert (process.returncode, said) == (0, "")
     assert complained.endswith("stopped\n")
     assert not any(is_alive(child) for child in children.values())
+
+
+@pytest.mark.parametrize("how", [["up"], ["up", "--detach"]])
+async def test_ctrl_c_while_postgres_is_made_ends_the_start_at_once_and_says_so(tmp_path: Path, how: list[str]) -> None:
+    """A terminal's Ctrl-C, which all of its processes get."""
+    own = Machine(tmp_path)
+    making = own.data.path / "pg.new"
+    with own.start(*how, "--port", "0", alone=True) as process:
+        await eventually(lambda: (making / "PG_VERSION").exists(), timeout=30)
+        os.killpg(process.pid, signal.SIGINT)
+        said, complained = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "")
+    assert "stopping (once more: at once)\n" in complained
+    assert complained.endswith(f"stopped before it was ready: nothing runs, and {own.data.path} stays for the next start\n")
+    assert own.data.run() is None and not making.exists() and not own.data.postgres.exists()
+    assert not [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if str(own.data.path).encode() in _read(entry)]
+    code, said = own.penstock("up", "--detach", "--port", "0")
+    assert code == 0, said
+    assert own.penstock("down")[0] == 0
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(machine: Machine) -> None:

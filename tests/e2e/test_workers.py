@@ -42,6 +42,18 @@ def becomes(system: System, name: str, status: str, timeout: float = 30) -> None
         time.sleep(0.05)
 
 
+def test_a_worker_that_cannot_be_removed_keeps_no_other(owner: Cli) -> None:
+    result = admin(owner, "worker", "rm", "nobody", "local", "no-one")
+    assert (result.returncode, result.stderr.splitlines()) == (
+        1,
+        [
+            "Error: there is no worker `nobody`",
+            "Error: local: the worker is neither revoked nor lost: stop or revoke it first",
+            "Error: there is no worker `no-one`",
+        ],
+    )
+
+
 def start(cli: Cli, folder: Path, *more: str) -> subprocess.Popen[str]:
     return cli.start("worker", "start", "--dir", str(folder), "--slots", "1", *more)
 

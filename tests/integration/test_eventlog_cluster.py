@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
@@ -51,6 +53,42 @@ async def test_a_killed_cluster_starts_again(cluster: EmbeddedPostgres, number: 
     os.kill(cluster.pid, number)
     await eventually(lambda: not cluster.running())
     connection.terminate()
+    cluster.start()
+    assert await ask(cluster) == 1
+
+
+class CalledOff(Exception):
+    """What `pause` raises."""
+
+
+def working_on(folder: Path) -> list[str]:
+    """The command lines of processes that name the folder, or stand in it."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(str(folder) in word for word in [*process.cmdline(), process.cwd()]):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+@pytest.mark.parametrize("sign", ["pg.new/PG_VERSION", "pg/postmaster.pid"])
+async def test_a_first_start_that_is_called_off_leaves_nothing_and_may_be_made_again(cluster: EmbeddedPostgres, sign: str) -> None:
+    """While the cluster is made, and while the server comes up."""
+    folder = cluster.data.parent
+    working: list[str] = []
+
+    def pause(seconds: float) -> None:
+        if (folder / sign).exists() and working_on(folder):
+            working.extend(working_on(folder))
+            raise CalledOff
+        time.sleep(seconds)
+
+    with pytest.raises(CalledOff):
+        cluster.start(pause=pause)
+    cluster.stop()
+    assert working
+    await eventually(lambda: not working_on(folder))
+    assert {path.name for path in folder.iterdir()} <= {"pg", "log"}
     cluster.start()
     assert await ask(cluster) == 1
 

@@ -156,6 +156,7 @@ def test_a_later_life_takes_up_what_is_whole(tmp_path: Path) -> None:
 
 def test_a_damaged_file_or_manifest_is_not_used(cache: TeamCache, tmp_path: Path) -> None:
     tree = keep(cache, file("a"))
+    assert cache.has(file("a")) and cache.tree(tree) is not None
     os.truncate(tmp_path / "cache" / "files" / "main" / name_of(file("a")), 5)
     assert not cache.has(file("a"))
     (tmp_path / "cache" / "trees" / "main" / tree / "manifest").write_bytes(b"x")
@@ -212,6 +213,7 @@ def test_what_did_not_come_whole_leaves_nothing(cache: TeamCache, tmp_path: Path
     digests = [hashlib.sha256(letter * CHUNK).digest() for letter in (b"a", b"b")]
     filling = Filling(cache, [Entry(b"big", "file", 0o644, 2 * CHUNK, b"".join(digests))])
     filling.put(digests[0], b"a" * CHUNK)
+    assert list((tmp_path / "cache" / "new").iterdir())
     filling.close()
     assert not list((tmp_path / "cache" / "new").iterdir())
     assert not list((tmp_path / "cache" / "files" / "main").iterdir())

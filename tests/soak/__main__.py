@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import importlib
 import secrets
+import signal
 import sys
 import time
 import traceback
@@ -42,6 +43,8 @@ def main() -> int:
     if set(wanted) - PARTS.keys():
         parser.error(f"no such part: {', '.join(sorted(set(wanted) - PARTS.keys()))}")
     options = Options(seed=secrets.randbits(32) if given.seed is None else given.seed, smoke=given.smoke, minutes=given.minutes)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as by Ctrl-C: what was started is ended
+        signal.signal(number, signal.default_int_handler)
     say(f"seed {options.seed}")
     figures = [figure for part in PARTS if part in wanted for figure in measured(part, options)]
     print(f"\n{table(figures)}\n\nseed {options.seed}", flush=True)

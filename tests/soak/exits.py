@@ -140,7 +140,8 @@ async def problem(traffic: Traffic, build: Build, name: str, one: Exit) -> str:
     cut = build.status == "aborted" and stage.status == "aborted"
     if not cut and stage.steps[0].exit_code not in one.exit_codes:
         return f"its step ended with {stage.steps[0].exit_code} ({stage.error})"
-    if cut and written and len(written) < len(one.lines) and not any(line.text == "penstock: interrupted: aborted\n" for line in lines):
+    said = [line.text for line in lines if line.text == "penstock: interrupted: aborted\n" or line.text.startswith("[penstock: the worker was lost")]
+    if cut and written and len(written) < len(one.lines) and not said:
         return f"it is cut after {len(written)} lines of {len(one.lines)}, and does not say so"
     if cut or not one.whole:
         return prefix(written, one, cut)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from penstock.cli.following import exit_code_of
+from penstock.cli.main import NOBODY_READS
 from penstock.cli.quantities import readable_size
-from penstock.cli.tables import person
+from penstock.cli.tables import person, print_table
+from penstock.cli.terminal import Terminal
 from penstock.client import Build
 
 ID = "01234567-89ab-7def-8123-456789abcdef"
@@ -147,6 +149,57 @@ def test_without_a_target_it_says_how_to_get_one(tmp_path: Path) -> None:
     assert result.stderr == "Error: no Penstock is known yet: start one with `penstock up`, or log in to one with `penstock login --url …`\n"
     assert result.returncode == 1
     assert penstock("-t", "prod", "builds", cwd=tmp_path).stderr.startswith("Error: there is no target `prod`")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["targets"], ["worker", "--help"]])
+def test_a_reader_that_has_gone_is_no_error(here: Path, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "penstock", *arguments]
+    env = {**os.environ, "PENSTOCK_TARGETS": str(here / "targets.json")}
+    result = subprocess.run(command, env=env, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (NOBODY_READS, b"")
+
+
+def test_a_stdout_that_takes_nothing_is_said_and_one_that_is_closed_is_done_without(here: Path) -> None:
+    command = f"{sys.executable} -m penstock targets"
+    env = {**os.environ, "PENSTOCK_TARGETS": str(here / "targets.json")}
+    for onto, ended in ((">/dev/full", (1, "Error: [Errno 28] No space left on device\n")), (">&-", (0, "")), ("<&- >&-", (0, ""))):
+        result = subprocess.run(["sh", "-c", f"{command} {onto}"], env=env, capture_output=True, text=True, timeout=60)
+        assert (result.returncode, result.stderr) == ended, onto
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        (
+            {"PENSTOCK_TOKEN": "pst_x\nX-Admin: 1"},
+            "Error: the token holds what no token can, like the end of a line: log in again with `penstock login`\n",
+        ),
+        ({"PENSTOCK_URL": "ftp://x"}, "Error: `ftp://x` is no URL: it looks like http://127.0.0.1:7420\n"),
+    ],
+)
+def test_what_the_environment_says_wrong_is_one_line(here: Path, environ: dict[str, str], said: str) -> None:
+    result = penstock("workers", cwd=here, **environ)
+    assert (result.returncode, result.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("command", ["worker show", "worker drain", "worker revoke", "worker rm", "secret rm", "secret set --stdin"])
+def test_a_name_that_is_empty_is_refused_before_anything_is_sent(here: Path, command: str) -> None:
+    result = penstock(*command.split(), "", cwd=here, stdin="x")
+    assert result.returncode == 2 and "it is empty" in result.stderr
+
+
+def test_a_terminal_that_is_too_narrow_goes_without_what_can_be_spared(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def shown(columns: int | None) -> list[str]:
+        monkeypatch.setattr(Terminal, "columns", columns)
+        print_table(("id", "size", "age", "by"), [("1", "8 B", "3 h", "me")], right=["size"], spare=["age", "size"], colours={(0, "age"): "red"})
+        return capfd.readouterr().out.splitlines()
+
+    assert shown(None) == shown(17) == ["id  size  age  by", "1    8 B  3 h  me"]
+    assert shown(16) == shown(12) == ["id  size  by", "1    8 B  me"]
+    assert shown(11) == shown(1) == ["id  by", "1   me"]
 
 
 def test_targets_are_listed_without_their_tokens_and_chosen(here: Path) -> None:

@@ -174,10 +174,10 @@ def test_artifacts_are_listed_in_columns(capfd: pytest.CaptureFixture[str]) -> N
     ]
     print_artifacts(artifacts, now.timestamp())
     assert capfd.readouterr().out.splitlines() == [
-        "id                                    kind    name    files      size  build  age  expires",
-        f"{ID}  user    src     5,000  100.0 MB         3 h  in 9 h",
-        f"{ID}  output  dist        1       8 B      7  3 h  pinned",
-        rf"{ID}  user    a\x0ab      0       0 B         3 h  never",
+        "id                                    origin        files      size  age  expires",
+        f"{ID}  src           5,000  100.0 MB  3 h  in 9 h",
+        f"{ID}  build:7/dist      1       8 B  3 h  pinned",
+        rf"{ID}  a\x0ab            0       0 B  3 h  never",
     ]
 
 

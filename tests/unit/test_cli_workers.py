@@ -91,6 +91,11 @@ def test_several_reasons_have_their_counts() -> None:
     assert "recorded: no worker offers platform linux or tag gpu (1 worker is draining and 2 workers lack tag gpu)" in _details(stage)
 
 
+def test_what_was_recorded_and_is_not_so_any_more_is_not_said() -> None:
+    stage = changed(reason="no worker offers tag gpu", refused={"tag gpu": 2}, able=1, holders=[Holder(worker="w3", slots=1, others=1)])
+    assert list(_details(stage))[1:] == ["nothing is ahead of it", "1 worker could take it:", "  w3: 1 slot, used by 1 stage of other teams"]
+
+
 def test_what_is_ahead_and_who_has_the_slots() -> None:
     ahead = [Waiting(build=5, stage="main"), Waiting(build=6, stage="test")]
     holders = [Holder(worker="w1", slots=4, builds=[3], others=3), Holder(worker="w2", slots=1, others=1), Holder(worker="w3", slots=1)]

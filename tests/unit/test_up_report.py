@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from penstock.up.report import Report, Reporter, wait_for_report
 
 
@@ -28,3 +30,5 @@ def test_a_supervisor_goes_on_when_nobody_listens_any_more() -> None:
     reporter = Reporter(writer)
     reporter.send(Report("said", "starting"))
     reporter.send(Report("ready", "http://127.0.0.1:7420"))
+    with pytest.raises(OSError):
+        os.fstat(writer)

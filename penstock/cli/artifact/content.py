@@ -14,7 +14,7 @@ from penstock.cli.interruption import Interruption
 from penstock.cli.main import NOBODY_READS
 from penstock.cli.quantities import counted, readable_size
 from penstock.cli.references import Found, Ref, Reference, find, look, part_at
-from penstock.cli.running import Mistake, connect, run, team_option
+from penstock.cli.running import Failure, Mistake, connect, run, team_option
 from penstock.cli.terminal import Terminal, printable
 from penstock.client import Client
 
@@ -24,9 +24,12 @@ from penstock.client import Client
 @team_option
 @click.pass_context
 def cat(ctx: click.Context, refs: Sequence[Reference], team: str | None) -> None:
-    """Print files of artifacts on stdout, one after another, byte for byte."""
+    """Print files of artifacts on stdout, one after another, byte for byte.
+
+    A terminal gets their text and its colours, nothing else that it would obey, and no binary file."""
     terminal = Terminal()
     run(_printed(connect(ctx, team), refs, terminal))
+    terminal.restore()
     if terminal.reader_gone:
         ctx.exit(NOBODY_READS)
 
@@ -42,7 +45,9 @@ async def _printed(client: Client, refs: Sequence[Reference], terminal: Terminal
                 raise Mistake(f"{found.given} is a link to {printable(entry.target)}: name that")
             async with aclosing(client.read_file(found.artifact.id, os.fsencode(found.path))) as pieces:
                 async for piece in pieces:
-                    terminal.write(piece)
+                    if terminal.is_read_by_a_person and b"\0" in piece:
+                        raise Failure(f"{found.given} is binary, and this is a terminal: `penstock artifact download` it, or send stdout elsewhere")
+                    terminal.log_bytes(piece)
                     if terminal.reader_gone:
                         return
 

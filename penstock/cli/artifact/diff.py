@@ -114,7 +114,7 @@ async def _compared(
         for change in changes if shown else []:
             terminal.write(_line(change, left.given, terminal).encode())
             if patch and change.is_content:
-                terminal.write(await _patch(client, change, left, right, terminal))
+                terminal.log_bytes(await _patch(client, change, left, right, terminal))
             if terminal.reader_gone:
                 break
     return changes

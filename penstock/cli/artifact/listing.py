@@ -15,7 +15,7 @@ from penstock.cli.terminal import Terminal, printable
 from penstock.client import Artifact, Client, NotFound, TreeEntry
 from penstock.client.model import ArtifactKind
 
-HEADING = ("id", "kind", "name", "files", "size", "build", "age", "expires")
+HEADING = ("id", "origin", "files", "size", "age", "expires")
 SOON = 3600.0  # seconds before its expiry from which on an artifact is marked
 
 
@@ -44,7 +44,10 @@ def ls(
     as_json: bool,
     team: str | None,
 ) -> None:
-    """List the team's artifacts, newest first; with a REF, what is in that artifact or folder."""
+    """List the team's artifacts, newest first; with a REF, what is in that artifact or folder.
+
+    An artifact comes from a folder, or from a build: `build:7/dist` names it as well as its id. On a narrow terminal the sizes and ages are left out.
+    """
     client = connect(ctx, team)
     if ref is None:
         if recursive or long:
@@ -86,14 +89,13 @@ def print_artifacts(artifacts: list[Artifact], now: float) -> None:
             colours[n, "expires"] = "green"
         elif artifact.expires_at and artifact.expires_at.timestamp() < now + SOON:
             colours[n, "expires"] = "yellow"
-    print_table(HEADING, rows, right=("files", "size", "build", "age"), colours=colours)
+    print_table(HEADING, rows, right=("files", "size", "age"), spare=("files", "age", "size"), colours=colours)
 
 
 def _row(artifact: Artifact, now: float) -> tuple[str, ...]:
     age = readable_time(now - artifact.created_at.timestamp()) if artifact.created_at else ""
-    build = str(artifact.build) if artifact.build else ""
-    sizes = (f"{artifact.files:,}", readable_size(artifact.size))
-    return artifact.id, artifact.kind, printable(artifact.name), *sizes, build, age, _expiry(artifact, now)
+    origin = f"build:{artifact.build}/{artifact.name}" if artifact.kind == "output" and artifact.build else artifact.name
+    return artifact.id, printable(origin), f"{artifact.files:,}", readable_size(artifact.size), age, _expiry(artifact, now)
 
 
 def _expiry(artifact: Artifact, now: float) -> str:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from penstock.cli.running import Failure, Mistake, connect, run, team_option
-from penstock.cli.terminal import Terminal
-from penstock.client import Client, NotFound, Secret
+from penstock.cli.removing import remove_each
+from penstock.cli.running import Failure, Mistake, Name, connect, run, team_option
+from penstock.client import Client, Secret
 
 
 @click.command(name="set", short_help="Set a secret.")
-@click.argument("name")
+@click.argument("name", type=Name())
 @click.option("--from-file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Take the value from a file, as it is.")
 @click.option("--stdin", "from_stdin", is_flag=True, help="Take the value from stdin, without the newline at its end.")
 @team_option
@@ -61,23 +61,14 @@ async def _set(client: Client, name: str, value: str) -> Secret:
 
 
 @click.command(short_help="Remove secrets.")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=Name())
 @team_option
 @click.pass_context
 def rm(ctx: click.Context, names: Sequence[str], team: str | None) -> None:
     """Remove secrets; an owner may. A step that still names one ends with an error that says so."""
-    ctx.exit(1 if run(_removed(connect(ctx, team), names, Terminal())) else 0)
+    ctx.exit(1 if run(_removed(connect(ctx, team), names)) else 0)
 
 
-async def _removed(client: Client, names: Sequence[str], terminal: Terminal) -> int:
-    faults = 0
+async def _removed(client: Client, names: Sequence[str]) -> int:
     async with client:
-        for name in names:
-            try:
-                await client.remove_secret(name)
-            except NotFound as error:
-                terminal.say(f"Error: {error}", "red")
-                faults += 1
-            else:
-                terminal.say(f"{name}: removed")
-    return faults
+        return await remove_each(names, client.remove_secret)

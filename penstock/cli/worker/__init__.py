@@ -8,6 +8,7 @@ from penstock.cli.lazy import LazyGroup
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "start": ("worker.start", "start", "Run a worker on this machine, until Ctrl-C."),
     "token": ("worker.token", "token", "Make tokens by which new workers register."),
+    "ls": ("workers", "workers", "List the workers, as `penstock workers` does."),
     "show": ("worker.show", "show", "Show all that is known of a worker."),
     "drain": ("worker.standing", "drain", "Give a worker nothing new; it finishes what it runs."),
     "resume": ("worker.standing", "resume", "Give a drained worker work again."),

@@ -5,14 +5,14 @@ import time
 import click
 
 from penstock.cli.quantities import readable_moment, readable_size, readable_time
-from penstock.cli.running import connect, json_option, print_json, run
+from penstock.cli.running import Name, connect, json_option, print_json, run
 from penstock.cli.terminal import Terminal, printable
 from penstock.cli.workers import COLOURS, ago
 from penstock.client import Client, Worker
 
 
 @click.command(short_help="Show all that is known of a worker.")
-@click.argument("name")
+@click.argument("name", type=Name())
 @json_option
 @click.pass_context
 def show(ctx: click.Context, name: str, as_json: bool) -> None:

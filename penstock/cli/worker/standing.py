@@ -1,10 +1,12 @@
 """`penstock worker drain`, `resume`, `revoke` and `rm`: what an owner of the first team decides about a worker."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import click
 
-from penstock.cli.running import Decorator, connect, run
+from penstock.cli.removing import remove_each
+from penstock.cli.running import Decorator, Name, connect, run
 from penstock.cli.terminal import Terminal
 from penstock.client import Client
 
@@ -12,7 +14,7 @@ reason_option: Decorator = click.option("--reason", default="", help="Why, for w
 
 
 @click.command(short_help="Give a worker nothing new.")
-@click.argument("name")
+@click.argument("name", type=Name())
 @reason_option
 @click.pass_context
 def drain(ctx: click.Context, name: str, reason: str) -> None:
@@ -22,7 +24,7 @@ def drain(ctx: click.Context, name: str, reason: str) -> None:
 
 
 @click.command(short_help="Give a drained worker work again.")
-@click.argument("name")
+@click.argument("name", type=Name())
 @click.pass_context
 def resume(ctx: click.Context, name: str) -> None:
     """Give worker NAME work again."""
@@ -31,7 +33,7 @@ def resume(ctx: click.Context, name: str) -> None:
 
 
 @click.command(short_help="Cut a worker off for good.")
-@click.argument("name")
+@click.argument("name", type=Name())
 @reason_option
 @click.pass_context
 def revoke(ctx: click.Context, name: str, reason: str) -> None:
@@ -43,13 +45,13 @@ def revoke(ctx: click.Context, name: str, reason: str) -> None:
 
 
 @click.command(short_help="Forget workers that are revoked or lost.")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=Name())
 @click.pass_context
-def rm(ctx: click.Context, names: tuple[str, ...]) -> None:
+def rm(ctx: click.Context, names: Sequence[str]) -> None:
     """Forget workers that are revoked or lost. Their names are free for others.
 
     To come back a worker registers anew. A key that was revoked never does: remove its worker.json first, so that it makes another."""
-    run(_removed(connect(ctx), names))
+    ctx.exit(1 if run(_removed(connect(ctx), names)) else 0)
 
 
 async def _changed(client: Client, name: str, verb: Literal["drain", "resume", "revoke"], reason: str) -> None:
@@ -57,8 +59,6 @@ async def _changed(client: Client, name: str, verb: Literal["drain", "resume", "
         await client.change_worker(name, verb, reason)
 
 
-async def _removed(client: Client, names: tuple[str, ...]) -> None:
+async def _removed(client: Client, names: Sequence[str]) -> int:
     async with client:
-        for name in names:
-            await client.remove_worker(name)
-            Terminal().say(f"{name}: removed")
+        return await remove_each(names, client.remove_worker)
