@@ -6,7 +6,7 @@ export PENSTOCK_COMMAND := "./just penstock"
 export PATH := justfile_directory() / ".venv/bin:" + env("PATH", "/usr/local/bin:/usr/bin:/bin")
 
 # Tests and benchmarks start systems of their own, and must not see the clone's.
-elsewhere := "env -u PENSTOCK_DATA -u PENSTOCK_TARGETS -u PENSTOCK_COMMAND"
+elsewhere := "env -u PENSTOCK_DATA -u PENSTOCK_TARGETS -u PENSTOCK_COMMAND -u PENSTOCK_TEST_WORKERS"
 
 # List the recipes
 [private]
@@ -33,7 +33,7 @@ penstock *args:
 
 # Run the tests, with real servers and processes (PENSTOCK_TEST_WORKERS says how many at once)
 test *args:
-    {{ elsewhere }} pytest -n "${PENSTOCK_TEST_WORKERS:-2}" --dist worksteal "$@"
+    {{ elsewhere }} pytest -n "${PENSTOCK_TEST_WORKERS:-3}" --dist worksteal "$@"
 
 # Kill things while builds run, and feed in what must be refused
 faults *args:

@@ -360,7 +360,7 @@ async def world(seed: int, database: Database, store: Path) -> AsyncIterator[Wor
                 await instance.stop()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 async def test_nothing_needed_is_ever_removed_and_nothing_else_is_left(seed: int, database: Database, tmp_path: Path) -> None:
     async with world(seed, database, tmp_path / "store") as made:
         checked = 0
