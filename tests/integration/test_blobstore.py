@@ -195,8 +195,8 @@ async def test_blobs_put_at_once_go_together(database: Database, place: Place) -
         await store.release("main", [f"log:{n}" for n in range(1, 20)])
         await store.collect()
         assert await read(store, "main", digests[::20]) == [b"log %d" % n for n in range(0, 200, 20)]
-        # Ten are held. How many packs they came in was chance; one stays as it is only if half of it, at least, is held.
-        assert len(await store.hold("main", "x", digests)) >= 180, "what nobody holds was left out when the packs were rewritten"
+        # Ten are held. How many packs they came in, at most eight, was chance; one of so few that nothing is gained stays as it is.
+        assert len(await store.hold("main", "x", digests)) >= 170, "what nobody holds was left out when the packs were rewritten"
 
 
 async def test_an_upload_has_no_more_new_bytes_than_there_is_room_for(database: Database, place: Place) -> None:
