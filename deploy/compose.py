@@ -99,8 +99,8 @@ async def bring_up_to_date(restored: bool) -> None:
 
 def work() -> None:
     """Be a worker. One that was revoked or removed stays until it is stopped, and is unhealthy: Docker would start it again for ever."""
+    from proto.introduction import EXPELLED
     from services.worker.__main__ import main
-    from services.worker.standing import EXPELLED
 
     try:
         main(os.environ, {})

@@ -8,6 +8,9 @@ STANDING = "penstock-standing"
 BECOME = "penstock-become"
 """The gateway's: what has."""
 
+EXPELLED = 77
+"""The exit code of a worker that was revoked or removed: to start it again is of no use."""
+
 
 def words(*parts: str) -> bytes:
     """What is signed of parts that hold no zero byte."""

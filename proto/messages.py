@@ -136,6 +136,10 @@ class Offers(_Message, frozen=True, kw_only=True):
     sandbox: Short = ""
 
 
+CREDIT_SECONDS = 10.0
+"""For so long a worker honours a credit."""
+
+
 class Credit(msgspec.Struct, frozen=True, array_like=True):
     """A single-use offer of one free slot. `key` is the boot's X25519 public key to seal to."""
 
@@ -317,14 +321,14 @@ class Package(Private, _Message, frozen=True, kw_only=True):
     inputs: dict[str, ArtifactRef]
     token: str
     artifacts_url: str
-    traceparent: str = ""
     secrets: dict[str, str] = {}
     unreadable: dict[str, str] = {}
 
 
 class Signed(msgspec.Struct, frozen=True, array_like=True):
-    """`body` and its Ed25519 signature over `context + body` (context: `presence`, `control.<worker>` or `execute_build_package.<worker>`, so that no
-    message passes for another). A package's body is a SealedBox around a Package."""
+    """`body` and its Ed25519 signature over its context, a zero byte and itself (context: `presence`, `control.<worker>` or
+    `execute_build_package.<worker>`, and those of libs/proofs.py and proto/introduction.py, so that no message passes for another). A package's body
+    is a SealedBox around a Package."""
 
     body: bytes
     signature: bytes

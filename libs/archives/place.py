@@ -1,5 +1,5 @@
 """Write a tree out under a folder, trusting nothing: the entries are checked before anything is written, every folder is opened with O_NOFOLLOW from
-the one above, and symbolic links come last, so that nothing is ever written through one (FAULTS.md, finding 5)."""
+the one above, and symbolic links come last, so that nothing is ever written through one."""
 
 import os
 import shutil

@@ -6,7 +6,7 @@ account AUTH), which confines it to its own words in the account WORKERS. What c
 name is a word of every subject it may use, so whoever reads knows the true sender.
 
 Two accounts, because within one a confined user can still have the *server* write where the user may not: a publish with `reply=` set to a forbidden
-subject makes the stream's ack go there (FAULTS.md, finding 3). A service import answers into the importing account only, and what is left is noise:
+subject makes the stream's ack go there. A service import answers into the importing account only, and what is left is noise:
 an ack's text on a subject that another worker listens to. So workers take nothing from `control` and `execute_build_package` that is not signed.
 """
 
@@ -79,7 +79,7 @@ def server_config(
     """The text of a configuration file; `services` are public keys by name, `callout` public keys too: there is no secret in it.
 
     `port` -1 lets the server choose and write it into `ports_file_dir`. `sync_interval` is how often JetStream fsyncs ("always", or e.g. "10s"; the
-    server's own is two minutes: nothing depends on it, finding 1). Raises ValueError for what is no key, a path that could break out of its quotes,
+    server's own is two minutes: nothing depends on it). Raises ValueError for what is no key, a path that could break out of its quotes,
     and for a key that two share.
     """
     core = {name: nkey(public) for name, public in services.items()}

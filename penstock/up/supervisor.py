@@ -14,6 +14,7 @@ from libs.embedded.postgres import PostgresFailed
 from penstock.up.logfiles import bound, last_lines
 from penstock.up.service import ForkedService
 from penstock.up.signals import Signals
+from proto.introduction import EXPELLED
 
 FAILURES = (PostgresFailed, NatsFailed, OSError)
 Say = Callable[[str], None]
@@ -67,8 +68,6 @@ class Supervisor:
     SPARE_TIMEOUT = 10.0
     """Seconds that are waited for a service that the system may serve without, once all others are ready."""
     DEATHS_AT_START = 3
-    FAREWELL = 77
-    """The exit code by which a service that the system may serve without says that to start it again is of no use."""
     DRAIN = 15.0
     """Seconds that a service may take to end."""
 
@@ -188,7 +187,7 @@ class Supervisor:
             elif not part.running():
                 service = self._services.get(name)
                 code = service.exit_code if service is not None else None
-                if service is not None and service.spec.spare and code == self.FAREWELL:
+                if service is not None and service.spec.spare and code == EXPELLED:
                     self.gone.add(name)
                     why = last_lines(self._logs[name], 1)
                     self._say(f"{name} has left for good, and is not started again; all else goes on (its log: {self._logs[name]}): {why}")

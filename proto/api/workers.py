@@ -29,7 +29,7 @@ class Registration(Private, Answer, frozen=True, kw_only=True):
 
 
 class Challenge(Answer, frozen=True, kw_only=True):
-    """What a new worker must sign within a minute: which server it speaks to, and a nonce."""
+    """What a worker must sign within a minute, to register or to ask what became of it: which server it speaks to, and a nonce."""
 
     server: str
     nonce: str

@@ -1,4 +1,4 @@
-"""When an attempt has ended, its log moves from the bus into the store (FAULTS.md, Logs).
+"""When an attempt has ended, its log moves from the bus into the store.
 
 A log is archived when all its chunks are there, or patience is over: then gaps are listed. Only afterwards is it purged from LOGS. What comes then
 makes another archive (late_logs.py looks for it), and the worker keeps a chunk until an archive holds it. Everything may be repeated: what is

@@ -53,7 +53,7 @@ class _Snapshot(msgspec.Struct, kw_only=True):
 class Board:
     """Fold facts with `apply`; read `queue`, `leases`, `held` (the same by worker), `boots`, `roster`, `secrets`.
     Drain `news` for what a worker should hear of early.
-    `now` is the log's own clock (unix seconds): when the latest fact was recorded."""
+    `now` is the log's own clock (unix seconds): when the latest fact was recorded; of a board that was restored, the youngest that waits."""
 
     def __init__(self) -> None:
         self.position = 0

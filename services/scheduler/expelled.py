@@ -9,8 +9,8 @@ CUT_SECONDS, CUT_EVERY = 10.0, 1.0
 
 
 class Door(Protocol):
-    """What admits workers to the bus, and ends their connections: `look` whether it is known who is one, `cut` those of a worker and its key, `sweep`
-    those of all who are no workers."""
+    """What admits workers to the bus, and ends their connections (`libs.bus.callout.Doorkeeper`): `look` whether it is known who is one, `cut` those
+    of a worker and its key, `sweep` those of all who are no workers."""
 
     def look(self) -> None: ...
 

@@ -4,11 +4,9 @@ from collections.abc import Collection
 
 import msgspec
 
-from proto.messages import Attempt, Credit
+from proto.messages import CREDIT_SECONDS, Attempt, Credit
 from services.scheduler.board import Lease
 
-CREDIT_LIFE = 10.0
-"""Seconds for which a worker honours a credit."""
 RESEND = 1.0
 """Seconds after which a package that a heartbeat does not show is sent again."""
 
@@ -44,7 +42,7 @@ class Grants:
         waited = now - max(grant.since, listening_since)
         if grant.shown and waited > RESEND:
             return f"worker {lease.worker} gave it up"
-        return f"worker {lease.worker} never took it" if waited > CREDIT_LIFE + 1 else ""
+        return f"worker {lease.worker} never took it" if waited > CREDIT_SECONDS + 1 else ""
 
     def to_send_again(self, attempt: Attempt, now: float) -> Credit | None:
         """The credit of a package that is due again, and counts as sent now."""

@@ -45,9 +45,10 @@ class Leader:
         `expelled` the leases end now. Raises LogUnavailable, BusUnavailable: what was not done is done in a later turn."""
         if self._reader.stuck is None:
             await self._boot(heard, turn.term)
-        if self._reader.stuck is not None:  # leases are renewed; to give or end any would rest on half of the truth
+        if self._reader.stuck is not None:  # perhaps since that read on; leases are renewed; to give or end any would rest on half of the truth
             for worker in heard.values():
-                await self._answer(worker, turn.now)
+                if self._presence.fleet.get(worker.name) is worker:
+                    await self._answer(worker, turn.now)
             await self._interrupt(turn.now)
             return False
         for name, heartbeat in strangers.items():

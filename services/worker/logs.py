@@ -1,4 +1,4 @@
-"""A step's output becomes numbered chunks (FAULTS.md, Logs).
+"""A step's output becomes numbered chunks.
 
 Chunks go out when they are full or 20 ms old, an unfinished line after 0.2 s. Past the limit output is read and dropped, and the last line says so.
 """

@@ -14,10 +14,23 @@ from collections.abc import Callable
 
 import msgspec
 
-from proto.messages import MAX_SHORT, MAX_SLOTS, About, ArchivedLog, Attempt, Availability, Control, Credit, Heartbeat, Offers, Package, Running
+from proto.messages import (
+    CREDIT_SECONDS,
+    MAX_SHORT,
+    MAX_SLOTS,
+    About,
+    ArchivedLog,
+    Attempt,
+    Availability,
+    Control,
+    Credit,
+    Heartbeat,
+    Offers,
+    Package,
+    Running,
+)
 from services.worker.condition import FINE, Condition
 
-CREDIT_SECONDS = 10.0
 REPLACE_SECONDS = 4.0
 """A credit this old is replaced by a fresh one in the next heartbeat; the old one stays good until it is too old or its slot is taken."""
 HEARTBEAT_SECONDS = 1.0

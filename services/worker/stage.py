@@ -66,7 +66,7 @@ class _Stopped(Exception):
 
 
 class StageRun:
-    """Runs the steps of a package in one workspace. Every way it can end is reported, but for `kill`, after which nothing is."""
+    """Runs the steps of a package in one workspace. Every way it can end is reported; when its task is cancelled, nothing is."""
 
     def __init__(self, package: Package, tools: Tools, on_reported: Callable[[int], None]) -> None:
         self.package = package

@@ -17,13 +17,11 @@ from libs.proofs import WINDOW
 from libs.runtime.service import GivenUp
 from libs.tokens import BadSignature, public_key, sign, signature_bytes, signature_text, verify
 from proto.api.workers import Challenge
-from proto.introduction import BECOME, STANDING, words
+from proto.introduction import BECOME, EXPELLED, STANDING, words
 from proto.messages import Signed
 
 logger = structlog.get_logger()
 
-EXPELLED = 77
-"""The exit code of a worker that was revoked or removed: to start it again is of no use."""
 LOOK, LONGEST = 1.0, 60.0
 """Seconds between two questions, at first and in the end."""
 _TIMEOUT = aiohttp.ClientTimeout(total=10.0)
@@ -127,7 +125,7 @@ class Watch:
 
 
 class _Told(msgspec.Struct, frozen=True):
-    """What the gateway says, or whatever answers in its place."""
+    """What the gateway says, or whatever answers in its place. A 404 names no standing: it is `unknown`, and signed as that."""
 
     standing: Literal["registered", "revoked", "unknown"] = "unknown"
     signature: str = ""

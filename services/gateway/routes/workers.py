@@ -102,7 +102,7 @@ class WorkerRoutes:
             Endpoint(
                 method="POST",
                 path="/workers/challenge",
-                summary="What a new worker must sign",
+                summary="What a worker must sign, to register or to ask for its standing",
                 handler=self.challenge,
                 least=None,
                 answers={200: Challenge, 429: ProblemDetails},
@@ -119,7 +119,7 @@ class WorkerRoutes:
             Endpoint(
                 method="POST",
                 path="/workers/standing",
-                summary="What has become of a worker, for itself; 404 when it is none (any more)",
+                summary="What has become of a worker, for itself; 404 when none has that name and key",
                 handler=self.standing,
                 least=None,
                 body=Myself,
