@@ -2,7 +2,7 @@
 
 Never a session's lock, which a stopped process would hold for ever. A leader trusts its term only as long as the row surely names it, counted on its
 own monotonic clock from before it asked; what it writes names the term. A row that reaches far ahead was written before the clock was set back, and
-holds no more.
+holds no more; its leader may believe in it for a little longer. All candidates for one office have the same `ttl`.
 """
 
 import asyncio

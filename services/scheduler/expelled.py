@@ -4,7 +4,9 @@ from typing import Protocol
 
 from services.scheduler.roster import Roster
 
-CUT_SECONDS, CUT_EVERY = 10.0, 1.0
+KNOWS_SECONDS = 15.0
+"""So long after it last read the log an instance still knows who may work here; it reads every 5 s, if nothing happens."""
+CUT_SECONDS, CUT_EVERY = KNOWS_SECONDS + 5.0, 1.0
 """How long, and how often, the connections of one that was expelled are looked for: another instance may admit it until it has read as much."""
 
 

@@ -27,6 +27,10 @@ class Grants:
     def note(self, attempt: Attempt, credit: Credit | None, now: float) -> None:
         self._grants[attempt] = _Grant(now, credit, now)
 
+    def forget(self, attempt: Attempt) -> None:
+        """It was not leased after all."""
+        self._grants.pop(attempt, None)
+
     def shown(self, attempt: Attempt, now: float) -> None:
         """Its worker holds it."""
         self._grants[attempt] = _Grant(now, None, now, True)
@@ -42,7 +46,9 @@ class Grants:
         waited = now - max(grant.since, listening_since)
         if grant.shown and waited > RESEND:
             return f"worker {lease.worker} gave it up"
-        return f"worker {lease.worker} never took it" if waited > CREDIT_SECONDS + 1 else ""
+        if waited <= CREDIT_SECONDS + 1:
+            return ""
+        return f"worker {lease.worker} gave it up" if lease.recorded else f"worker {lease.worker} never took it"
 
     def to_send_again(self, attempt: Attempt, now: float) -> Credit | None:
         """The credit of a package that is due again, and counts as sent now."""

@@ -78,9 +78,12 @@ class Lessor:
         return bool(self._board.queue.awake)
 
     async def _grant(self, assignments: Sequence[Assignment], turn: Turn) -> None:
-        """All that is leased is noted before anything is sent: what cannot be made or sent now is sent by `chase`."""
+        """All is noted before it is leased, which may have happened although nobody said so: what cannot be made or sent now is sent by `chase`."""
         ready = [(a, stage, self._wanted(a.queued, stage)) for a in assignments if (stage := await self._stage(a.queued)) is not None]
         leases = [(self._lease(a, turn.term, wanted.versions), for_attempt(a.queued)) for a, _, wanted in ready]
+        for a, _, _ in ready:
+            self._fleet.use(a.worker, a.credit)
+            self._grants.note(a.queued.attempt, a.credit, turn.now)
         leasing = asyncio.ensure_future(self._orders.give(leases))
         packages: list[bytes | None] = []
         try:
@@ -93,9 +96,8 @@ class Lessor:
         finally:
             accepted = await leasing
             for (a, _, _), ok in zip(ready, accepted, strict=True):
-                self._fleet.use(a.worker, a.credit)
-                if ok:
-                    self._grants.note(a.queued.attempt, a.credit, turn.now)
+                if not ok:
+                    self._grants.forget(a.queued.attempt)
         for (a, _, _), package, ok in zip(ready, packages, accepted, strict=True):
             if ok:
                 await self._send(a.worker, package)

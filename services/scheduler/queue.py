@@ -125,10 +125,17 @@ class Queue:
             self._enter(queued, queued.requirements)
 
     def set_aside(self, attempt: Attempt) -> None:
-        """What it runs cannot be read: it waits, in a class that no worker can take, until somebody starts with a queue of its own."""
+        """What it runs cannot be read: it waits, in a class that no worker can take, until it is brought back."""
         queued = self.remove(attempt)
         if queued is not None:
             self._enter(queued, None)
+
+    def bring_back(self) -> None:
+        """What was set aside is tried once more."""
+        line = self.lines.get(None)
+        for queued in [queued for group in line.groups.values() for queued in group.members.values()] if line else []:
+            self.remove(queued.attempt)
+            self._enter(queued, queued.requirements)
 
     def _enter(self, queued: Queued, requirements: Requirements | None) -> None:
         line = self.lines.get(requirements)

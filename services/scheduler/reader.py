@@ -73,6 +73,8 @@ class Reader:
         except Unprojectable as error:  # tried again when something is appended, or the next time that the log is looked at anyway
             if str(error) != str(self.stuck):
                 logger.error("the board stands still: what is leased goes on, and nothing else is", why=str(error), exc_info=error.__cause__)
+            if self.stuck is None or error.position != self.stuck.position:
+                self._members_at = 0  # the board has folded some of them once more: those behind this event come after them
             self.stuck = error
 
     async def _fold_members(self, stuck: int) -> bool:

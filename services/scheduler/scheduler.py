@@ -15,7 +15,7 @@ from proto.messages import Attempt, StagesWait
 from services.scheduler.board import Board
 from services.scheduler.commands import Command
 from services.scheduler.decider import State
-from services.scheduler.expelled import Door, Expelled
+from services.scheduler.expelled import KNOWS_SECONDS, Door, Expelled
 from services.scheduler.fleet import Fleet
 from services.scheduler.leader import Leader
 from services.scheduler.lessor import Lessor, Turn
@@ -34,8 +34,6 @@ STALL = 2.0
 """A gap between two turns (seconds) after which this process was stopped, and what it did not hear proves nothing."""
 RECENT = 3.0
 """Seconds within which a worker was heard that is told of a new leader."""
-KNOWS_SECONDS = 15.0
-"""So long after the log was last read it is still known who may work here; it is read every 5 s, if nothing happens."""
 URGENT = frozenset({"build", "fleet"})
 """What must be read at once: attempts to place, and their ends; who may be a worker. What became of leases and workers is mostly our own doing."""
 LINGER = 0.1
@@ -201,6 +199,7 @@ class Scheduler:
             self._led_since = self._listening_since = now
             heard = self._presence.recent(RECENT) | heard  # told at once whom to quote, rather than at their next heartbeat
             self._door.sweep()
+            self.board.queue.bring_back()
         turn = Turn(term=term, now=now, led_since=self._led_since, listening_since=self._listening_since)
         if await self._leader.lead(turn, heard, strangers, self._expelled.names):
             self._bell.set()

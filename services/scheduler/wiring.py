@@ -103,7 +103,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
         vault=vault,
         sealing=SealingKeys(vault, commands, new_id, lambda: scheduler.board.now),
         index=lambda: scheduler.board.secrets,
-        leads=lambda: leadership.term is not None and scheduler.problem is None,
+        leads=lambda: leadership.term is not None and scheduler.problem is None and scheduler.stuck is None,
         ids=new_id,
         clock=time.monotonic,
     )

@@ -154,9 +154,14 @@ async def test_ctrl_c_while_postgres_is_made_ends_the_start_at_once_and_says_so(
     own = Machine(tmp_path)
     making = own.data.path / "pg.new"
     with own.start(*how, "--port", "0", alone=True) as process:
-        await eventually(lambda: (making / "PG_VERSION").exists(), timeout=30)
-        os.killpg(process.pid, signal.SIGINT)
-        said, complained = process.communicate(timeout=30)
+        try:
+            await eventually(lambda: (making / "PG_VERSION").exists(), timeout=30)
+            os.killpg(process.pid, signal.SIGINT)
+            said, complained = process.communicate(timeout=30)
+        except BaseException:
+            own.penstock("down")
+            process.kill()
+            raise
     assert (process.returncode, said) == (130, "")
     assert "stopping (once more: at once)\n" in complained
     assert complained.endswith(f"stopped before it was ready: nothing runs, and {own.data.path} stays for the next start\n")

@@ -319,7 +319,7 @@ async def test_what_is_answered_while_a_connection_is_renewed_is_heard(fresh_nat
         await eventually(lambda: worker.connected)
 
         async def say(who: int) -> None:
-            for number in range(2_000):
+            for number in range(500):
                 await worker.publish("reports.w1.b", b"said", f"{who}.{number}")
 
         await asyncio.gather(*map(say, range(8)))
