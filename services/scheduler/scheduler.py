@@ -164,10 +164,14 @@ class Scheduler:
             try:
                 await self.turn()
             except (LogUnavailable, BusUnavailable) as error:
-                self.problem = f"{type(error).__name__}: {error}"
-                self._listening_since = self._clock()
+                self.fail(error)
                 await asyncio.sleep(0.1)
                 self._bell.set()
+
+    def fail(self, error: Exception) -> None:
+        """Take note of a turn that came to nothing, or to its half: this instance goes on with what it knows."""
+        self.problem = f"{type(error).__name__}: {error}"
+        self._listening_since = self._clock()
 
     async def turn(self) -> None:
         """Read what is unread, and lead if this instance leads. Raises LogUnavailable, BusUnavailable."""

@@ -185,15 +185,19 @@ class World:
     # --- what everybody does in time
 
     async def turn(self, instance: Instance) -> None:
-        """Of one that does not stand still. One that fails in the middle of a turn is started anew: its memory says nothing of what it did."""
+        """Of one that does not stand still. One that fails in the middle of a turn goes on with what it knows, or is started anew: then its memory
+        says nothing of what it did."""
         if instance.frozen:
             return
         self.count()
         before = instance.scheduler.board.position
         try:
             await instance.turn()
-        except (LogUnavailable, BusUnavailable):
-            self.replace(instance)
+        except (LogUnavailable, BusUnavailable) as error:
+            if self.chance.random() < 0.5:
+                self.replace(instance)
+            else:
+                instance.scheduler.fail(error)
         self.steps += max(instance.scheduler.board.position - before, 0)
         self.grew()
 
