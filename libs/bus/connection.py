@@ -193,12 +193,13 @@ class Connection:
         """Both hear until the server has read all that the first had to say: something may come twice, but nothing is lost."""
         self._announce(successor)
         self._wire = successor
+        wire.write_out()
         try:
-            wire.write_out()
-            await successor.flush(timeout=2)  # now it hears: an answer to what the first has asked may come when that is gone
-            await wire.flush(timeout=2)
-        except Exception as error:
-            self._log.debug("nats", error=str(error))
+            for each in (successor, wire):  # once the successor hears: an answer to what the first has asked may come when that is gone
+                try:
+                    await each.flush(timeout=2)
+                except Exception as error:  # neither holds up the other; a successor that is not sound will be found out like any
+                    self._log.debug("nats", error=str(error))
         finally:
             await wire.end()
 

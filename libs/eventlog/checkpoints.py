@@ -16,14 +16,14 @@ RETURNING true
 
 
 class RelayCheckpoint(Struct, frozen=True):
-    """Everything up to `position`, but for the positions `left_out`, was acknowledged by the JetStream stream made at `stream_created`, the last of
-    it as `sequence`."""
+    """Everything up to `position` was acknowledged in order by the JetStream stream made at `stream_created`, the last of it as `sequence`; but for
+    the positions in `left_out`, each with the sequence as which it was taken late, or 0 if it was not yet."""
 
     stream_created: str
     sequence: int
     position: int
     term: int
-    left_out: tuple[int, ...] = ()
+    left_out: tuple[tuple[int, int], ...] = ()
 
 
 class RelayCheckpoints:
@@ -40,7 +40,7 @@ class RelayCheckpoints:
         if row is None:
             return None
         created, sequence, position, term, left_out = row
-        return RelayCheckpoint(created, sequence, position, term, tuple(left_out))
+        return RelayCheckpoint(created, sequence, position, term, tuple((at, late) for at, late in left_out))
 
     async def save(self, checkpoint: RelayCheckpoint) -> bool:
         """False: a leader of a later term has saved, and this one's word no longer counts. A rewind is saved like an advance."""
@@ -53,7 +53,7 @@ class RelayCheckpoints:
                     checkpoint.sequence,
                     checkpoint.position,
                     checkpoint.term,
-                    checkpoint.left_out,
+                    [list(pair) for pair in checkpoint.left_out],
                     timeout=2.4,
                 )
         return bool(saved)

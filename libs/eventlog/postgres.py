@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Collection, Iterator, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import asyncpg
+import structlog
 from asyncpg.pool import PoolAcquireContext
 
 from libs.eventlog.log import PAGE_BYTES, Appended, Conflict, EventTooLarge, LogUnavailable, NotOwner, Wakeup, Write, check_writes
 from proto.envelope import Recorded
 
 Pool = asyncpg.Pool
+logger = structlog.get_logger()
 PATIENCE = 2.4
 """Seconds to wait for a connection of a pool's, all of which are at work."""
 ECHO = 1.0
@@ -209,9 +211,9 @@ class PostgresLog:
 
     async def _listen(self, dsn: str) -> None:
         """Keep one connection listening; whatever was appended while there was none is made up for by waking everyone."""
-        pause = 0.05
+        pause, told = 0.05, False
         while True:
-            with suppress(Exception):  # whatever it was: without a listener followers only look now and then
+            try:
                 connection = await asyncpg.connect(dsn, timeout=2.0, command_timeout=5.0)
                 try:
                     _probe(connection)
@@ -219,10 +221,14 @@ class PostgresLog:
                     await connection.add_listener(_CHANNEL, self._heard)
                     self._wake()
                     self._tried.set()
-                    pause = 0.05
+                    pause, told = 0.05, False
                     await self._watch(connection)
                 finally:
                     connection.terminate()
+            except Exception as error:  # whatever it was: without a listener followers only look now and then
+                if not told:
+                    logger.warning("nobody listens to the log", why=f"{type(error).__name__}: {error}")
+                told = True
             self._tried.set()
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
@@ -240,6 +246,8 @@ class PostgresLog:
 
 def _probe(connection: asyncpg.Connection) -> None:
     sock = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]  # it is there, and nothing else is
+    if sock.family == socket.AF_UNIX:
+        return  # there is no other machine
     for level, options in zip((socket.SOL_SOCKET, socket.IPPROTO_TCP), _PROBES, strict=True):
         for option, value in options.items():
             sock.setsockopt(level, option, value)

@@ -1,8 +1,8 @@
 """The relay: the only publisher of log events. The log is the outbox; EVENTS is a copy of it that may vanish.
 
-Invariants: it publishes in position order; the checkpoint covers only what JetStream acknowledged, without a gap but for events that it names (see
-leftout.py); so whatever is after the checkpoint may be published twice, and nothing is forgotten. Two relays at once are harmless: a message id is an
-event's, and followers skip what they know.
+Invariants: it publishes in position order; the checkpoint covers only what JetStream acknowledged, in order and without a gap, but for events that
+it names (see leftout.py); so whatever is after the checkpoint may be published twice, and nothing is forgotten. Two relays at once are harmless: a
+message id is an event's, and followers skip what they know.
 """
 
 import asyncio
@@ -119,7 +119,7 @@ class Relay:
         wakeup = self._log.wakeup(URGENT, LINGER)
         try:
             while True:
-                if self._leadership.term is None:
+                if self._leadership.term != self._term:
                     self._retire()
                 self._term = await self._leadership.wait()
                 try:
@@ -139,6 +139,7 @@ class Relay:
             wakeup.close()
 
     async def _lead(self, wakeup: Wakeup) -> None:
+        self._created = ""  # nothing is known, and nothing to save
         saved = await self._saving.load() or RelayCheckpoint(stream_created="", sequence=0, position=0, term=0)
         self._created, self._sequence, self.position = saved.stream_created, saved.sequence, saved.position
         self.left_out.restore(saved.left_out)
@@ -147,13 +148,13 @@ class Relay:
         rung = True
         while True:
             self._settle()
-            if self._clock() > self._offered_again_at + EXAMINE_EVERY and len(self.left_out):
-                await self._acknowledged(0)
-                await self._offer_again()
             if self._bus.connections != self._connections or self._clock() > self._examined_at + EXAMINE_EVERY:
                 await self._acknowledged(0)
                 await self._examine()
                 rung = True
+            if self._clock() > self._offered_again_at + EXAMINE_EVERY and len(self.left_out):
+                await self._acknowledged(0)
+                await self._offer_again()
             more = rung and await self._publish()
             await self._acknowledged(WINDOW)
             await self._saving.save(self._checkpoint())
@@ -166,13 +167,16 @@ class Relay:
     async def _publish(self) -> bool:
         """The next batch. True: there may be more of it."""
         batch = await self._log.read(self._published, BATCH)
-        if self._bus.connections != self._connections or self._leadership.term != self._term:
-            # What the stream still has must be known before anything is added to it, or its last sequence tells nothing.
+        if not self._may_add():
             return True
         for recorded in batch:
             self._in_flight.append(self._offer(recorded))
             self._published = recorded.position
         return is_full(batch, BATCH)
+
+    def _may_add(self) -> bool:
+        """What the stream still has must be known before anything is added to it, or its last sequence tells nothing."""
+        return self._bus.connections == self._connections and self._leadership.term == self._term
 
     def _offer(self, recorded: Recorded) -> _Offered:
         message_id = f"{recorded.event_id}.{self._suffix}" if self._suffix else recorded.event_id
@@ -189,13 +193,15 @@ class Relay:
         self._offered_again_at = self._clock()
         for position in self.left_out.positions:
             found = await self._log.read(position - 1, 1)
+            if not self._may_add():
+                return
             if not found or found[0].position != position:
                 self.left_out.remove(position, "it is not in the log any more")
                 continue
             offered = self._offer(found[0])
             await asyncio.wait([offered.ack])
-            if self._is_taken(offered):
-                self.left_out.remove(position, "the bus has taken it")
+            if sequence := self._taken(offered):
+                self.left_out.taken(position, sequence)
 
     async def _acknowledged(self, at_most: int) -> None:
         """Until no more than so many wait for their ack."""
@@ -205,20 +211,20 @@ class Relay:
 
     def _settle(self) -> None:
         while self._in_flight and self._in_flight[0].ack.done():
-            self._is_taken(self._in_flight[0])
+            self._taken(self._in_flight[0])
             self.position = self._in_flight.popleft().position
 
-    def _is_taken(self, offered: _Offered) -> bool:
-        """Whether JetStream has it; what it will never take is left out. Raises _Lost, TooMany, BusUnavailable."""
+    def _taken(self, offered: _Offered) -> int:
+        """Its sequence in the stream; 0: JetStream will never take it, and it is left out. Raises _Lost, TooMany, BusUnavailable."""
         try:
             ack = offered.ack.result()
         except FINAL as error:
             self.left_out.add(offered.position, offered.event, error)
-            return False
+            return 0
         if ack.sequence <= self._sequence and not ack.duplicate:
             raise _Lost(f"sequence {ack.sequence} was given out again")
         self._sequence = max(self._sequence, ack.sequence)
-        return True
+        return ack.sequence
 
     async def _examine(self) -> None:
         """Does the stream still have what it acknowledged, and of this epoch? If not, go back."""
@@ -239,12 +245,13 @@ class Relay:
             await self._rewind(position if of_epoch == epoch else await self._floor(), state, "EVENTS has lost its end")
         elif epoch != self._epoch and (await self._end_of_stream())[1] not in (0, epoch):
             await self._rewind(await self._floor(), state, "the log's epoch was raised")
+        self.left_out.forget_aged(state.first_sequence)
         self._epoch = epoch
         self._connections = connections
         self._examined_at = self._clock()
 
     async def _end_of_stream(self) -> tuple[int, int]:
-        """Position and epoch of the last message: all before that position are in the stream, as every relay publishes in order. (0, 0): none."""
+        """Position and epoch of the last message: all before that position are in the stream but for what is named as left out. (0, 0): none."""
         last = await self._bus.last(_EVENTS.name, "events.>")
         if last is None:
             return 0, 0
@@ -257,22 +264,26 @@ class Relay:
     async def _rewind(self, position: int, state: StreamState, why: str) -> None:
         """Saved at once: should this leader end before it is through, the next must not go on where the lost stream was."""
         self._logger.warning("the relay starts again", after=position, was_at=self.position, why=why)
+        head = await self._log.head()
+        self.left_out.rewind(min(position, head), state.last_sequence if state.created == self._created else 0)
         self._created, self._sequence = state.created, state.last_sequence
-        self.position = self._published = min(position, await self._log.head())
-        self.left_out.forget_after(self.position)
+        self.position = self._published = min(position, head)
         # A message that was purged or lost may still count as a duplicate for a while.
         self._suffix = self._fresh()
         await self._saving.write(self._checkpoint())
 
     async def _forget(self, why: str) -> None:
-        """Make the next look at the stream find it another than the one that was filled."""
+        """Make the next look at the stream find it another than the one that was filled. Not given up: once more is published, nothing tells it."""
         self._logger.warning("EVENTS has forgotten what it acknowledged", why=why)
-        try:
-            await self._saving.write(RelayCheckpoint(stream_created="", sequence=0, position=0, term=self._term))
-        except Deposed:
-            self._retire()
-        except LogUnavailable as error:
-            await self._pause(str(error))
+        while True:
+            try:
+                return await self._saving.write(
+                    RelayCheckpoint(stream_created="", sequence=0, position=0, term=self._term, left_out=self.left_out.named)
+                )
+            except Deposed:
+                return self._retire()
+            except LogUnavailable as error:
+                await self._pause(str(error))
 
     def _retire(self) -> None:
         """Another leads, and says how it is."""
@@ -281,7 +292,7 @@ class Relay:
 
     def _checkpoint(self) -> RelayCheckpoint:
         return RelayCheckpoint(
-            stream_created=self._created, sequence=self._sequence, position=self.position, term=self._term, left_out=self.left_out.positions
+            stream_created=self._created, sequence=self._sequence, position=self.position, term=self._term, left_out=self.left_out.named
         )
 
     async def _save_last(self) -> None:

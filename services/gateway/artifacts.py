@@ -98,8 +98,10 @@ class ArtifactsClient:
                     if size > _MAX_RECORD:
                         raise ArchiveUnavailable("it is no archive")
                     yield _RECORD.decode(await answer.content.readexactly(size))
-        except (aiohttp.ClientError, TimeoutError, EOFError, msgspec.DecodeError) as error:
-            raise ArchiveUnavailable(str(error)) from error
+        except msgspec.DecodeError as error:
+            raise ArchiveUnavailable("it is no archive") from error
+        except (aiohttp.ClientError, TimeoutError, EOFError) as error:
+            raise ArchiveUnavailable("the artifacts service cannot be reached") from error
 
     def direct(self, deed: DirectDeed, whose: Whose, below: str, request: web.Request) -> Direct | None:
         """Where the client who asks may do this itself. An address of this machine is only for who asked for an address of this machine, and is on

@@ -118,7 +118,8 @@ class BuildWatch:
                     task.cancel()
                 await self._say("end", msgspec.json.encode(self._sources.view(self._row)))
         except* (LogUnavailable, ArchiveUnavailable) as errors:
-            logger.warning("a watch ends early", build=self._row.id, why=str(errors.exceptions[0]))
+            first = errors.exceptions[0]
+            logger.warning("a watch ends early", build=self._row.id, why=str(first.__cause__ or first))
             why = "; ".join(str(error) for error in errors.exceptions if isinstance(error, ArchiveUnavailable))
             failure = Problem(503, "unavailable", "The rest cannot be read now", f"{why}; come back with Last-Event-ID".removeprefix("; "))
             await self._say("error", msgspec.json.encode(failure.body))

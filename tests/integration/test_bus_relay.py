@@ -16,7 +16,7 @@ from libs.bus.jetstream import connect_jetstream
 from libs.bus.memory import MemoryBus
 from libs.eventlog.checkpoints import RelayCheckpoint, RelayCheckpoints
 from libs.eventlog.leadership import Leadership
-from libs.eventlog.log import NewEvent
+from libs.eventlog.log import LogUnavailable, NewEvent
 from libs.eventlog.memory import MemoryLog
 from libs.eventlog.postgres import open_postgres_log
 from libs.runtime.leftout import MOST
@@ -450,7 +450,7 @@ async def test_an_event_that_the_bus_does_not_take_stops_no_other_and_is_never_f
         assert relay.problem is None
         assert "event 2 is not on the bus (team.created on team-bad" in str(relay.unpublished)
         assert registry.get_sample_value("penstock_relay_left_out") == 1
-        await eventually(lambda: outbox.checkpoints.row is not None and outbox.checkpoints.row.left_out == (2,))
+        await eventually(lambda: outbox.checkpoints.row is not None and outbox.checkpoints.row.left_out == ((2, 0),))
     successor = outbox.relay(term=2)
     async with running(successor):
         await outbox.append()
@@ -459,6 +459,8 @@ async def test_an_event_that_the_bus_does_not_take_stops_no_other_and_is_never_f
         await untaken.mend()
         await eventually(lambda: successor.unpublished is None)
         assert await outbox.positions() == [1, 3, 4, 5, 6, 2]
+        await eventually(lambda: outbox.checkpoints.row is not None and outbox.checkpoints.row.left_out == ((2, 6),))
+        await outbox.bus.purge("EVENTS", "events.>")  # as if all had aged
         await eventually(lambda: outbox.checkpoints.row is not None and outbox.checkpoints.row.left_out == ())
     assert outbox.bus.connections == 1
 
@@ -488,6 +490,183 @@ async def test_a_stream_that_is_filled_again_is_offered_what_was_left_out_in_its
         await eventually(memory.is_filled)
         assert await memory.positions() == [1, 2, 3]
         assert relay.unpublished is None
+
+
+def lose_end(outbox: Outbox, count: int) -> None:
+    """The last messages were not synced when the power went."""
+    bus = outbox.bus
+    assert isinstance(bus, MemoryBus)
+    stream = bus._streams["EVENTS"]
+    for _ in range(count):
+        stream.remove(stream.sequence)
+        stream.sequence -= 1
+    stream.sequence_of_id = {msg_id: sequence for msg_id, sequence in stream.sequence_of_id.items() if sequence <= stream.sequence}
+
+
+def reconnect(outbox: Outbox) -> None:
+    bus = outbox.bus
+    assert isinstance(bus, MemoryBus)
+    bus.connected = False
+    bus.connected = True
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_what_was_taken_late_is_offered_again_when_the_stream_has_lost_it(
+    memory: Outbox, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    """What the stream ends with by then says nothing of it."""
+    untaken = NoSubject(memory, monkeypatch)
+    relay, row = memory.relay(term=1), memory.checkpoints
+
+    async def is_taken_late() -> bool:
+        return await memory.positions() == [1, 3, 2]
+
+    async with AsyncExitStack() as stack:
+        async with running(relay):
+            await memory.append()
+            await untaken.put()
+            await memory.append()
+            await eventually(lambda: relay.position == 3 and relay.unpublished is not None)
+            await untaken.mend()
+            await eventually(is_taken_late)
+            await eventually(lambda: row.row is not None and row.row.left_out == ((2, 3),))
+            if not restarted:
+                lose_end(memory, 1)
+                reconnect(memory)
+                await eventually(is_taken_late)
+        if restarted:
+            lose_end(memory, 1)
+            await stack.enter_async_context(running(memory.relay(term=2)))
+            await eventually(is_taken_late)
+
+
+async def test_what_a_stream_has_lost_is_found_before_anything_is_offered_to_it_again(memory: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its sequences are given out anew, and the whole log is published rather than the end."""
+    untaken, now = NoSubject(memory, monkeypatch), [0.0]
+    monkeypatch.setattr("libs.runtime.relay.EXAMINE_EVERY", 30.0)
+    relay = Relay(memory.log, memory.bus, memory.checkpoints, Leader(), clock=lambda: now[0])
+    async with running(relay):
+        await memory.append()
+        await untaken.put()
+        await memory.append(3)
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 5)
+        await untaken.mend()
+        lose_end(memory, 2)
+        reconnect(memory)
+        now[0] += 60.0
+        await memory.append()
+        await eventually(memory.is_filled)
+        assert sorted(await memory.positions()) == [1, 2, 3, 4, 5, 6]
+
+
+async def test_what_nobody_needs_stays_left_out_whatever_the_stream_forgets(memory: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def floor() -> int:
+        return 2
+
+    untaken = NoSubject(memory, monkeypatch)
+    monkeypatch.setattr("libs.runtime.relay.EXAMINE_EVERY", 30.0)
+    await untaken.put()
+    await memory.append()
+    relay = Relay(memory.log, memory.bus, memory.checkpoints, Leader(), clock=lambda: 0.0)
+    async with running(relay):
+        await eventually(lambda: relay.position == 2)
+        relay._floor = floor
+        await memory.append(2)
+        await eventually(lambda: relay.position == 4)
+        lose_end(memory, 1)
+        await memory.append()  # and its sequence is given out again
+        await eventually(lambda: relay.position == 5)
+        assert await memory.positions() == [2, 3, 5, 3, 4, 5]
+        assert relay.left_out.positions == (1,)
+
+
+async def test_that_a_stream_has_forgotten_is_not_forgotten_itself_while_the_log_is_away(memory: Outbox) -> None:
+    """By then the stream may have grown past what it had."""
+    save, failed = memory.checkpoints.save, asyncio.Event()
+
+    async def fails_once(checkpoint: RelayCheckpoint) -> bool:
+        if not checkpoint.stream_created and not failed.is_set():
+            failed.set()
+            raise LogUnavailable("it is away")
+        return await save(checkpoint)
+
+    memory.checkpoints.save = fails_once  # type: ignore[method-assign]
+    async with running(Relay(memory.log, memory.bus, memory.checkpoints, Leader(), clock=lambda: 0.0)):
+        await memory.append(4)
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 4)
+        lose_end(memory, 2)
+        await memory.append(3)
+        await eventually(failed.is_set)
+        await eventually(memory.is_filled)
+
+
+async def test_who_is_stopped_before_it_knows_how_far_the_last_leader_was_saves_nothing(memory: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    untaken = NoSubject(memory, monkeypatch)
+    leader, relay = Leader(), memory.relay()
+    relay._leadership = leader
+    loading, load = asyncio.Event(), memory.checkpoints.load
+
+    async def slow() -> RelayCheckpoint | None:
+        loading.set()
+        return await asyncio.Future()
+
+    async with running(relay):
+        await untaken.put()
+        await memory.append(2)
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 3)
+        leader.term = None
+        await memory.append()  # it looks up
+        other = RelayCheckpoint(stream_created="made", sequence=500, position=500, term=2, left_out=((50, 0),))
+        memory.checkpoints.row = other
+        memory.checkpoints.load = slow  # type: ignore[method-assign]
+        leader.term = 3
+        await asyncio.wait_for(loading.wait(), 5)
+    assert await load() == other
+
+
+async def test_who_is_stopped_while_it_goes_back_does_not_say_that_the_new_stream_is_full(memory: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("libs.runtime.relay.EXAMINE_EVERY", 30.0)
+    asked, head = asyncio.Event(), memory.log.head
+
+    async def slow() -> int:
+        asked.set()
+        return await asyncio.Future()
+
+    relay = Relay(memory.log, memory.bus, memory.checkpoints, Leader(), clock=lambda: 0.0)
+    async with running(relay):
+        await memory.append()
+        await eventually(lambda: memory.checkpoints.row is not None and memory.checkpoints.row.position == 1)
+        await memory.append(2)
+        await eventually(lambda: relay.position == 3)
+        assert isinstance(memory.bus, MemoryBus)
+        memory.bus.lose("EVENTS")
+        reconnect(memory)
+        monkeypatch.setattr(memory.log, "head", slow)
+        await asyncio.wait_for(asked.wait(), 5)
+    monkeypatch.setattr(memory.log, "head", head)
+    async with running(memory.relay(term=2)):
+        await eventually(memory.is_filled)
+
+
+async def test_a_server_that_is_started_again_with_a_higher_limit_is_given_what_was_too_large(
+    fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("libs.runtime.relay.EXAMINE_EVERY", 0.05)
+    with monkeypatch.context() as low:
+        low.setattr("libs.bus.accounts.MAX_PAYLOAD", 2048)
+        await asyncio.to_thread(fresh_nats.restart)
+    async with connect_jetstream(fresh_nats.url, fresh_nats.seed, "relay") as bus:
+        await bus.ensure([EVENTS], [])
+        outbox = Outbox(bus)
+        relay = outbox.relay()
+        async with running(relay):
+            await outbox.log.append([write("team-large", TeamCreated(name="x" * 4096))])
+            await outbox.append()
+            await eventually(lambda: relay.position == 2)
+            assert await outbox.positions() == [2]
+            await asyncio.to_thread(fresh_nats.restart)
+            await eventually(outbox.is_filled)
+            assert relay.unpublished is None
 
 
 async def test_a_bus_that_takes_nothing_is_not_left_out_but_waited_for(memory: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from proto.messages import Attempt
 from proto.plan import TaskInput
 from services.worker.executors import container
 from services.worker.executors.docker import DockerExecutor
+from services.worker.executors.executor import CannotRun
 from tests.controls import eventually
 from tests.engine_controls import a_docker_system, contained, containers, docker, script
 from tests.engine_fixture import IMAGE, Dockerd, root_filesystem
@@ -232,6 +233,22 @@ async def test_what_nobody_wants_goes_and_nothing_is_left_of_it(tmp_path: Path, 
         await scheduler.finished(await scheduler.send(contained("true")))
         await waits(dockerd, running)
     assert containers(dockerd) == []
+
+
+async def test_what_nobody_wants_and_cannot_be_removed_is_swept_later(tmp_path: Path, dockerd: Dockerd, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def busy(_: str) -> None:
+        raise CannotRun("busy")
+
+    async with a_docker_system(tmp_path, dockerd, warm=1) as (scheduler, running):
+        executor = executor_of(running)
+        await scheduler.finished(await scheduler.send(contained("true")))
+        await waits(dockerd, running)
+        with monkeypatch.context() as patched:
+            patched.setattr(executor._engine, "remove", busy)
+            await executor._warm.expire(0.0)
+        assert len(containers(dockerd)) == 1
+        assert await executor.sweep() == 1
+        assert containers(dockerd) == []
 
 
 async def test_what_waits_says_whose_it_is_and_for_what_and_a_later_life_removes_it(tmp_path: Path, dockerd: Dockerd) -> None:

@@ -149,7 +149,7 @@ async def test_a_renewal_is_counted_from_before_it_was_asked_for(pool: Pool) -> 
 async def test_a_checkpoint_is_kept_and_a_leader_of_an_earlier_term_cannot_move_it(pool: Pool) -> None:
     checkpoints = RelayCheckpoints(pool)
     assert await checkpoints.load() is None
-    first = RelayCheckpoint(stream_created="2026-01-01T00:00:00Z", sequence=10, position=10, term=2)
+    first = RelayCheckpoint(stream_created="2026-01-01T00:00:00Z", sequence=10, position=10, term=2, left_out=((3, 0), (5, 9)))
     assert await checkpoints.save(first)
     assert not await checkpoints.save(RelayCheckpoint(stream_created="x", sequence=99, position=99, term=1))
     assert await checkpoints.load() == first

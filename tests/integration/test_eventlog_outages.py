@@ -1,6 +1,7 @@
 """The log while Postgres, or a client of it, stops in the middle of things."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -10,11 +11,12 @@ import time
 import asyncpg
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from libs.eventlog.log import NO_STREAM, Appended, LogUnavailable, NewEvent, Write
 from libs.eventlog.postgres import PostgresLog, open_postgres_log
 from tests.controls import eventually, write
-from tests.postgres_fixture import TEMPLATE, Database, make_template, postgres_cluster
+from tests.postgres_fixture import FAST, TEMPLATE, Database, make_template, postgres_cluster
 
 
 def one(stream: str, event_id: str, expected: int = NO_STREAM) -> Write:
@@ -180,6 +182,33 @@ async def test_the_kernel_asks_whether_a_silent_database_is_still_there(database
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [3, 1, 3]
+
+
+async def test_a_database_behind_a_unix_socket_is_listened_to() -> None:
+    with postgres_cluster({**FAST, "unix_socket_directories": "."}) as cluster:
+        at = f"@/postgres?host={cluster.data}&port={cluster.port}&"
+        async with open_postgres_log(cluster.dsn().replace(f"@127.0.0.1:{cluster.port}/postgres?", at)) as log:
+            wakeup = log.wakeup()
+            await wakeup.wait(0.0)
+            await log.pool.execute("NOTIFY eventlog, 'build'")
+            assert await wakeup.wait(8.0)
+            wakeup.close()
+
+
+async def test_that_nobody_listens_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = itertools.count(1)
+    tried = 0
+
+    async def refused(*_: object, **__: object) -> asyncpg.Connection:
+        nonlocal tried
+        tried = next(tries)
+        raise ConnectionRefusedError("nobody is there")
+
+    monkeypatch.setattr(asyncpg, "connect", refused)
+    with capture_logs() as logs:
+        async with open_postgres_log("postgresql://postgres@127.0.0.1:1/postgres"):
+            await eventually(lambda: tried >= 3)
+    assert [(entry["event"], entry["why"]) for entry in logs] == [("nobody listens to the log", "ConnectionRefusedError: nobody is there")]
 
 
 async def test_a_transaction_left_open_with_the_lock_is_ended_and_nothing_is_skipped(database: Database) -> None:

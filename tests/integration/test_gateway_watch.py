@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -173,6 +174,24 @@ async def test_the_log_of_a_lost_worker_is_its_archive(gateway: Gateway) -> None
         assert (await answer.text()).startswith("one\ntwo\n[penstock: the worker was lost here")
     found = await gateway.json("GET", f"/teams/main/builds/{build}/log?from=3", 200, headers={"Accept": "application/json"})
     assert (found["complete"], found["lines"]) == (True, [])
+
+
+async def test_of_an_archive_that_cannot_be_read_clients_learn_no_address_of_ours(database, nats_server) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = str(nobody.getsockname()[1])
+        async with running_gateway(database, nats_server.url, log_wait_seconds=0.1, artifacts_url=f"http://127.0.0.1:{port}") as gateway:
+            build = await started(gateway)
+            lost = StageFinished(stage="main", attempt=1, status="errored", log=LogExtent(chunks=-1))
+            await gateway.record(f"build-{build}", lost, BuildFinished(status="errored"))
+            archived = LogArchived(build=build, stage="main", attempt=1, archive=1, digest="d", chunks=2, lines=2, bytes=8)
+            await gateway.record(f"artifact-log-{build}-main-1", archived)
+            problem = await eventually(lambda: gateway.json("GET", f"/teams/main/builds/{build}/log", 503))
+            async with watching(gateway, build) as events:
+                _, event, failure = (await events.all())[-1]
+            said = [problem["detail"], failure["detail"]]
+            assert event == "error"
+            assert all("the artifacts service cannot be reached" in each and port not in each for each in said), said
 
 
 async def test_what_an_archive_lacks_is_marked_once(gateway: Gateway) -> None:

@@ -35,6 +35,19 @@ async def test_it_rests_until_something_is_due_and_what_comes_up_before_that_end
     assert await rested(agenda, 0.01) >= 0.01
 
 
+async def test_a_look_that_comes_before_it_is_due_forgets_nothing() -> None:
+    """What a reader does not know yet, who looks then does not see: neither of two may be lost."""
+    now = 0.0
+    agenda = Agenda(lambda: now)
+    for at in (20.0, 10.0):
+        agenda.expect(at)
+    agenda.begin()
+    for now in (10.0, 20.0):  # noqa: B007
+        await rested(agenda, 3600)
+        agenda.begin()
+        assert await rested(agenda, 0.01) >= 0.01
+
+
 async def test_a_clock_that_is_put_back_keeps_nobody_from_looking() -> None:
     clock = Clock()
     agenda = Agenda(clock)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from libs.bus.connection import connect
+from libs.bus.connection import Connection, connect
 from libs.bus.wire import SILENT, Login, Wire
 from libs.tokens import new_seed
 
@@ -33,6 +33,27 @@ async def test_a_connection_ends_that_is_left_just_when_it_is_refused(monkeypatc
     done, _ = await asyncio.wait([visiting], timeout=5)
     assert done
     await visiting
+
+
+@pytest.mark.parametrize("deaf", ["old", "new"])
+async def test_a_wire_is_flushed_before_another_takes_its_place_whether_or_not_that_is_sound(deaf: str) -> None:
+    did: list[str] = []
+
+    class Noted(Wire):
+        def __init__(self, name: str) -> None:
+            super().__init__({}, structlog.get_logger())
+            self.name = name
+
+        async def flush(self, timeout: int = 10) -> None:
+            if self.name == deaf:
+                raise TimeoutError
+            did.append(f"{self.name} is flushed")
+
+        async def end(self) -> None:
+            did.append(f"{self.name} ends")
+
+    await Connection(Login("nats://127.0.0.1:1", "", "test"), "_INBOX")._succeed(Noted("old"), Noted("new"))
+    assert did == {"new": ["old is flushed", "old ends"], "old": ["new is flushed", "old ends"]}[deaf]
 
 
 class Watched(Wire):

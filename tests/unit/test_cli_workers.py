@@ -132,7 +132,7 @@ def test_a_registration_token_need_not_be_an_argument(tmp_path: Path, way: str, 
 
     async def joined(wanted: Membership, token: str) -> Membership:
         shown.append(token)
-        return msgspec.structs.replace(wanted, nats_url="nats://127.0.0.1:1", server_public_key="k")
+        return msgspec.structs.replace(wanted, nats_url="nats://127.0.0.1:1", server_public_key="k", gateway_public_key="k")
 
     began: list[dict[str, str]] = []
     monkeypatch.setattr("penstock.cli.worker.start.join", joined)
@@ -145,6 +145,14 @@ def test_a_registration_token_need_not_be_an_argument(tmp_path: Path, way: str, 
     result = CliRunner().invoke(start, ["--dir", str(tmp_path)], env=environ)
     assert result.exit_code == 0 and shown == ["pwt_x"], "it is good once, and may stay where it is"
     assert "there is no token" in CliRunner().invoke(start, ["--dir", str(tmp_path), "--register", "-", "--server", "http://x"], input="\n").output
+
+
+def test_a_worker_that_was_registered_before_the_server_signed_is_told_to_do_so_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.cli.worker.start._become", lambda _: None)
+    member = msgspec.structs.replace(new_membership("one", "http://127.0.0.1:1"), nats_url="nats://127.0.0.1:1", server_public_key="k")
+    write_membership(tmp_path / "worker.json", member)
+    result = CliRunner().invoke(start, ["--dir", str(tmp_path)])
+    assert result.exit_code == 2 and "register anew with --register - --server http://127.0.0.1:1" in result.output
 
 
 def test_a_registered_workers_key_is_not_lost_to_a_registration_under_another_name(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS relay_checkpoint (
     sequence       bigint NOT NULL,
     position       bigint NOT NULL,
     term           bigint NOT NULL,
-    left_out       bigint[] NOT NULL DEFAULT '{}'
+    left_out       bigint[] NOT NULL DEFAULT '{}' -- pairs: a position, and the sequence as which it was taken late, or 0
 );
 
 CREATE TABLE IF NOT EXISTS snapshot (

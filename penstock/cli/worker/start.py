@@ -104,6 +104,8 @@ def _member(path: Path, token: str | None, url: str | None, name: str | None, en
         if token is None:
             if known is None or not known.nats_url:
                 raise Mistake(f"no worker is registered in {path.parent}: give --register - --server URL")
+            if not known.gateway_public_key:
+                raise Mistake(f"{path} does not say what the server signs by: register anew with --register - --server {known.url}")
             return known
         if not url:
             raise Mistake("--server is missing: where is the Penstock to register with?")

@@ -162,13 +162,13 @@ class DockerExecutor:
                     await self._check(job, container, image, wanted)
                     with self._engine.translated():
                         await container.rename(name)
+                    self._owned.forget(waiting.name)
                     begun = await found.begin(waiting.stream, said)
             return found if begun else None
         finally:
             if not begun:
                 self._owned.running.pop(container.id, None)
                 await self._warm.end(waiting)
-            self._owned.forget(waiting.name)
 
     async def _check(self, job: Job, container: DockerContainer, image: Image, wanted: dict[str, Any]) -> None:
         [path], (_, environment, _) = wanted["Entrypoint"], command_of(wanted, image.environment, container.id)

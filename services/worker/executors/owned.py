@@ -60,16 +60,16 @@ class Owned:
         """No container has this name, or none that anybody wants."""
         self._current.discard(name)
 
-    async def gone(self, name: str) -> None:
+    async def gone(self, name: str, container: str = "") -> None:
         """However often whoever waits for it is cancelled."""
-        await asyncio.wait([self.drop(name)])
+        await asyncio.wait([self.drop(name, container)])
 
-    def drop(self, name: str) -> asyncio.Task[None]:
-        """What cannot be removed now is swept later."""
+    def drop(self, name: str, container: str = "") -> asyncio.Task[None]:
+        """The one that is called so or, if it may have been renamed, the one with the id `container`. What cannot be removed now is swept later."""
 
         async def remove() -> None:
             try:
-                await self._engine.remove(name)
+                await self._engine.remove(container or name)
             except CannotRun as error:
                 logger.warning("a container stays for now", container=name, error=str(error))
             finally:

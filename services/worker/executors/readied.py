@@ -12,7 +12,7 @@ from services.worker.executors.hardened import Bind, binds_of
 def checked(job: Job) -> list[Bind]:
     """What is to be mounted is there, and no link leads out of the workspace: the engine would follow it. Raises CannotRun, NotRunnable."""
     config = job.step.config
-    binds = [bind for bind in binds_of(config) if (job.folders.workspace / bind.path).exists() or bind.writable]
+    binds = [bind for bind in binds_of(config) if bind.writable or job.link_in(bind.path) or (job.folders.workspace / bind.path).exists()]
     for bind in binds:
         if link := job.link_in(bind.path):
             raise CannotRun(f"the folder `{bind.path}` leads through a link, `{link}`")

@@ -85,7 +85,7 @@ class WarmContainers:
 
     async def end(self, waiting: Waiting) -> None:
         """It is not wanted, or is no good."""
-        await self._end(waiting.container.id, waiting.stream)
+        await self._end(waiting.name, waiting.stream, waiting.container.id)
 
     def keep(self, key: str, image: str, binds: list[Bind], wanted: Callable[[Folders], dict[str, Any]]) -> None:
         """A step of this kind has run: have a container ready for the next. `image` is for people."""
@@ -134,11 +134,11 @@ class WarmContainers:
                 await self._end(name, stream)
                 remove_tree(folders.root)
 
-    async def _end(self, name: str, stream: Attached | None) -> None:
+    async def _end(self, name: str, stream: Attached | None, container: str = "") -> None:
         if stream is not None:
             with contextlib.suppress(Exception):
                 await stream.close()
-        await self._owned.gone(name)
+        await self._owned.gone(name, container)
 
     async def _discard(self, waiting: Waiting) -> None:
         await self.end(waiting)
