@@ -135,7 +135,7 @@ async def _append_singly(log: PostgresLog, numbers: Iterator[int], prefix: str) 
     for number in numbers:
         event = NewEvent(f"{prefix}-{number}", "step.started", SINGLE)
         write = Write(
-            stream=f"build-{prefix}.{number}", expected=NO_STREAM, events=[event], team="main", correlation_id="c", causation_id="c", actor="bench"
+            stream=f"build-{prefix}_{number}", expected=NO_STREAM, events=[event], team="main", correlation_id="c", causation_id="c", actor="bench"
         )
         assert isinstance((await log.append([write]))[0], Appended)
 
