@@ -7,7 +7,7 @@ import pytest
 
 from libs.bus.jetstream import connect_jetstream
 from libs.tokens import public_key
-from services.worker.executors.container import STOPPED
+from services.worker.executors.container import STOPPED, WENT
 from services.worker.executors.docker import DockerExecutor
 from tests.controls import eventually
 from tests.engine_controls import a_docker_system, containers, docker, script
@@ -25,10 +25,12 @@ async def test_memory_that_is_used_up_fails_the_step_and_is_said(tmp_path: Path,
     """FAULTS 56: as process 1's child, and as a child of that whose parent lives on."""
     hog = "busybox tail /dev/zero"
     async with a_docker_system(tmp_path, dockerd) as (scheduler, _):
-        for hogging in (f"exec {hog}", f"{hog}; echo went on; exit 5"):
+        for hogging in (f"exec {hog}", f"{hog}; sleep 0.5; echo went on; exit 5"):
             attempt = await scheduler.send(script(hogging, memory=16 << 20))
             assert (await scheduler.finished(attempt)).status == "failed"
-            assert scheduler.step(attempt).error == "out of memory (limit 16 MiB)"
+            # Now and then (1 of 60, on a busy machine) the engine misses it when the container ends by it, and says nothing.
+            missed = "killed by SIGKILL, by itself or for want of memory (limit 16 MiB)"
+            assert scheduler.step(attempt).error in ("out of memory (limit 16 MiB)", missed)
         after = await scheduler.send(script("true"))
         assert (await scheduler.finished(after)).status == "succeeded"
 
@@ -137,7 +139,7 @@ async def test_an_engine_that_dies_ends_the_step_with_the_truth_and_nothing_of_i
         assert alive("77.50")
         engine.kill()
         assert (await scheduler.finished(attempt)).status == "errored"
-        assert scheduler.step(attempt).error == "the container engine went away while the step ran"
+        assert scheduler.step(attempt).error == WENT
         await eventually(lambda: not alive("77.50"))
         assert executor.trouble == "the container engine does not answer"
         meanwhile = await scheduler.send(script("true"))
@@ -217,7 +219,8 @@ async def test_an_engine_that_is_restarted_ends_the_step_as_errored(tmp_path: Pa
         await seen(scheduler, attempt, "up")
         dockerd_of_our_own.terminate()
         assert (await scheduler.finished(attempt, timeout=30)).status == "errored"
-        assert scheduler.step(attempt).error == STOPPED
+        # It may be gone before it has said what it did.
+        assert scheduler.step(attempt).error in (STOPPED, WENT)
 
 
 async def test_a_step_that_is_killed_from_outside_is_errored_and_one_that_kills_itself_failed(tmp_path: Path, dockerd: Dockerd) -> None:
@@ -227,4 +230,5 @@ async def test_a_step_that_is_killed_from_outside_is_errored_and_one_that_kills_
         docker(dockerd, "stop", *containers(dockerd, attempt))
         assert ((await scheduler.finished(attempt)).status, scheduler.step(attempt).error) == ("errored", STOPPED)
         itself = await scheduler.send(script("kill -9 $$"))
-        assert ((await scheduler.finished(itself)).status, scheduler.step(itself).error) == ("failed", "killed by SIGKILL")
+        assert (await scheduler.finished(itself)).status == "failed"
+        assert scheduler.step(itself).error.startswith("killed by SIGKILL, by itself or for want of memory (limit ")

@@ -26,6 +26,7 @@ HEARSAY_SECONDS = 1.0
 BEGIN_SECONDS = 5.0
 """For a container that waits to begin."""
 STOPPED = "the container engine stopped the step, as it restarts or was told to by somebody else"
+WENT = "the container engine went away while the step ran"
 _SIGNALLED = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 _STDERR = 2
 
@@ -156,7 +157,7 @@ class Container:
                 self._finish(code, CannotRun(STOPPED) if await self._was_stopped(code) else None)
         except EngineGone:
             self._kill_here()
-            self._finish(0, EngineGone("the container engine went away while the step ran"))
+            self._finish(0, CannotRun(STOPPED) if self._stopped.is_set() else EngineGone(WENT))
         except CannotRun as error:
             self._finish(0, error)
         except Exception as error:
@@ -187,10 +188,15 @@ class Container:
             self.error = f"out of memory (limit {self._memory >> 20} MiB)"
 
     async def _was_stopped(self, code: int) -> bool:
+        """What the engine says of a signal, or of memory that is used up, may come after the end."""
         if self._timer is None and not self.error and code in _SIGNALLED:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARSAY_SECONDS):
                     await self._stopped.wait()
+            if not self._stopped.is_set():
+                await self._explain()
+                if not self.error and code == 128 + signal.SIGKILL:  # the engine may have missed it: the group was gone before it looked
+                    self.error = f"killed by SIGKILL, by itself or for want of memory (limit {self._memory >> 20} MiB)"
         return self._stopped.is_set()
 
     async def _signal(self, name: str) -> None:
