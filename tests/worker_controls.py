@@ -362,7 +362,7 @@ async def a_worker(
     outbox = Outbox(name, session.boot, bus, Spool(folder / "spool"), time.monotonic, lambda attempt, error: worker.on_disk_full(attempt, error))
     if not chosen.wraps:
         orphans.adopt()
-    pool = FolderPool(work, session.boot)
+    pool = FolderPool(work, session.boot, chosen.mounted)
     cache = Cache(folder / "cache", cache_bytes)
     cache.open()
     artifacts = Artifacts(cache, IDENTITY, now, patience)

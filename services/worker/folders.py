@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,13 @@ def next_boot(folder: Path, now: float) -> int:
 
 
 class FolderPool:
-    """Folders below `work`. `prefix` tells this life's from others'."""
+    """Folders below `work`. `prefix` tells this life's from others'. `mounted` are the empty folders, below an attempt's, that its sandbox makes to
+    mount on."""
 
-    def __init__(self, work: Path, prefix: str) -> None:
+    def __init__(self, work: Path, prefix: str, mounted: Sequence[Path] = ()) -> None:
         self._work = work
         self._prefix = prefix
+        self._mounted = mounted
         self._numbers = itertools.count(1)
         self._clean: list[Folders] = []
 
@@ -97,6 +99,8 @@ class FolderPool:
 
     async def give_back(self, folders: Folders) -> None:
         """The attempt is over, and its processes are gone."""
+        for path in self._mounted:
+            _remove_empty(folders.root, path)
         if _is_clean(folders):
             self._clean.append(folders)
         else:
@@ -105,6 +109,15 @@ class FolderPool:
 
 def _all(folders: Folders) -> tuple[Path, Path, Path, Path]:
     return folders.root, folders.workspace, folders.home, folders.temp
+
+
+def _remove_empty(root: Path, path: Path) -> None:
+    """A folder, and those above it up to one of the attempt's own, if nothing else is in them. No link of a step's is followed."""
+    made = [root.joinpath(*path.parts[:depth]) for depth in range(2, len(path.parts) + 1)]
+    if not any(folder.is_symlink() for folder in made):
+        with contextlib.suppress(OSError):
+            for folder in reversed(made):
+                folder.rmdir()
 
 
 def _is_clean(folders: Folders) -> bool:

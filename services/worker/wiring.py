@@ -149,7 +149,7 @@ async def wire(service: Service, environ: Mapping[str, str], sockets: Mapping[st
         worker=name,
         executors=Executors(ProcessExecutor(sandbox, orphans, settings.worker_path), containers),
         orphans=orphans,
-        folders=FolderPool(work, session.boot),
+        folders=FolderPool(work, session.boot, sandbox.mounted),
         outbox=outbox,
         artifacts=Artifacts(cache, settings.worker_key, time.time),
         cache=cache,

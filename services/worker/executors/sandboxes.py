@@ -55,6 +55,10 @@ class Sandbox(Protocol):
     def inside(self, folders: Folders) -> Folders:
         """The folders as the step sees them."""
 
+    @property
+    def mounted(self) -> Sequence[Path]:
+        """The empty folders that it leaves below an attempt's: it has mounted something on them."""
+
     def sees(self, path: Path) -> bool:
         """Whether the step can see a path of this machine that is outside of its folders."""
 
@@ -68,6 +72,7 @@ class ProcessGroup:
     name = "none"
     wraps = False
     tells_on: Literal["", "stdin", "descriptor"] = ""
+    mounted: Sequence[Path] = ()
 
     def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: tuple[int, int] = (-1, -1)) -> tuple[list[str], str]:
         return list(argv), f"{folders.workspace}/{directory}"
@@ -149,6 +154,7 @@ class Bubblewrap:
             flags += ["--ro-bind", f"/etc/{name}", f"/etc/{name}"]
         self._flags = [_found("bwrap"), *flags]
         # After the step's own folders, which would otherwise hide an environment below /home or /tmp.
+        self.mounted = [path.relative_to("/") for path in self._shown if path.is_relative_to("/home") or path.is_relative_to("/tmp")]  # noqa: S108
         self._show = [part for path in self._shown for part in ("--ro-bind", str(path), str(path))]
 
     def command(self, argv: Sequence[str], folders: Folders, directory: str, tell: tuple[int, int] = (-1, -1)) -> tuple[list[str], str]:
